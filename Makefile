@@ -1,0 +1,25 @@
+# `make demo` and `make test` are complete by themselves: each sets the environment up first.
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: setup test demo lint format clean
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+test: setup lint
+	$(VENV_PYTHON) -m pytest
+
+demo: setup
+	$(VENV_PYTHON) tools/run_demo.py
+
+lint:
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+format:
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info ops/_C*.so

@@ -1,0 +1,45 @@
+"""Boxes as tensors: formats, the logit that the anchors live in, generalised IoU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGIT_EPS = 1e-3  # the published program's; it bounds what one decoder layer can move a box
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre x, centre y, width, height -> (..., 4) x1, y1, x2, y2 in the same unit."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) x1, y1, x2, y2 -> (..., 4) centre x, centre y, width, height in the same unit."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
+    """Logit of `x` in [0, 1] (values outside are clamped), with both tails bounded by `eps`."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes x1, y1, x2, y2; leading dimensions broadcast.
+
+    `generalized_iou(a[:, None], b[None])` is the pairwise matrix. Unlike detectron2's and fvcore's it
+    neither asserts on the order of the corners nor waits for the device.
+
+    Args:
+        a, b: (..., 4).
+
+    Returns:
+        (...) in [-1, 1].
+    """
+    low_a, high_a, low_b, high_b = a[..., :2], a[..., 2:], b[..., :2], b[..., 2:]
+    intersection = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(-1)
+    union = (high_a - low_a).prod(-1) + (high_b - low_b).prod(-1) - intersection
+    hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0).prod(-1)
+    return intersection / union - (hull - union) / hull

@@ -1,0 +1,110 @@
+"""The few things that travel between the modules. Boxes are cx, cy, w, h in [0, 1] of the unpadded image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Targets:
+    """The objects of one image: `labels` (n,) int64, `boxes` (n, 4). No object: n = 0."""
+
+    labels: Tensor
+    boxes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Memory:
+    """The feature levels as one sequence of N tokens, level by level in raster order.
+
+    tokens: (B, N, C).
+    padding_mask: (B, N) bool, True where a token lies on padding.
+    spatial_shapes: (height, width) of each of the L levels, on the host.
+    valid_ratios: (B, L, 2), the unpadded share of each level's width and height, in (0, 1].
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    valid_ratios: Tensor
+
+
+@dataclass
+class Queries:
+    """Decoder queries: `content` (B, Q, C) and `anchors` (B, Q, 4)."""
+
+    content: Tensor
+    anchors: Tensor
+
+
+@dataclass
+class Predictions:
+    """What one decoder layer, or the proposals, say: `logits` (B, Q, classes) and `boxes` (B, Q, 4)."""
+
+    logits: Tensor
+    boxes: Tensor
+
+    def split(self, first: int) -> tuple[Predictions, Predictions]:
+        """The predictions of the first `first` queries and those of the rest."""
+        return (
+            Predictions(self.logits[:, :first], self.boxes[:, :first]),
+            Predictions(self.logits[:, first:], self.boxes[:, first:]),
+        )
+
+
+@dataclass
+class Pairs:
+    """M (query, object) pairs of a batch, three index tensors (M,).
+
+    image: index in the batch.
+    query: index among the queries of that image.
+    target: index in the objects of the whole batch, concatenated image by image.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+@dataclass
+class DenoisingQueries(Queries):
+    """T denoising queries per image, and what is known about them beforehand.
+
+    group_size: queries of one group, positives and negatives; groups lie one behind the other.
+    groups: number of groups, at least 1 (T = groups * group_size, 0 without any object).
+    pairs: each positive with the object it was made of.
+    """
+
+    group_size: int
+    groups: int
+    pairs: Pairs
+
+    def __len__(self) -> int:
+        return self.content.shape[1]
+
+    def followed_by(self, queries: Queries) -> Queries:
+        """The denoising queries, then the matching queries."""
+        return Queries(
+            torch.cat([self.content, queries.content], dim=1), torch.cat([self.anchors, queries.anchors], dim=1)
+        )
+
+    def attention_mask(self, num_queries: int) -> Tensor:
+        """Who must not attend to whom among T denoising queries followed by `num_queries` matching ones.
+
+        Matching queries never see denoising queries, groups never see each other; denoising queries see
+        their own group and the matching queries (paper section 3.3, as in DN-DETR).
+
+        Returns:
+            (T + num_queries, T + num_queries) bool, True = blocked; rows attend to columns.
+        """
+        # The matching queries are one more group that everybody may look at.
+        index = torch.arange(len(self) + num_queries, device=self.content.device)
+        is_matching = index >= len(self)
+        group = torch.where(is_matching, self.groups, index // max(self.group_size, 1))
+        return (group[:, None] != group[None, :]) & ~is_matching[None, :]

@@ -1,0 +1,7 @@
+"""Multi-scale deformable attention: the public functions, the plain PyTorch truth and what was compiled."""
+
+from .functional import ms_deform_attn
+from .library import compiled, require_compiled
+from .reference import ms_deform_attn_reference
+
+__all__ = ["compiled", "ms_deform_attn", "ms_deform_attn_reference", "require_compiled"]

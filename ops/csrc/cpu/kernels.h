@@ -1,0 +1,46 @@
+// The table of kernels that each instruction set fills in, and how one is chosen at run time.
+#pragma once
+
+#include "../problem.h"
+
+namespace dino_d2::cpu {
+
+// The level of every sample of a query, spread out so that samples can be worked on as a vector.
+// Each array has `padded` entries, a multiple of every vector width; the tail repeats a harmless level.
+template <class A>
+struct SampleLevels {
+  const A* width;
+  const A* height;
+  const int32_t* columns;  // width as an integer
+  const int32_t* start;
+};
+
+constexpr int64_t kLargestVector = 16;  // samples; `padded` is a multiple of this
+
+template <class V, class A>
+struct KernelsOf {
+  // Queries [begin, end) of the flattened (batch, query) axis.
+  void (*forward)(const Forward<V, A>&, const SampleLevels<A>&, int64_t begin, int64_t end);
+  // Heads [begin, end) of the flattened (batch, head) axis: heads never share a gradient, so threads
+  // that own whole heads need no atomics.
+  void (*backward)(const Backward<V, A>&, const SampleLevels<A>&, int64_t begin, int64_t end);
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Kernels {
+  const char* name;
+  KernelsOf<float, float> float32;
+  KernelsOf<double, double> float64;
+  KernelsOf<BFloat16, float> bfloat16;
+};
+
+extern const Kernels generic_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace dino_d2::cpu

@@ -1,0 +1,146 @@
+// The operators on CPU tensors: choose kernels for this processor, share the work among threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+namespace dino_d2::cpu {
+namespace {
+
+// The best set this processor has, or the one that DINO_D2_CPU_KERNELS names if the processor has it.
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    const char* wanted = std::getenv("DINO_D2_CPU_KERNELS");
+    const auto allowed = [&](const Kernels& k) { return wanted == nullptr || std::string(wanted) == k.name; };
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && allowed(avx512_kernels)) return avx512_kernels;
+    if (avx2 && allowed(avx2_kernels)) return avx2_kernels;
+#endif
+    STD_TORCH_CHECK(allowed(generic_kernels), "DINO_D2_CPU_KERNELS=", wanted,
+                    " is not among the kernels that this processor can run (generic, avx2, avx512)");
+    return generic_kernels;
+  }();
+  return chosen;
+}
+
+template <class A>
+class OwnedSampleLevels {
+ public:
+  OwnedSampleLevels(const std::vector<Level>& levels, const Sizes& sizes) {
+    const int64_t padded = (sizes.samples() + kLargestVector - 1) / kLargestVector * kLargestVector;
+    for (int64_t i = 0; i < padded; ++i) {
+      const Level& level = levels[std::min(i, sizes.samples() - 1) / sizes.points];
+      width_.push_back(static_cast<A>(level.width));
+      height_.push_back(static_cast<A>(level.height));
+      columns_.push_back(static_cast<int32_t>(level.width));
+      start_.push_back(static_cast<int32_t>(level.start));
+    }
+  }
+  SampleLevels<A> view() const { return {width_.data(), height_.data(), columns_.data(), start_.data()}; }
+
+ private:
+  std::vector<A> width_, height_;
+  std::vector<int32_t> columns_, start_;
+};
+
+// Calls f with (value type, accumulation type, kernels) for the dtype of the values.
+template <class F>
+auto with_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(double{}, double{}, kernels().float64);
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{}, kernels().bfloat16);
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float, "no CPU kernel for values of ", toString(dtype),
+                      " (there are float32, float64 and bfloat16)");
+      return f(float{}, float{}, kernels().float32);
+  }
+}
+
+ScalarType accumulation_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& locations,
+               const Tensor& weights) {
+  const std::vector<Level> levels = levels_of(spatial_shapes);
+  const Sizes sizes = sizes_of(value, levels, locations, weights, accumulation_type(value.scalar_type()));
+  const std::vector<int64_t> output_shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
+  if (sizes.samples() == 0) return torch::stable::new_zeros(value, output_shape);
+  Tensor output = torch::stable::new_empty(value, output_shape);
+  with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
+    using V = decltype(v);
+    using A = decltype(a);
+    const Forward<V, A> problem{sizes, static_cast<const V*>(value.const_data_ptr()),
+                                static_cast<const A*>(locations.const_data_ptr()),
+                                static_cast<const A*>(weights.const_data_ptr()),
+                                static_cast<V*>(output.mutable_data_ptr())};
+    const OwnedSampleLevels<A> sample_levels(levels, sizes);
+    torch::stable::parallel_for(0, sizes.batch * sizes.queries, 16, [&](int64_t begin, int64_t end) {
+      set.forward(problem, sample_levels.view(), begin, end);
+    });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
+                                            std::vector<int64_t> spatial_shapes, const Tensor& locations,
+                                            const Tensor& weights, bool value_wanted, bool sampling_wanted) {
+  const std::vector<Level> levels = levels_of(spatial_shapes);
+  const ScalarType accumulate = accumulation_type(value.scalar_type());
+  const Sizes sizes = sizes_of(value, levels, locations, weights, accumulate);
+  check_grad_output(grad_output, value, sizes);
+  const auto gradient = [&](const Tensor& of, bool wanted) {
+    std::vector<int64_t> shape{0};
+    if (wanted) {
+      shape.clear();
+      for (int64_t d = 0; d < of.dim(); ++d) shape.push_back(of.size(d));
+    }
+    return torch::stable::new_zeros(of, shape, accumulate);
+  };
+  Tensor grad_value = gradient(value, value_wanted);
+  Tensor grad_locations = gradient(locations, sampling_wanted);
+  Tensor grad_weights = gradient(weights, sampling_wanted);
+  if (sizes.samples() == 0) return {grad_value, grad_locations, grad_weights};
+  with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
+    using V = decltype(v);
+    using A = decltype(a);
+    const Backward<V, A> problem{sizes,
+                                 static_cast<const V*>(value.const_data_ptr()),
+                                 static_cast<const A*>(locations.const_data_ptr()),
+                                 static_cast<const A*>(weights.const_data_ptr()),
+                                 static_cast<const V*>(grad_output.const_data_ptr()),
+                                 value_wanted ? static_cast<A*>(grad_value.mutable_data_ptr()) : nullptr,
+                                 sampling_wanted ? static_cast<A*>(grad_locations.mutable_data_ptr()) : nullptr,
+                                 sampling_wanted ? static_cast<A*>(grad_weights.mutable_data_ptr()) : nullptr};
+    const OwnedSampleLevels<A> sample_levels(levels, sizes);
+    torch::stable::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t begin, int64_t end) {
+      set.backward(problem, sample_levels.view(), begin, end);
+    });
+  });
+  return {grad_value, grad_locations, grad_weights};
+}
+
+std::string kernel_name() { return kernels().name; }
+
+}  // namespace
+}  // namespace dino_d2::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dino_d2, CPU, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&dino_d2::cpu::forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&dino_d2::cpu::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dino_d2, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&dino_d2::cpu::kernel_name));
+}

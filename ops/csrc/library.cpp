@@ -1,0 +1,23 @@
+// Schemas, and what Python needs to import the library. The kernels register themselves: see cpu/ and cuda/.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+// spatial_shapes is h0, w0, h1, w1, …: integers, so that export and torch.compile can trace them as symbols and
+// no tensor is read back from a device. The starts of the levels follow from it.
+STABLE_TORCH_LIBRARY(dino_d2, m) {
+  m.def(
+      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights) "
+      "-> Tensor");
+  // Gradients of value, sampling_locations and attention_weights, in the precision that they are accumulated
+  // in; of shape (0,) where not wanted.
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights, bool value_wanted, bool sampling_wanted) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_kernels() -> str");
+}
+
+// An empty module: importing it loads the library, which registers the operators.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&definition);
+}

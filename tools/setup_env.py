@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Create ``.venv`` with everything dino_d2 needs and build the op. Standard library only.
+
+Run it as often as you like: each step is recorded in ``.venv/setup.json`` when it is complete, with a
+digest of what it was made from, and a step whose record still matches is passed over. An interrupted
+run therefore goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+RECORD = VENV / "setup.json"
+OLDEST_PYTHON = (3, 10)
+
+# detectron2 is not on PyPI under its own name. This wheel holds the Python files of its main branch of
+# 2024-04-17; it is pure Python for us, because its compiled `_C` (built for one old torch) is left out.
+DETECTRON2_REQUIREMENT = "sal-detectron2==0.7.2"
+DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+
+
+def say(message: str) -> None:
+    print(f"[setup] {message}", flush=True)
+
+
+def fail(message: str) -> None:
+    sys.exit(f"[setup] cannot go on: {message}")
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the repository root; its failure ends the setup with the command's name."""
+    result = subprocess.run([str(part) for part in command], cwd=ROOT)
+    if result.returncode != 0:
+        fail(f"`{' '.join(str(part) for part in command)}` exited with {result.returncode}; see above.")
+
+
+def digest(*paths: Path, extra: str = "") -> str:
+    state = hashlib.sha256(extra.encode())
+    for path in sorted(paths):
+        state.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def recorded() -> dict[str, str]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def step(name: str, key: str, action, still_there=lambda: True) -> None:
+    """Run `action` unless the record says that it was completed for the same `key`."""
+    if recorded().get(name) == key and still_there():
+        say(f"{name}: up to date")
+        return
+    say(f"{name}: working …")
+    action()
+    state = recorded() | {name: key}
+    temporary = RECORD.with_suffix(".tmp")
+    temporary.write_text(json.dumps(state, indent=2))
+    temporary.replace(RECORD)
+
+
+def check_machine() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        version = ".".join(map(str, sys.version_info[:3]))
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        fail(f"this is Python {version}, {wanted} or newer is needed. Try `make setup PYTHON=python3.11`.")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")):
+        fail("no C++ compiler was found (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`).")
+    if shutil.which("nvcc"):
+        say("nvcc was found: the op is built with its CUDA kernels")
+    else:
+        say("no nvcc was found: the op is built for the CPU")
+
+
+def create_venv() -> None:
+    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    if subprocess.run(command).returncode != 0:
+        fail(f"`{' '.join(command)}` failed (Debian: `apt-get install python3-venv`).")
+
+
+def install_detectron2() -> None:
+    site_packages = Path(
+        subprocess.check_output(
+            [PYTHON, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+        ).strip()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # The wheel is tagged for one Python; its Python files serve them all.
+        run(PYTHON, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder,
+            "--python-version", "3.10", "--implementation", "cp", "--abi", "none", "--platform", "any",
+            "--only-binary=:all:", DETECTRON2_REQUIREMENT)  # fmt: skip
+        (wheel,) = Path(folder).glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != DETECTRON2_SHA256:
+            fail(f"{wheel.name} has sha256 {found}, expected {DETECTRON2_SHA256}.")
+        with zipfile.ZipFile(wheel) as archive:
+            # Left out: a binary of another torch, and a top-level `tools` that would hide ours.
+            wanted = [
+                name
+                for name in archive.namelist()
+                if not name.startswith("tools/") and not Path(name).name.startswith("_C")
+            ]
+            archive.extractall(site_packages, wanted)
+
+
+def build_op() -> None:
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
+    run(PYTHON, "-c", "from dino_d2.ops import require_compiled; require_compiled()")
+
+
+def op_is_there() -> bool:
+    return any((ROOT / "ops").glob("_C*.so"))
+
+
+def main() -> None:
+    check_machine()
+    version = sys.version.split()[0]
+    if not PYTHON.exists() or recorded().get("venv") != version:
+        say(f"creating .venv with Python {version}")
+        create_venv()
+    step("venv", version, lambda: None)
+    # setup.json records what pip was asked for, so the index is not consulted when nothing changed.
+    requirements = sorted((ROOT / "requirements").glob("*.txt"))
+    step(
+        "packages (torch alone can take minutes)",
+        digest(*requirements),
+        lambda: run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
+                    *(part for path in requirements for part in ("-r", path))),
+    )  # fmt: skip
+    step("detectron2", DETECTRON2_SHA256, install_detectron2)
+    sources = [path for path in (ROOT / "ops" / "csrc").rglob("*") if path.is_file()]
+    build_settings = "|".join(
+        f"{name}={os.environ.get(name, '')}" for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX")
+    )
+    key = digest(
+        *sources, ROOT / "setup.py", ROOT / "pyproject.toml", extra=f"{build_settings}|{shutil.which('nvcc')}"
+    )
+    step("deformable-attention op and dino_d2", key, build_op, op_is_there)
+    say("ready: .venv/bin/python")
+
+
+if __name__ == "__main__":
+    main()
