@@ -34,6 +34,17 @@ class Memory:
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Tensor
 
+    def token_centres(self) -> Tensor:
+        """Centre of every token, (B, N, 2) as (x, y) relative to the unpadded image: above 1 on padding."""
+        ratios = self.valid_ratios
+        centres = []
+        for level, (height, width) in enumerate(self.spatial_shapes):
+            y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
+            x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
+            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+            centres.append(grid / (ratios[:, None, level] * ratios.new_tensor((width, height))))
+        return torch.cat(centres, dim=1)
+
 
 @dataclass
 class Queries:
@@ -49,6 +60,10 @@ class Predictions:
 
     logits: Tensor
     boxes: Tensor
+
+    def __post_init__(self) -> None:
+        # Mixed precision ends here: probabilities, losses and rankings are made in float32 at least.
+        self.logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
 
     def split(self, first: int) -> tuple[Predictions, Predictions]:
         """The predictions of the first `first` queries and those of the rest."""
@@ -77,7 +92,7 @@ class DenoisingQueries(Queries):
     """T denoising queries per image, and what is known about them beforehand.
 
     group_size: queries of one group, positives and negatives; groups lie one behind the other.
-    groups: number of groups, at least 1 (T = groups * group_size, 0 without any object).
+    groups: number of groups (T = groups * group_size, 0 without any object); 0 where denoising is off.
     pairs: each positive with the object it was made of.
     """
 

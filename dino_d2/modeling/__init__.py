@@ -1,0 +1,3 @@
+from . import backbone
+
+__all__ = ["backbone"]

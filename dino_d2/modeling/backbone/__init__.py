@@ -1,0 +1,6 @@
+"""Backbones that detectron2 does not register; importing them registers them."""
+
+from .swin import build_swin_backbone
+from .timm_wrapper import TimmBackbone, build_timm_backbone
+
+__all__ = ["TimmBackbone", "build_swin_backbone", "build_timm_backbone"]

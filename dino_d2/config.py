@@ -1,0 +1,73 @@
+"""Every key that dino_d2 adds to detectron2's config, with its default: the published recipe."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode as CN
+
+
+def add_dino_config(cfg: CN) -> None:
+    """Add DINO's keys to a config made by `detectron2.config.get_cfg()`. Keys that exist keep their value."""
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"  # no GPU is an ordinary case
+
+    c = cfg.MODEL.DINO = CN()
+    c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
+    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE)
+    c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
+    c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
+    c.HIDDEN_DIM = 256  # channels of tokens and queries
+    c.NHEADS = 8  # of every attention
+    c.ENC_LAYERS = 6
+    c.DEC_LAYERS = 6
+    c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
+    c.NUM_POINTS = 4  # samples per head and level
+    c.DROPOUT = 0.0  # of attention and feed-forward blocks
+    c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
+    c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)
+    c.SHARE_HEADS = True  # one class and one box head for all decoder layers, or one of each per layer
+    c.POS_TEMPERATURE = 20.0  # of the pixels' sine embedding
+    c.POS_OFFSET = 0.0  # of the pixel number in it; -0.5 in the detectron2 port's weights
+
+    c.DN = CN()
+    c.DN.TYPE = "cdn"  # cdn | dn | none: with negatives (section 3.3), without (DN-DETR), off
+    c.DN.NUMBER = 100  # positives per image, about: it is divided by the most objects in one image
+    c.DN.LABEL_NOISE_RATIO = 0.5  # a label is redrawn with half of this probability
+    c.DN.BOX_NOISE_SCALE = 1.0  # lambda_1, in half sides of the box
+    c.DN.MAX_QUERIES = 0  # bound on denoising queries per image, for images full of objects; 0: none
+
+    c.LOSS = CN()
+    c.LOSS.CLASS_WEIGHT = 1.0
+    c.LOSS.L1_WEIGHT = 5.0
+    c.LOSS.GIOU_WEIGHT = 2.0
+    c.MATCHER = CN()
+    c.MATCHER.CLASS_WEIGHT = 2.0
+    c.MATCHER.L1_WEIGHT = 5.0
+    c.MATCHER.GIOU_WEIGHT = 2.0
+
+    s = cfg.MODEL.SWIN = CN()  # for MODEL.BACKBONE.NAME: build_swin_backbone (defaults: Swin-T)
+    s.EMBED_DIM = 96
+    s.DEPTHS = [2, 2, 6, 2]
+    s.NUM_HEADS = [3, 6, 12, 24]
+    s.WINDOW_SIZE = 7
+    s.DROP_PATH_RATE = 0.2
+    s.OUT_FEATURES = ["p1", "p2", "p3"]  # p0 to p3: strides 4 to 32
+    s.CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
+
+    t = cfg.MODEL.TIMM = CN()  # for MODEL.BACKBONE.NAME: build_timm_backbone
+    t.NAME = "mobilenetv2_100"  # any timm model with features_only
+    t.OUT_INDICES = [2, 3, 4]  # timm's numbers of the maps, named "stage2", "stage3", …
+    t.PRETRAINED = False  # let timm fetch its weights (MODEL.WEIGHTS is loaded after it)
+    t.FREEZE_BATCHNORM = True  # keep running statistics and affine parameters as loaded
+
+    # The augmentation: flip; with a probability resize and crop first; resize the short side; …
+    cfg.INPUT.CROP.PROBABILITY = 0.5  # of cropping (INPUT.CROP.SIZE, each side drawn by itself)
+    cfg.INPUT.CROP.RESIZE_FIRST = [400, 500, 600]  # short sides drawn from before the crop; empty: no resize
+    cfg.INPUT.CROP.AROUND_OBJECT = 0.0  # probability that a crop is placed over a random object
+    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (images without an up, as from the air)
+    cfg.INPUT.QUARTER_TURN = False  # turn by 90 degrees, half of the time
+    cfg.INPUT.COLOR_JITTER = 0.0  # brightness, contrast and saturation change by up to this share
+
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
+    cfg.SOLVER.EMA_DECAY = 0.0  # of an average of the weights that is kept and evaluated beside them; 0: none
+    cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED

@@ -1,0 +1,163 @@
+"""DINO as a detectron2 meta-architecture (arXiv 2203.03605)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
+from dino_d2.modeling import build
+from dino_d2.modeling.criterion import SetCriterion
+from dino_d2.modeling.decoder import DINODecoder
+from dino_d2.modeling.encoder import DeformableEncoder
+from dino_d2.modeling.neck import ChannelMapper
+from dino_d2.structures import Predictions, Targets
+
+
+@META_ARCH_REGISTRY.register()
+class DINO(nn.Module):
+    """Images in; weighted losses (training) or Instances (evaluation) out.
+
+    Args:
+        backbone: its maps named `in_features`, finest first, are what the neck takes.
+        neck, encoder, query_selection, decoder: applied in this order.
+        denoising: makes the denoising queries; used in training only.
+        criterion: makes the losses.
+        pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
+        max_detections: per image.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: Sequence[str],
+        neck: ChannelMapper,
+        encoder: DeformableEncoder,
+        query_selection: nn.Module,
+        denoising: nn.Module,
+        decoder: DINODecoder,
+        criterion: SetCriterion,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        max_detections: int,
+    ):
+        super().__init__()
+        self.backbone, self.in_features = backbone, tuple(in_features)
+        self.neck = neck
+        self.encoder = encoder
+        self.query_selection = query_selection
+        self.denoising = denoising
+        self.decoder = decoder
+        self.criterion = criterion
+        self.max_detections = max_detections
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        return {
+            "backbone": backbone,
+            "in_features": cfg.MODEL.DINO.IN_FEATURES,
+            "neck": build.build_neck(cfg, [shapes[name].channels for name in cfg.MODEL.DINO.IN_FEATURES]),
+            "encoder": build.build_encoder(cfg),
+            "query_selection": build.build_query_selection(cfg),
+            "denoising": build.build_denoising(cfg),
+            "decoder": build.build_decoder(cfg),
+            "criterion": build.build_criterion(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """
+        Args:
+            batched_inputs: detectron2's format. "image": (3, H, W) in the range of `pixel_mean`; "instances" with
+                `gt_boxes` and `gt_classes` in training; "height", "width" of the wanted result (else the image's).
+
+        Returns:
+            In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
+            `pred_boxes`, `scores`, `pred_classes`, best first.
+        """
+        images, padding_mask = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        memory = self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
+        selection = self.query_selection(memory)
+        if not self.training:
+            predictions = self.decoder(selection.queries, memory)[-1]
+            return self.postprocess(predictions, batched_inputs, images.image_sizes)
+
+        targets = self.prepare_targets(batched_inputs)
+        denoising = self.denoising(targets)
+        queries = denoising.followed_by(selection.queries)
+        mask = denoising.attention_mask(selection.queries.content.shape[1])
+        layers = self.decoder(queries, memory, mask)
+        return self.criterion(layers, selection.proposals, denoising, targets)
+
+    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
+        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it."""
+        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        batch = ImageList.from_tensors(images)
+        mask = torch.ones(batch.tensor.shape[0], *batch.tensor.shape[-2:], dtype=torch.bool, device=self.device)
+        for image_mask, (height, width) in zip(mask, batch.image_sizes, strict=True):
+            image_mask[:height, :width] = False
+        return batch, mask
+
+    def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Targets]:
+        """The objects of each image, boxes relative to it.
+
+        Raises:
+            ValueError: an image without "instances", or a class that the model does not have.
+        """
+        num_classes = self.decoder.num_classes
+        targets = []
+        for x in batched_inputs:
+            name = x.get("file_name", "an image")
+            if "instances" not in x:
+                raise ValueError(f"{name} has no \"instances\": in training every input needs them, empty ones too")
+            classes, boxes = x["instances"].gt_classes, x["instances"].gt_boxes.tensor
+            if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+                raise ValueError(
+                    f"{name} has objects of class {int(classes.max())} (lowest {int(classes.min())}), but "
+                    f"MODEL.DINO.NUM_CLASSES is {num_classes}: classes count from 0 to {num_classes - 1}"
+                )
+            height, width = x["image"].shape[-2:]
+            boxes = boxes.to(self.device, self.pixel_mean.dtype)
+            boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
+            targets.append(Targets(classes.to(self.device), boxes))
+        return targets
+
+    def postprocess(
+        self,
+        predictions: Predictions,
+        batched_inputs: Sequence[dict[str, Any]],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, Instances]]:
+        """The best (query, class) pairs of each image as Instances of the wanted size; no suppression."""
+        results = []
+        for logits, boxes, x, (height, width) in zip(
+            predictions.logits, predictions.boxes, batched_inputs, image_sizes, strict=True
+        ):
+            scores, index = logits.sigmoid().flatten().topk(min(self.max_detections, logits.numel()))
+            boxes = cxcywh_to_xyxy(boxes[index // logits.shape[1]]) * boxes.new_tensor([width, height, width, height])
+            instances = Instances((height, width))
+            instances.pred_boxes = Boxes(boxes)
+            instances.scores = scores
+            instances.pred_classes = index % logits.shape[1]
+            wanted = (x.get("height", height), x.get("width", width))
+            results.append({"instances": detector_postprocess(instances, *wanted)})
+        return results

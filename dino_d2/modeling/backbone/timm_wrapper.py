@@ -1,0 +1,54 @@
+"""Any timm model as a detectron2 backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor
+
+
+class TimmBackbone(Backbone):
+    """`timm.create_model(name, features_only=True)`; map i of timm is named "stage{i}".
+
+    Args:
+        name: of the timm model.
+        out_indices: timm's numbers of the maps wanted, finest first.
+        in_channels: of the images.
+        pretrained: let timm fetch its weights (from the internet or its cache).
+        freeze_batchnorm: replace batch norms by their fixed affine transform.
+    """
+
+    def __init__(
+        self, name: str, out_indices: Sequence[int], in_channels: int, pretrained: bool, freeze_batchnorm: bool
+    ):
+        super().__init__()
+        self.body = timm.create_model(
+            name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), in_chans=in_channels
+        )
+        if freeze_batchnorm:
+            self.body = freeze_batch_norm_2d(self.body)
+        info = self.body.feature_info
+        self._out_features = [f"stage{index}" for index in out_indices]
+        self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
+        self._out_feature_strides = dict(zip(self._out_features, info.reduction(), strict=True))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
+        maps = self.body(x)
+        # Transformers of timm put channels last.
+        return {
+            name: feature if feature.shape[1] == channels else feature.permute(0, 3, 1, 2).contiguous()
+            for (name, channels), feature in zip(self._out_feature_channels.items(), maps, strict=True)
+        }
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """A timm model from `MODEL.TIMM`."""
+    t = cfg.MODEL.TIMM
+    return TimmBackbone(t.NAME, t.OUT_INDICES, input_shape.channels, t.PRETRAINED, t.FREEZE_BATCHNORM)

@@ -1,0 +1,107 @@
+"""The door: the parts of DINO from a detectron2 config. Behind it nobody sees `cfg`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from .box_refinement import BOX_REFINEMENTS
+from .criterion import LossWeights, SetCriterion
+from .decoder import DecoderLayer, DINODecoder, class_head
+from .deformable_attention import MultiScaleDeformableAttention
+from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
+from .encoder import DeformableEncoder, EncoderLayer
+from .layers import FeedForward, box_head
+from .matcher import HungarianMatcher
+from .neck import ChannelMapper
+from .query_selection import EncoderProposals, MixedQuerySelection, PureQuerySelection, StaticQueries
+
+
+def build_neck(cfg: CfgNode, in_channels: Sequence[int]) -> ChannelMapper:
+    return ChannelMapper(in_channels, cfg.MODEL.DINO.HIDDEN_DIM, cfg.MODEL.DINO.NUM_FEATURE_LEVELS)
+
+
+def build_encoder(cfg: CfgNode) -> DeformableEncoder:
+    c = cfg.MODEL.DINO
+    layers = [EncoderLayer(_deformable_attention(cfg), _ffn(cfg)) for _ in range(c.ENC_LAYERS)]
+    _xavier(layers)
+    return DeformableEncoder(layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET)
+
+
+def build_query_selection(cfg: CfgNode) -> nn.Module:
+    c = cfg.MODEL.DINO
+    choice = _choice("MODEL.DINO.QUERY_SELECTION", c.QUERY_SELECTION, ("mixed", "pure", "static"))
+    if choice == "static":
+        return StaticQueries(c.NUM_QUERIES, c.HIDDEN_DIM)
+    proposals = EncoderProposals(c.HIDDEN_DIM, class_head(c.HIDDEN_DIM, c.NUM_CLASSES), box_head(c.HIDDEN_DIM))
+    nn.init.xavier_uniform_(proposals.project.weight)
+    if choice == "pure":
+        return PureQuerySelection(c.NUM_QUERIES, proposals)
+    return MixedQuerySelection(c.NUM_QUERIES, c.HIDDEN_DIM, proposals)
+
+
+def build_decoder(cfg: CfgNode) -> DINODecoder:
+    c = cfg.MODEL.DINO
+    choice = _choice("MODEL.DINO.LOOK_FORWARD", c.LOOK_FORWARD, BOX_REFINEMENTS)
+    layers = [
+        DecoderLayer(
+            nn.MultiheadAttention(c.HIDDEN_DIM, c.NHEADS, dropout=c.DROPOUT, batch_first=True),
+            _deformable_attention(cfg),
+            _ffn(cfg),
+        )
+        for _ in range(c.DEC_LAYERS)
+    ]
+    _xavier(layers)
+    decoder = DINODecoder(layers, c.HIDDEN_DIM, c.NUM_CLASSES, BOX_REFINEMENTS[choice], c.SHARE_HEADS)
+    _xavier([decoder.query_position])
+    return decoder
+
+
+def build_denoising(cfg: CfgNode) -> nn.Module:
+    c = cfg.MODEL.DINO
+    types = {"cdn": ContrastiveDenoising, "dn": PlainDenoising}
+    choice = _choice("MODEL.DINO.DN.TYPE", c.DN.TYPE, (*types, "none"))
+    if choice == "none":
+        return NoDenoising(c.HIDDEN_DIM)
+    return types[choice](
+        c.NUM_CLASSES,
+        c.HIDDEN_DIM,
+        number=c.DN.NUMBER,
+        label_noise_ratio=c.DN.LABEL_NOISE_RATIO,
+        box_noise_scale=c.DN.BOX_NOISE_SCALE,
+        max_queries=c.DN.MAX_QUERIES,
+    )
+
+
+def build_criterion(cfg: CfgNode) -> SetCriterion:
+    loss, cost = cfg.MODEL.DINO.LOSS, cfg.MODEL.DINO.MATCHER
+    matcher = HungarianMatcher(cost.CLASS_WEIGHT, cost.L1_WEIGHT, cost.GIOU_WEIGHT)
+    return SetCriterion(matcher, LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT))
+
+
+def _deformable_attention(cfg: CfgNode) -> MultiScaleDeformableAttention:
+    c = cfg.MODEL.DINO
+    return MultiScaleDeformableAttention(c.HIDDEN_DIM, c.NHEADS, c.NUM_FEATURE_LEVELS, c.NUM_POINTS)
+
+
+def _ffn(cfg: CfgNode) -> FeedForward:
+    return FeedForward(cfg.MODEL.DINO.HIDDEN_DIM, cfg.MODEL.DINO.DIM_FEEDFORWARD, cfg.MODEL.DINO.DROPOUT)
+
+
+def _xavier(modules: Sequence[nn.Module]) -> None:
+    """Xavier for every matrix of the transformer, then the deformable attention's own initialisation."""
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for part in module.modules():
+            if isinstance(part, MultiScaleDeformableAttention):
+                part.reset_parameters()
+
+
+def _choice(key: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value

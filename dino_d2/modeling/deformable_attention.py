@@ -1,0 +1,80 @@
+"""The deformable-attention layer around the op (Deformable DETR, arXiv 2010.04159, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dino_d2.ops import ms_deform_attn
+from dino_d2.structures import Memory
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Each query samples `num_points` places of every level, for every head.
+
+    Args:
+        embed_dim: C, a multiple of `num_heads`.
+        num_levels: L.
+        num_points: samples per head and level.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"HIDDEN_DIM {embed_dim} must be a multiple of NHEADS {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Heads look in `num_heads` directions, point p at distance p + 1, all equally weighted."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().max(dim=-1, keepdim=True).values
+        distances = torch.arange(1, self.num_points + 1)
+        ring = directions[:, None, None, :] * distances[None, None, :, None]  # (heads, 1, points, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(ring.expand(-1, self.num_levels, -1, -1).flatten())
+        for layer in (self.attention_weights.weight, self.attention_weights.bias):
+            nn.init.zeros_(layer)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """
+        Args:
+            query: (B, Q, C), position included.
+            reference: (B, Q, L, 2) points, or (B, Q, L, 4) boxes cx, cy, w, h; in [0, 1] of the padded level.
+            memory: what is sampled; its padded tokens count as zero.
+
+        Returns:
+            (B, Q, C).
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0)
+        shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+        output = ms_deform_attn(
+            value.view(batch, value.shape[1], self.num_heads, -1),
+            memory.spatial_shapes,
+            None,
+            self._locations(reference[:, :, None, :, None], offsets, memory.spatial_shapes),
+            weights,
+        )
+        return self.output_proj(output)
+
+    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+        """Points move by pixels of the level, boxes by fractions of their own half size."""
+        if reference.shape[-1] == 2:
+            sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
+            return reference + offsets / sizes[:, None]
+        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5

@@ -1,0 +1,91 @@
+"""The deformable encoder: feature maps in, refined tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_d2.structures import Memory
+
+from .deformable_attention import MultiScaleDeformableAttention
+from .layers import FeedForward
+from .position_encoding import pixel_embedding
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then the feed-forward block; norms after the residuals."""
+
+    def __init__(self, attention: MultiScaleDeformableAttention, ffn: FeedForward):
+        super().__init__()
+        embed_dim = ffn.linear1.in_features
+        self.self_attn = attention
+        self.self_attn_norm = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(ffn.dropout.p)
+        self.ffn = ffn
+
+    def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
+        tokens = memory.tokens
+        attended = self.self_attn(tokens + position, reference, memory)
+        return replace(memory, tokens=self.ffn(self.self_attn_norm(tokens + self.dropout(attended))))
+
+
+class DeformableEncoder(nn.Module):
+    """Flattens L feature maps into one sequence of N tokens and refines them.
+
+    Args:
+        layers: applied in turn.
+        embed_dim: C.
+        num_levels: L.
+        temperature, offset: of the sine embedding of the pixels.
+    """
+
+    def __init__(
+        self, layers: Sequence[EncoderLayer], embed_dim: int, num_levels: int, temperature: float, offset: float
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
+        self.temperature, self.offset = temperature, offset
+
+    def forward(self, features: Sequence[Tensor], padding_mask: Tensor) -> Memory:
+        """
+        Args:
+            features: L maps (B, C, h, w).
+            padding_mask: (B, H, W) bool over the padded images, True on padding.
+        """
+        dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry is never below float32
+        masks = [_resize_mask(padding_mask, feature.shape[-2:]) for feature in features]
+        position = [
+            pixel_embedding(mask, feature.shape[1], self.temperature, self.offset, dtype)
+            + level_embed[:, None, None]
+            for mask, feature, level_embed in zip(masks, features, self.level_embed, strict=True)
+        ]
+        memory = Memory(
+            tokens=_flatten(features),
+            padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+            spatial_shapes=tuple((feature.shape[-2], feature.shape[-1]) for feature in features),
+            valid_ratios=torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1),
+        )
+        position = _flatten(position)
+        reference = memory.token_centres()[:, :, None] * memory.valid_ratios[:, None]
+        for layer in self.layers:
+            memory = layer(memory, position, reference)
+        return memory
+
+
+def _flatten(maps: Sequence[Tensor]) -> Tensor:
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+
+def _resize_mask(mask: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].bool()
+
+
+def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 2): the unpadded share of width and height."""
+    inside = ~mask
+    return torch.stack([inside[:, 0].to(dtype).mean(-1), inside[:, :, 0].to(dtype).mean(-1)], dim=-1)

@@ -1,0 +1,72 @@
+"""One-to-one assignment of queries to objects (DETR, arXiv 2005.12872, equation 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dino_d2.geometry import cxcywh_to_xyxy, generalized_iou
+from dino_d2.structures import Pairs, Predictions, Targets
+
+from .losses import FOCAL_ALPHA, FOCAL_GAMMA
+
+
+class HungarianMatcher:
+    """Finds, for each image, the assignment of least cost.
+
+    The cost of a pair is `class_weight` * focal class cost + `l1_weight` * L1 distance of the boxes
+    - `giou_weight` * their generalised IoU.
+    """
+
+    def __init__(self, class_weight: float, l1_weight: float, giou_weight: float):
+        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
+
+    @torch.no_grad()
+    def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
+        """Match several predictions (layers) of one batch; the costs of all of them travel to the host at once.
+
+        Raises:
+            FloatingPointError: a prediction is NaN or infinite.
+        """
+        blocks = [
+            self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)
+        ]
+        on_host = torch.cat([block.flatten() for block in blocks]).cpu()
+        if not on_host.isfinite().all():
+            raise FloatingPointError(
+                "The model predicts NaN or infinite numbers, so its queries cannot be matched to objects: training "
+                "has diverged. Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or resume from an earlier checkpoint."
+            )
+        costs = [
+            part.view(block.shape).numpy()
+            for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)
+        ]
+        device = blocks[0].device
+        step = len(targets)
+        return [_pairs(costs[i : i + step], device) for i in range(0, len(costs), step)]
+
+    def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
+        """Cost of every query with every object: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
+        probability = logits.sigmoid()[:, target.labels]
+        positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
+        negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
+        distance = (boxes[:, None] - target.boxes[None]).abs().sum(-1)
+        overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
+        return self.class_weight * (positive - negative) + self.l1_weight * distance - self.giou_weight * overlap
+
+
+def _pairs(costs: list, device: torch.device) -> Pairs:
+    """Solve one block (Q, n) per image."""
+    image, query, target = [], [], []
+    first = 0
+    for i, cost in enumerate(costs):
+        rows, columns = (torch.as_tensor(index, dtype=torch.int64) for index in linear_sum_assignment(cost))
+        image.append(torch.full_like(rows, i))
+        query.append(rows)
+        target.append(first + columns)
+        first += cost.shape[1]
+    indices = torch.stack([torch.cat(image), torch.cat(query), torch.cat(target)]).to(device)
+    return Pairs(*indices.unbind())

@@ -1,0 +1,126 @@
+"""Where the decoder's queries come from (paper section 3.4).
+
+Lifted into another DETR, this file needs nothing but `structures`: the heads that score tokens are given to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dino_d2.structures import Memory, Predictions, Queries
+
+SMALLEST_PROPOSAL = 0.05  # of the image, at the finest level; doubles from level to level
+VALID_RANGE = (0.01, 0.99)
+
+
+@dataclass
+class Selection:
+    """The queries, and what the encoder predicts for the tokens they come from (None: they are learned)."""
+
+    queries: Queries
+    proposals: Predictions | None
+
+
+def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
+    """One box per token: its centre, and a size that doubles from level to level.
+
+    Returns:
+        logits of the boxes (B, N, 4), infinite for tokens that must not be chosen: those on padding and those
+        whose box has a number outside (0.01, 0.99); and which tokens may be chosen, (B, N) bool.
+    """
+    centre = memory.token_centres()
+    size = torch.cat(
+        [
+            centre.new_full((height * width, 2), SMALLEST_PROPOSAL * 2**level)
+            for level, (height, width) in enumerate(memory.spatial_shapes)
+        ]
+    )
+    box = torch.cat([centre, size.expand_as(centre)], dim=-1)
+    low, high = VALID_RANGE
+    valid = ((box > low) & (box < high)).all(-1) & ~memory.padding_mask
+    return torch.logit(box).masked_fill(~valid[..., None], torch.inf), valid
+
+
+class EncoderProposals(nn.Module):
+    """Scores every token and keeps the best, with a class and a box head of its own.
+
+    Args:
+        embed_dim: C.
+        class_head: (…, C) -> (…, K) logits.
+        box_head: (…, C) -> (…, 4) logit-space offsets.
+    """
+
+    def __init__(self, embed_dim: int, class_head: nn.Module, box_head: nn.Module):
+        super().__init__()
+        self.project = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_head = class_head
+        self.box_head = box_head
+
+    def forward(self, memory: Memory, num_queries: int) -> tuple[Tensor, Predictions]:
+        """
+        Returns:
+            features of the best min(num_queries, N) tokens (B, Q, C), and what is predicted for them. The box
+            head runs on those alone, which changes nothing: the others are not used.
+        """
+        proposal_logits, valid = token_proposals(memory)
+        features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
+        logits = self.class_head(features)
+        # Images of a few pixels have fewer tokens than queries.
+        best = logits.max(-1).values.topk(min(num_queries, logits.shape[1]), dim=1).indices
+        features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
+        boxes = (self.box_head(features) + proposal_logits).sigmoid()
+        return features, Predictions(logits, boxes)
+
+
+class MixedQuerySelection(nn.Module):
+    """Anchors from the best tokens, content learned: the choice of DINO."""
+
+    def __init__(self, num_queries: int, embed_dim: int, proposals: EncoderProposals):
+        super().__init__()
+        self.num_queries = num_queries
+        self.proposals = proposals
+        self.content = nn.Embedding(num_queries, embed_dim)
+        nn.init.xavier_uniform_(self.content.weight)
+
+    def forward(self, memory: Memory) -> Selection:
+        _, proposals = self.proposals(memory, self.num_queries)
+        batch, queries, _ = proposals.boxes.shape
+        content = self.content.weight[:queries].expand(batch, -1, -1)
+        return Selection(Queries(content, proposals.boxes.detach()), proposals)
+
+
+class PureQuerySelection(nn.Module):
+    """Anchors and content from the best tokens, both without gradient (two-stage Deformable DETR)."""
+
+    def __init__(self, num_queries: int, proposals: EncoderProposals):
+        super().__init__()
+        self.num_queries = num_queries
+        self.proposals = proposals
+
+    def forward(self, memory: Memory) -> Selection:
+        features, proposals = self.proposals(memory, self.num_queries)
+        return Selection(Queries(features.detach(), proposals.boxes.detach()), proposals)
+
+
+class StaticQueries(nn.Module):
+    """Anchors and content learned, the same for every image (DAB-DETR, DN-DETR)."""
+
+    def __init__(self, num_queries: int, embed_dim: int):
+        super().__init__()
+        self.content = nn.Embedding(num_queries, embed_dim)
+        self.anchor_logits = nn.Embedding(num_queries, 4)
+        nn.init.xavier_uniform_(self.content.weight)
+
+    def forward(self, memory: Memory) -> Selection:
+        batch = memory.tokens.shape[0]
+        content = self.content.weight.expand(batch, -1, -1)
+        return Selection(Queries(content, self.anchor_logits.weight.sigmoid().expand(batch, -1, -1)), None)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, Q) of `x` (B, N, C): (B, Q, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
