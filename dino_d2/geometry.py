@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOGIT_EPS = 1e-3  # the published program's; it bounds what one decoder layer can move a box
+# Both are the published program's.
+LOGIT_EPS = 1e-3  # bounds what one decoder layer can move a box
+IOU_EPS = 1e-6  # keeps boxes without area finite
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -42,4 +44,4 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(-1)
     union = (high_a - low_a).prod(-1) + (high_b - low_b).prod(-1) - intersection
     hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0).prod(-1)
-    return intersection / union - (hull - union) / hull
+    return intersection / (union + IOU_EPS) - (hull - union) / (hull + IOU_EPS)
