@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 
 
 def add_dino_config(cfg: CN) -> None:
-    """Add DINO's keys to a config made by `detectron2.config.get_cfg()`. Keys that exist keep their value."""
+    """Add DINO's keys to a config made by `detectron2.config.get_cfg()`."""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"  # no GPU is an ordinary case
 
@@ -60,14 +64,30 @@ def add_dino_config(cfg: CN) -> None:
     t.PRETRAINED = False  # let timm fetch its weights (MODEL.WEIGHTS is loaded after it)
     t.FREEZE_BATCHNORM = True  # keep running statistics and affine parameters as loaded
 
-    # The augmentation: flip; with a probability resize and crop first; resize the short side; …
-    cfg.INPUT.CROP.PROBABILITY = 0.5  # of cropping (INPUT.CROP.SIZE, each side drawn by itself)
+    # [name, annotation file, image folder] of data sets in COCO's format, to be registered
+    cfg.DATASETS.COCO_FORMAT = []
+
+    cfg.INPUT.CROP.PROBABILITY = 0.5  # of cropping to INPUT.CROP.SIZE
     cfg.INPUT.CROP.RESIZE_FIRST = [400, 500, 600]  # short sides drawn from before the crop; empty: no resize
-    cfg.INPUT.CROP.AROUND_OBJECT = 0.0  # probability that a crop is placed over a random object
-    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (images without an up, as from the air)
+    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (pictures without an up, as from the air)
     cfg.INPUT.QUARTER_TURN = False  # turn by 90 degrees, half of the time
     cfg.INPUT.COLOR_JITTER = 0.0  # brightness, contrast and saturation change by up to this share
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
-    cfg.SOLVER.EMA_DECAY = 0.0  # of an average of the weights that is kept and evaluated beside them; 0: none
     cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
+    """detectron2's defaults, DINO's, those of a file, then `overrides` (KEY VALUE KEY VALUE …).
+
+    A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
+    """
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    default_device = cfg.MODEL.DEVICE
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(overrides))
+    if cfg.MODEL.DEVICE != default_device and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = default_device
+    return cfg

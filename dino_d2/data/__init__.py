@@ -1,0 +1,6 @@
+"""Augmentation and data set registration; loading is detectron2's."""
+
+from .augmentation import build_train_augmentation
+from .datasets import register_datasets
+
+__all__ = ["build_train_augmentation", "register_datasets"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import timm
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -21,10 +22,18 @@ class TimmBackbone(Backbone):
         in_channels: of the images.
         pretrained: let timm fetch its weights (from the internet or its cache).
         freeze_batchnorm: replace batch norms by their fixed affine transform.
+        freeze_at: as in detectron2: 0 trains everything, 1 fixes what makes timm's map 0 (the stem), 2 what makes
+            map 1 as well, and so on.
     """
 
     def __init__(
-        self, name: str, out_indices: Sequence[int], in_channels: int, pretrained: bool, freeze_batchnorm: bool
+        self,
+        name: str,
+        out_indices: Sequence[int],
+        in_channels: int,
+        pretrained: bool,
+        freeze_batchnorm: bool,
+        freeze_at: int,
     ):
         super().__init__()
         self.body = timm.create_model(
@@ -32,23 +41,41 @@ class TimmBackbone(Backbone):
         )
         if freeze_batchnorm:
             self.body = freeze_batch_norm_2d(self.body)
+        self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         info = self.body.feature_info
+        if freeze_at > 0:
+            self._freeze_up_to(info.info[freeze_at - 1]["module"])
         self._out_features = [f"stage{index}" for index in out_indices]
         self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, info.reduction(), strict=True))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
-        maps = self.body(x)
+        maps = self.body(x.contiguous(memory_format=torch.channels_last))
         # Transformers of timm put channels last.
         return {
             name: feature if feature.shape[1] == channels else feature.permute(0, 3, 1, 2).contiguous()
             for (name, channels), feature in zip(self._out_feature_channels.items(), maps, strict=True)
         }
 
+    def _freeze_up_to(self, last: str) -> None:
+        names = [name for name, _ in self.body.named_modules()]
+        same = (last, last.replace(".", "_"))  # timm flattens the names of some models
+        end = max(i for i, name in enumerate(names) if name in same or name.startswith(tuple(f"{s}." for s in same)))
+        for name in names[: end + 1]:
+            for parameter in self.body.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(False)
+
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """A timm model from `MODEL.TIMM`."""
     t = cfg.MODEL.TIMM
-    return TimmBackbone(t.NAME, t.OUT_INDICES, input_shape.channels, t.PRETRAINED, t.FREEZE_BATCHNORM)
+    return TimmBackbone(
+        t.NAME,
+        t.OUT_INDICES,
+        input_shape.channels,
+        pretrained=t.PRETRAINED,
+        freeze_batchnorm=t.FREEZE_BATCHNORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )

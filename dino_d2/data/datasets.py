@@ -1,0 +1,36 @@
+"""Data sets in COCO's format, named in the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register every (name, annotation file, image folder) of `DATASETS.COCO_FORMAT` with detectron2.
+
+    Registering the same data set again changes nothing.
+
+    Raises:
+        ValueError: an entry is no such triple, or its name is taken.
+        FileNotFoundError: the annotation file or the image folder does not exist.
+    """
+    for entry in cfg.DATASETS.COCO_FORMAT:
+        if len(entry) != 3:
+            raise ValueError(f"DATASETS.COCO_FORMAT: {entry} must be [name, annotation file, image folder]")
+        name, annotations, images = entry
+        for path in (annotations, images):
+            if not Path(path).exists():
+                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the data set {name!r} does not exist")
+        if name in DatasetCatalog:
+            if _REGISTERED.get(name) == (annotations, images):
+                continue
+            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another data set; choose a new one")
+        register_coco_instances(name, {}, annotations, images)
+        _REGISTERED[name] = (annotations, images)
+
+
+_REGISTERED: dict[str, tuple[str, str]] = {}

@@ -1,0 +1,45 @@
+"""detectron2's DefaultTrainer with DINO's optimizer, augmentation and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from torch import nn
+
+from dino_d2.data import build_train_augmentation
+
+from .mixed_precision import MixedPrecisionTrainer
+from .optimizer import build_optimizer
+
+
+class DINOTrainer(DefaultTrainer):
+    """Everything that is not named here is detectron2's."""
+
+    def __init__(self, cfg: CfgNode):
+        precision = cfg.SOLVER.AMP.clone()
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.AMP.ENABLED = False  # detectron2's own trainer for it refuses to work without CUDA
+        super().__init__(cfg)
+        if precision.ENABLED:
+            parts = (self._trainer.model, self._trainer.data_loader, self._trainer.optimizer)
+            self._trainer = MixedPrecisionTrainer(*parts, dtype=precision.DTYPE)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        mapper = DatasetMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)))
