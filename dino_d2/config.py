@@ -87,7 +87,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     default_device = cfg.MODEL.DEVICE
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
-    if cfg.MODEL.DEVICE != default_device and not torch.cuda.is_available():
+    if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg

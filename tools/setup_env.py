@@ -142,9 +142,7 @@ def main() -> None:
     build_settings = "|".join(
         f"{name}={os.environ.get(name, '')}" for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX")
     )
-    key = digest(
-        *sources, ROOT / "setup.py", ROOT / "pyproject.toml", extra=f"{build_settings}|{shutil.which('nvcc')}"
-    )
+    key = digest(*sources, ROOT / "setup.py", ROOT / "pyproject.toml", extra=f"{build_settings}|{shutil.which('nvcc')}")
     step("deformable-attention op and dino_d2", key, build_op, op_is_there)
     say("ready: .venv/bin/python")
 

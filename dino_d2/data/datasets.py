@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 
@@ -34,3 +35,15 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 _REGISTERED: dict[str, tuple[str, str]] = {}
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classes, as the first data set of the config has them; empty where none is registered."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == name]
+        if entries and Path(entries[0][1]).is_file():
+            categories = json.loads(Path(entries[0][1]).read_text())["categories"]
+            return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
+        if not entries and name in MetadataCatalog.list():
+            return list(MetadataCatalog.get(name).get("thing_classes", []))
+    return []

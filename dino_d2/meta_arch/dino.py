@@ -128,7 +128,7 @@ class DINO(nn.Module):
         for x in batched_inputs:
             name = x.get("file_name", "an image")
             if "instances" not in x:
-                raise ValueError(f"{name} has no \"instances\": in training every input needs them, empty ones too")
+                raise ValueError(f'{name} has no "instances": in training every input needs them, empty ones too')
             classes, boxes = x["instances"].gt_classes, x["instances"].gt_boxes.tensor
             if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
                 raise ValueError(

@@ -60,8 +60,7 @@ class DeformableEncoder(nn.Module):
         dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry is never below float32
         masks = [_resize_mask(padding_mask, feature.shape[-2:]) for feature in features]
         position = [
-            pixel_embedding(mask, feature.shape[1], self.temperature, self.offset, dtype)
-            + level_embed[:, None, None]
+            pixel_embedding(mask, feature.shape[1], self.temperature, self.offset, dtype) + level_embed[:, None, None]
             for mask, feature, level_embed in zip(masks, features, self.level_embed, strict=True)
         ]
         memory = Memory(

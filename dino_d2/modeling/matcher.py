@@ -31,9 +31,7 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: a prediction is NaN or infinite.
         """
-        blocks = [
-            self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)
-        ]
+        blocks = [self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)]
         on_host = torch.cat([block.flatten() for block in blocks]).cpu()
         if not on_host.isfinite().all():
             raise FloatingPointError(

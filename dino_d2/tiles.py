@@ -1,0 +1,62 @@
+"""Photographs too large for one pass: predict tile by tile, and put the results together without seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from detectron2.structures import Boxes, Instances
+
+
+def spread(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Cover [0, length) with the fewest equal intervals of at most `size` that share at least `overlap`.
+
+    Raises:
+        ValueError: the overlap does not leave a tile anything of its own.
+    """
+    if not 0 <= overlap < size:
+        raise ValueError(f"an overlap of {overlap} pixels does not fit tiles of {size}")
+    count = 1 if length <= size else -(-(length - overlap) // (size - overlap))
+    tile = -(-(length + (count - 1) * overlap) // count)
+    starts = np.linspace(0, length - tile, count).astype(int)
+    return [(int(start), int(start) + tile) for start in starts]
+
+
+def predict_in_tiles(
+    predict: Callable[[np.ndarray], Instances], image: np.ndarray, size: int, overlap: int
+) -> Instances:
+    """Run `predict` on overlapping tiles; each detection counts in the one tile whose core holds its centre.
+
+    Cores divide the picture at the middle of the overlaps, so nothing is found twice and, as long as the overlap
+    is wider than an object, nothing is cut.
+
+    Args:
+        predict: (h, w, 3) picture -> Instances with `pred_boxes`, `scores`, `pred_classes`.
+        image: (H, W, 3).
+        size: longest side of a tile in pixels.
+        overlap: pixels that neighbours share at least.
+
+    Returns:
+        Instances of the whole picture, best first.
+    """
+    height, width = image.shape[:2]
+    rows, columns = spread(height, size, overlap), spread(width, size, overlap)
+    found = []
+    for y, core_y in zip(rows, _cores(rows), strict=True):
+        for x, core_x in zip(columns, _cores(columns), strict=True):
+            instances = predict(image[y[0] : y[1], x[0] : x[1]])
+            boxes = instances.pred_boxes.tensor + instances.pred_boxes.tensor.new_tensor([x[0], y[0]] * 2)
+            centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+            low, high = centre.new_tensor([core_x[0], core_y[0]]), centre.new_tensor([core_x[1], core_y[1]])
+            keep = ((centre >= low) & (centre < high)).all(1)
+            whole = Instances((height, width), **instances.get_fields())
+            whole.pred_boxes = Boxes(boxes)
+            found.append(whole[keep])
+    result = Instances.cat(found)
+    return result[result.scores.argsort(descending=True)]
+
+
+def _cores(intervals: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Divide what the intervals cover at the middle of each overlap."""
+    middles = [(end + start) / 2 for (_, end), (start, _) in zip(intervals[:-1], intervals[1:], strict=True)]
+    return list(zip([-np.inf, *middles], [*middles, np.inf], strict=True))

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dino_d2.modeling.layers import MLP
+from dino_d2.modeling.query_selection import (
+    EncoderProposals,
+    MixedQuerySelection,
+    PureQuerySelection,
+    StaticQueries,
+    token_proposals,
+)
+from dino_d2.structures import Memory
+
+CHANNELS = 32
+
+
+def make_proposals() -> EncoderProposals:
+    return EncoderProposals(CHANNELS, torch.nn.Linear(CHANNELS, 5), MLP(CHANNELS, CHANNELS, 4, 2)).double()
+
+
+def leaf(memory: Memory) -> Tensor:
+    """The tokens, made to collect gradients."""
+    return memory.tokens.requires_grad_()
+
+
+def test_proposals_are_token_centres_with_a_size_per_level(make_memory) -> None:
+    logits, valid = token_proposals(make_memory(((4, 8), (2, 4)), valid=((1, 1),)))
+    boxes = logits.sigmoid()[0]
+    assert valid.all()
+    assert boxes[0].tolist() == pytest.approx([0.5 / 8, 0.5 / 4, 0.05, 0.05])
+    assert boxes[8 + 3].tolist() == pytest.approx([3.5 / 8, 1.5 / 4, 0.05, 0.05])
+    assert boxes[32 + 4 + 1].tolist() == pytest.approx([1.5 / 4, 1.5 / 2, 0.1, 0.1])
+
+
+def test_proposals_are_relative_to_the_unpadded_image(make_memory) -> None:
+    logits, _ = token_proposals(make_memory(((4, 8),), valid=((0.5, 0.25),)))
+    assert logits.sigmoid()[0, 8 + 1].tolist() == pytest.approx([1.5 / 2, 1.5 / 2, 0.05, 0.05])
+
+
+def test_proposals_of_padded_tokens_are_infinite(make_memory) -> None:
+    memory = make_memory(((4, 8),), valid=((1, 1), (0.5, 0.25)))
+    logits, valid = token_proposals(memory)
+    assert torch.equal(valid, ~memory.padding_mask)
+    assert logits[~valid].isposinf().all()
+    assert logits[valid].isfinite().all()
+
+
+def test_proposals_at_the_very_border_are_infinite(make_memory) -> None:
+    logits, valid = token_proposals(make_memory(((1, 60),), valid=((1, 1),)))
+    assert (~valid[0]).nonzero().flatten().tolist() == [0, 59]  # their centres lie within 0.01 of the border
+    assert logits[~valid].isposinf().all()
+
+
+def test_best_tokens_are_taken_best_first(make_memory) -> None:
+    memory, proposals = make_memory(valid=((1, 1),)), make_proposals()
+    _, best = proposals(memory, 7)
+    _, everything = proposals(memory, memory.tokens.shape[1])
+    scores = everything.logits.max(-1).values.sort(descending=True).values
+    torch.testing.assert_close(best.logits.max(-1).values, scores[:, :7])
+
+
+def test_predictions_are_the_heads_of_the_chosen_tokens(make_memory) -> None:
+    memory, proposals = make_memory(valid=((1, 1),)), make_proposals()
+    features, predictions = proposals(memory, 7)
+    all_features = proposals.norm(proposals.project(memory.tokens))
+    token = (all_features[0][None] - features[0][:, None]).abs().sum(-1).argmin(-1)
+    torch.testing.assert_close(features[0], all_features[0, token])
+    torch.testing.assert_close(predictions.logits[0], proposals.class_head(all_features[0, token]))
+    start = token_proposals(memory)[0][0, token]
+    torch.testing.assert_close(predictions.boxes[0], (proposals.box_head(features[0]) + start).sigmoid())
+
+
+def test_invalid_tokens_are_not_read(make_memory) -> None:
+    memory, proposals = make_memory(), make_proposals()
+    count = memory.tokens.shape[1]
+    expected = proposals(memory, count)[1]
+    memory.tokens[memory.padding_mask] = torch.nan
+    torch.testing.assert_close(proposals(memory, count)[1].logits, expected.logits)
+
+
+def test_chosen_invalid_tokens_leave_all_gradients_finite(make_memory) -> None:
+    memory, proposals = make_memory(), make_proposals()
+    tokens = leaf(memory)
+    _, predictions = proposals(memory, tokens.shape[1])  # all of them
+    (predictions.boxes.sum() + predictions.logits.sum()).backward()
+    assert predictions.boxes.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (tokens, *proposals.parameters()))
+
+
+def test_mixed_anchors_come_from_tokens_without_gradient_and_content_is_learned(make_memory) -> None:
+    memory, selection = make_memory(), MixedQuerySelection(6, CHANNELS, make_proposals()).double()
+    tokens = leaf(memory)
+    queries, proposals = selection(memory).queries, selection(memory).proposals
+    assert torch.equal(queries.anchors, proposals.boxes)
+    assert not queries.anchors.requires_grad
+    assert torch.equal(queries.content, selection.content.weight.expand(2, -1, -1))
+    assert torch.autograd.grad(queries.content.sum(), selection.content.weight)[0].any()
+    assert torch.autograd.grad(proposals.boxes.sum(), tokens)[0].any()
+
+
+def test_pure_anchors_and_content_come_from_tokens_without_gradient(make_memory) -> None:
+    memory, selection = make_memory(), PureQuerySelection(6, make_proposals())
+    tokens = leaf(memory)
+    queries, proposals = selection(memory).queries, selection(memory).proposals
+    assert torch.equal(queries.anchors, proposals.boxes)
+    assert torch.equal(queries.content, selection.proposals(memory, 6)[0])
+    assert not queries.anchors.requires_grad
+    assert not queries.content.requires_grad
+    assert torch.autograd.grad(proposals.boxes.sum(), tokens)[0].any()
+
+
+def test_static_anchors_and_content_are_learned_and_the_same_for_every_image(make_memory) -> None:
+    selection = StaticQueries(6, CHANNELS)
+    result = selection(make_memory())
+    queries = result.queries
+    assert result.proposals is None
+    assert torch.equal(queries.content[0], queries.content[1])
+    assert torch.equal(queries.anchors[0], queries.anchors[1])
+    assert ((queries.anchors > 0) & (queries.anchors < 1)).all()
+    loss = queries.content.sum() + queries.anchors.sum()
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss, list(selection.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "pure"])
+def test_fewer_tokens_than_queries_make_fewer_queries(kind: str, make_memory) -> None:
+    if kind == "mixed":
+        selection = MixedQuerySelection(50, CHANNELS, make_proposals())
+    else:
+        selection = PureQuerySelection(50, make_proposals())
+    result = selection(make_memory(((2, 3), (1, 2)), valid=((1, 1), (1, 1))))
+    assert result.queries.content.shape == (2, 8, CHANNELS)
+    assert result.queries.anchors.shape == (2, 8, 4)
+    assert result.proposals.logits.shape == (2, 8, 5)

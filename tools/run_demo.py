@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""`make demo`: train DINO on an aerial photograph, evaluate it on two others, predict, draw.
+
+Everything lands in output/demo/: data/, train/ (detectron2's own logs), metrics.json, photograph.png,
+second_site.png, curves.png. A second run with the same data and config goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
+from PIL import Image, ImageDraw
+
+from demo import detect
+from demo_data import Photo, fetch, grid, read_photo, write_backbone, write_coco
+from dino_d2 import load_config
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
+OUTPUT = Path("output/demo")
+DATA = OUTPUT / "data"
+TRAIN_TILE, TRAIN_OVERLAP = 560, 280
+TEST_TILE = 400
+FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
+DRAWN_ABOVE = 0.3
+
+
+def prepare() -> None:
+    """Photographs, tiles, annotation files and the backbone's weights, unless they are there."""
+    backbone = DATA / "mobilenetv2.pth"
+    if backbone.exists():  # written last
+        return
+    print("[demo] preparing the photographs", flush=True)
+    DATA.mkdir(parents=True, exist_ok=True)
+    fetch(DATA)
+    for which in ("train", "test", "second_site"):
+        size, overlap = (TRAIN_TILE, TRAIN_OVERLAP) if which == "train" else (TEST_TILE, 0)
+        tiles = grid(read_photo(DATA, which), size, overlap)
+        if which == "train":
+            tiles = [tile for tile in tiles if len(tile.boxes)]
+        write_coco(tiles, DATA / f"{which}.json", DATA / which)
+    write_backbone(DATA, backbone)
+
+
+def train(seed: int, folder: Path) -> None:
+    """Train into `folder`, or go on where an interrupted run stopped; a finished run is left as it is."""
+    made_from = folder / "made_from.txt"
+    config = "".join(Path(path).read_text() for path in ("configs/Base-DINO.yaml", CONFIG)) + f"seed {seed}"
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    same = made_from.exists() and made_from.read_text() == digest
+    if same and (folder / "model_final.pth").exists():
+        print(f"[demo] {folder} is trained already; remove it to train again", flush=True)
+        return
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        made_from.write_text(digest)
+    resume = ["--resume"] if (folder / "last_checkpoint").exists() else []
+    print("[demo] training; the lines below end with the time left (eta)", flush=True)
+    command = ["tools/train_net.py", "--config-file", CONFIG, *resume, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float]:
+    """COCO metrics, in percent, of what was found in a whole photograph (up to 1000 detections count)."""
+    with tempfile.TemporaryDirectory() as folder:
+        json_file = Path(folder, "photo.json")
+        write_coco([photo], json_file, Path(folder))
+        register_coco_instances(name, {}, str(json_file), folder)
+        evaluator = COCOEvaluator(name, max_dets_per_image=[1, 10, 1000])
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        metrics = evaluator.evaluate()["bbox"]
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    return {key: round(value, 2) for key, value in metrics.items()}
+
+
+def draw(photo: Photo, found: Instances, path: Path) -> None:
+    """What was found in one colour, what was drawn by hand in another."""
+    picture = Image.fromarray(photo.pixels)
+    pen = ImageDraw.Draw(picture)
+    surest = found[found.scores > DRAWN_ABOVE].pred_boxes.tensor.tolist()
+    for boxes, colour, width in ((photo.boxes.tolist(), TRUTH, 1), (surest, FOUND, 2)):
+        for box in boxes:
+            pen.rectangle(box, outline=colour, width=width)
+    pen.rectangle((0, 0, 330, 18), fill=(0, 0, 0))
+    pen.text((6, 4), f"{len(photo.boxes)} drawn by hand", fill=TRUTH)
+    pen.text((130, 4), f"{len(surest)} found with score > {DRAWN_ABOVE}", fill=FOUND)
+    picture.save(path)
+
+
+def plot_curves(folder: Path, path: Path) -> None:
+    """Loss and AP over the iterations, from detectron2's metrics.json."""
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    losses = [(x["iteration"], x["total_loss"]) for x in lines if "total_loss" in x]
+    left.plot(*zip(*losses, strict=True))
+    left.set(title="training loss", xlabel="iteration", yscale="log")
+    for key, label in (("trees_test/bbox/AP50", "test photograph"), ("trees_second_site/bbox/AP50", "second site")):
+        points = [(x["iteration"], x[key]) for x in lines if key in x]
+        right.plot(*zip(*points, strict=True), marker="o", label=label)
+    right.set(title="AP50 on tiles, in percent", xlabel="iteration", ylim=(0, None))
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1, help="of weights, denoising and augmentation (default 1)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder for results (default {OUTPUT})")
+    args = parser.parse_args()
+    os.chdir(Path(__file__).resolve().parent.parent)
+
+    start = time.time()
+    prepare()
+    folder = args.output / "train"
+    train(args.seed, folder)
+    weights = folder / "model_final.pth"
+    predictor = DefaultPredictor(load_config(CONFIG, ["MODEL.WEIGHTS", str(weights)]))
+    results = {}
+    for which, picture in (("test", "photograph.png"), ("second_site", "second_site.png")):
+        photo = read_photo(DATA, which)
+        found = detect(predictor, photo.pixels[:, :, ::-1], TEST_TILE)
+        results[which] = evaluate(photo, found, f"demo_{which}")
+        draw(photo, found, args.output / picture)
+    metrics = {**results["test"], "second_site": results["second_site"], "seed": args.seed}
+    metrics["seconds"] = round(time.time() - start)
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    plot_curves(folder, args.output / "curves.png")
+
+    print(f"[demo] done in {metrics['seconds']} s; AP50 on the test photograph: {metrics['AP50']:.1f}, "
+          f"on the second site: {metrics['second_site']['AP50']:.1f}")  # fmt: skip
+    print(f"[demo] look at {args.output}/photograph.png, second_site.png and curves.png; metrics.json has the numbers")
+    print("[demo] on a photograph of your own:")
+    print(
+        f"    .venv/bin/python tools/demo.py --config-file {CONFIG} --weights {weights} "
+        f"--tile {TEST_TILE} --input PHOTO --output {args.output}/own"
+    )
+
+
+if __name__ == "__main__":
+    main()
