@@ -108,7 +108,7 @@ def test_class_head_speaks_for_its_layer(share_heads: bool, changed: list[bool],
     assert [not torch.equal(a.logits, b.logits) for a, b in zip(before, after, strict=True)] == changed
 
 
-def test_next_layer_attends_around_the_refined_box(make_memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_layer_attends_around_the_refined_box(make_memory) -> None:
     decoder, queries, memory = make_decoder(2), make_queries(), make_memory()
     let_boxes_move(decoder)
     seen = []

@@ -218,7 +218,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for ours, truth in zip(*results):
                 # float32 locations bound the precision of all but the stored rounding
                 tolerance = torch.finfo(ours.dtype).eps if ours.dtype == torch.bfloat16 else 2e-5
-                torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max()))
+                scale = truth.abs().max().item()
+                torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance * scale)
 print("agreed")
 """
 
@@ -326,7 +327,10 @@ def wrong_arguments() -> list:
             (value, shapes, None, torch.cat([locations, locations[..., :1]], -1), weights),
         ),
         "locations of another batch": ("sampling_locations", (value, shapes, None, locations[:1], weights[:1])),
-        "locations of other heads": ("sampling_locations", (value, shapes, None, locations[:, :, :1], weights[:, :, :1])),
+        "locations of other heads": (
+            "sampling_locations",
+            (value, shapes, None, locations[:, :, :1], weights[:, :, :1]),
+        ),
         "locations with too few levels": (
             "sampling_locations",
             (value, shapes, None, locations[:, :, :, :2], weights[:, :, :, :2]),

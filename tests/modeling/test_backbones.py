@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone
+from torch import nn
+
+from dino_d2 import add_dino_config
+from dino_d2.modeling.backbone import TimmBackbone
+
+
+def config(name: str) -> CfgNode:
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = name
+    return cfg
+
+
+def assert_maps_are_as_announced(backbone: nn.Module, height: int, width: int) -> None:
+    """Channels and strides of `output_shape`, on an image that they need not divide."""
+    maps = backbone(torch.rand(2, 3, height, width))
+    assert list(maps) == list(backbone.output_shape())
+    for name, shape in backbone.output_shape().items():
+        expected = (2, shape.channels, -(-height // shape.stride), -(-width // shape.stride))
+        assert tuple(maps[name].shape) == expected
+
+
+def timm_backbone(
+    name: str = "mobilenetv2_050",
+    out_indices: Sequence[int] = (2, 3, 4),
+    freeze_batchnorm: bool = True,
+    freeze_at: int = 0,
+) -> TimmBackbone:
+    return TimmBackbone(name, out_indices, 3, pretrained=False, freeze_batchnorm=freeze_batchnorm, freeze_at=freeze_at)
+
+
+def test_timm_model_is_built_from_config() -> None:
+    cfg = config("build_timm_backbone")
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_050"
+    cfg.MODEL.TIMM.OUT_INDICES = [1, 3]
+    backbone = build_backbone(cfg)
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == {"stage1": 4, "stage3": 16}
+    assert_maps_are_as_announced(backbone, 64, 96)
+
+
+def test_timm_maps_are_as_announced_for_odd_sizes() -> None:
+    assert_maps_are_as_announced(timm_backbone(), 33, 47)
+
+
+def test_frozen_batchnorm_ignores_the_batch() -> None:
+    backbone, images = timm_backbone().train(), torch.rand(2, 3, 64, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    together = backbone(images)["stage4"]
+    torch.testing.assert_close(together[:1], backbone(images[:1])["stage4"])
+
+
+def test_batchnorm_stays_if_wanted() -> None:
+    assert any(isinstance(module, nn.BatchNorm2d) for module in timm_backbone(freeze_batchnorm=False).modules())
+
+
+@pytest.mark.parametrize("freeze_at", [0, 1, 2])
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet10t"])
+def test_exactly_what_makes_the_first_maps_is_frozen(name: str, freeze_at: int) -> None:
+    whole = timm_backbone(name, (0, 1, 2))
+    maps = list(whole(torch.rand(1, 3, 64, 64)).values())
+    sum(feature.sum() for feature in maps[:freeze_at] or [torch.zeros((), requires_grad=True)]).backward()
+    makers = {n for n, p in whole.named_parameters() if p.grad is not None}
+    frozen = timm_backbone(name, (0, 1, 2), freeze_at=freeze_at)
+    assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == makers
+
+
+@pytest.fixture(scope="module")
+def channels_last_backbone() -> TimmBackbone:
+    """Of those timm models that put channels last, one that takes images of any size: 48 channels at stride 4."""
+    return timm_backbone("mambaout_femto", (0, 1)).eval()
+
+
+def test_channels_of_timm_models_are_put_first(channels_last_backbone: TimmBackbone) -> None:
+    assert_maps_are_as_announced(channels_last_backbone, 64, 96)
+
+
+def test_channels_are_put_first_when_a_map_is_as_high_as_it_has_channels(channels_last_backbone: TimmBackbone) -> None:
+    assert_maps_are_as_announced(channels_last_backbone, height=4 * 48, width=64)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_swin_is_built_from_config_and_trains(checkpoint: bool) -> None:
+    cfg = config("build_swin_backbone")
+    s = cfg.MODEL.SWIN
+    s.EMBED_DIM, s.DEPTHS, s.NUM_HEADS, s.WINDOW_SIZE = 8, [1, 1, 2, 1], [1, 1, 2, 2], 4
+    s.OUT_FEATURES, s.CHECKPOINT = ["p1", "p3"], checkpoint
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    assert {name: (shape.channels, shape.stride) for name, shape in shapes.items()} == {"p1": (16, 8), "p3": (64, 32)}
+    assert_maps_are_as_announced(backbone, 50, 70)
+    loss = sum(feature.square().sum() for feature in backbone(torch.rand(1, 3, 32, 32)).values())
+    loss.backward()
+    assert backbone.patch_embed.proj.weight.grad.any()

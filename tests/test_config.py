@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from dino_d2 import add_dino_config
+
+
+@pytest.fixture
+def default() -> CfgNode:
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    {
+        "NUM_CLASSES": 80,
+        "NUM_QUERIES": 900,
+        "NUM_FEATURE_LEVELS": 4,
+        "IN_FEATURES": ["res3", "res4", "res5"],
+        "HIDDEN_DIM": 256,
+        "NHEADS": 8,
+        "ENC_LAYERS": 6,
+        "DEC_LAYERS": 6,
+        "DIM_FEEDFORWARD": 2048,
+        "NUM_POINTS": 4,
+        "DROPOUT": 0.0,
+        "QUERY_SELECTION": "mixed",
+        "LOOK_FORWARD": "twice",
+        "SHARE_HEADS": True,
+        "POS_TEMPERATURE": 20.0,
+        "POS_OFFSET": 0.0,
+    }.items(),
+)
+def test_model_is_the_published_one_by_default(key: str, value: object, default: CfgNode) -> None:
+    assert default.MODEL.DINO[key] == value
+    assert type(default.MODEL.DINO[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    {"TYPE": "cdn", "NUMBER": 100, "LABEL_NOISE_RATIO": 0.5, "BOX_NOISE_SCALE": 1.0, "MAX_QUERIES": 0}.items(),
+)
+def test_denoising_is_the_published_one_by_default(key: str, value: object, default: CfgNode) -> None:
+    assert default.MODEL.DINO.DN[key] == value
+    assert type(default.MODEL.DINO.DN[key]) is type(value)  # detectron2 refuses 0.5 where the default is an integer
+
+
+def test_loss_and_matching_weights_are_the_published_ones_by_default(default: CfgNode) -> None:
+    assert dict(default.MODEL.DINO.LOSS) == {"CLASS_WEIGHT": 1.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0}
+    assert dict(default.MODEL.DINO.MATCHER) == {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [("QUERY_SELECTION", "mixed, pure, static"), ("LOOK_FORWARD", "twice, once"), ("DN__TYPE", "cdn, dn, none")],
+)
+def test_unknown_choice_is_refused_with_the_key_and_the_choices(key: str, allowed: str, tiny_config) -> None:
+    cfg = tiny_config(**{key: "other"})
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.{key.replace('__', '.')} is 'other'.*{allowed}"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"HIDDEN_DIM": 80}, "HIDDEN_DIM"),
+        ({"NHEADS": 5}, "NHEADS"),
+        ({"NUM_FEATURE_LEVELS": 2}, "NUM_FEATURE_LEVELS"),
+        ({"DN__NUMBER": 0}, r"DN\.NUMBER"),
+        ({"DN__MAX_QUERIES": 1}, r"DN\.MAX_QUERIES"),
+    ],
+)
+def test_setting_that_cannot_work_is_refused_by_name(changes: dict, named: str, tiny_config) -> None:
+    cfg = tiny_config(**changes)
+    with pytest.raises(ValueError, match=named):
+        build_model(cfg)
