@@ -53,9 +53,7 @@ def ms_deform_attn(
         warn_that_reference_serves()
         return ms_deform_attn_reference(value.to(accumulate), shapes, locations, weights).to(value.dtype)
     flat_shapes = [size for shape in shapes for size in shape]
-    return torch.ops.dino_d2.ms_deform_attn(
-        value.contiguous(), flat_shapes, locations.contiguous(), weights.contiguous()
-    )
+    return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, locations, weights)
 
 
 def _shapes_on_host(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[tuple[int, int]]:
@@ -91,6 +89,8 @@ def _check(
         )
     starts = [0]
     for height, width in shapes:
+        if height < 1 or width < 1:
+            raise ValueError(f"spatial_shapes {shapes}: every level must have at least one pixel")
         starts.append(starts[-1] + height * width)
     if starts[-1] != tokens:
         raise ValueError(f"spatial_shapes {shapes} add up to {starts[-1]} tokens, value has {tokens}")
@@ -140,7 +140,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
     value_wanted, _, locations_wanted, weights_wanted = ctx.needs_input_grad
     grad_value, grad_locations, grad_weights = torch.ops.dino_d2.ms_deform_attn_backward(
-        grad_output.contiguous(),
+        grad_output,
         value,
         ctx.spatial_shapes,
         sampling_locations,
@@ -156,7 +156,14 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _second_derivative(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "ms_deform_attn has no second derivative; differentiate dino_d2.ops.ms_deform_attn_reference instead"
+    )
+
+
 if compiled():
     torch.library.register_fake("dino_d2::ms_deform_attn", _forward_fake)
     torch.library.register_fake("dino_d2::ms_deform_attn_backward", _backward_fake)
     torch.library.register_autograd("dino_d2::ms_deform_attn", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("dino_d2::ms_deform_attn_backward", _second_derivative)

@@ -16,8 +16,9 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _repeatable() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # for tensors of this size more only wait for each other, minutes on a busy machine
 
 
 def _tiny_config(**overrides: Any) -> CfgNode:

@@ -21,7 +21,6 @@ PRIOR_PROBABILITY = 0.01  # of any class before training (focal loss, arXiv 1708
 def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
     """Class logits that start at `PRIOR_PROBABILITY`."""
     head = nn.Linear(embed_dim, num_classes)
-    nn.init.xavier_uniform_(head.weight)
     nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     return head
 

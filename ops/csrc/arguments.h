@@ -52,8 +52,6 @@ inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels, con
   STD_TORCH_CHECK(locations.scalar_type() == accumulate && weights.scalar_type() == accumulate,
                   "sampling_locations and attention_weights must be ", toString(accumulate), " beside ",
                   toString(value.scalar_type()), " values");
-  STD_TORCH_CHECK(value.is_contiguous() && locations.is_contiguous() && weights.is_contiguous(),
-                  "all tensors must be contiguous");
   return sizes;
 }
 
@@ -61,8 +59,8 @@ inline void check_grad_output(const Tensor& grad_output, const Tensor& value, co
   STD_TORCH_CHECK(grad_output.dim() == 3 && grad_output.size(0) == sizes.batch &&
                       grad_output.size(1) == sizes.queries &&
                       grad_output.size(2) == sizes.heads * sizes.channels &&
-                      grad_output.scalar_type() == value.scalar_type() && grad_output.is_contiguous(),
-                  "grad_output must be contiguous, (batch, queries, heads * channels) and of value's dtype");
+                      grad_output.scalar_type() == value.scalar_type(),
+                  "grad_output must be (batch, queries, heads * channels) and of value's dtype");
 }
 
 }  // namespace dino_d2

@@ -75,9 +75,7 @@ def run_train_net(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_train_save_resume_and_evaluate_from_the_command_line(
-    four_pictures: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_train_save_resume_and_evaluate_from_the_command_line(four_pictures: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "run"
     values = config_values(four_pictures, output, "rectangles")
     first = run_train_net(*values, "SOLVER.MAX_ITER", "4")

@@ -153,3 +153,29 @@ def test_padded_memory_is_not_seen(make_memory) -> None:
     before = decoder(queries, memory)[-1]
     memory.tokens[memory.padding_mask] = torch.nan
     torch.testing.assert_close(decoder(queries, memory)[-1].logits, before.logits)
+
+
+def test_layer_is_self_attention_cross_attention_and_feed_forward_with_norms_after(make_memory) -> None:
+    """The position is added to what asks and is asked for, never to what is carried."""
+    layer, memory = make_decoder(1).layers[0], make_memory()
+    nn.init.normal_(layer.cross_attn.sampling_offsets.weight)
+    content, position = (torch.randn(2, 7, CHANNELS, dtype=torch.float64) for _ in range(2))
+    reference = torch.rand(2, 7, 2, 4, dtype=torch.float64)
+    query = content + position
+    x = layer.self_attn_norm(content + layer.self_attn(query, query, content)[0])
+    x = layer.cross_attn_norm(x + layer.cross_attn(x + position, reference, memory))
+    x = layer.ffn.norm(x + layer.ffn.linear2(layer.ffn.linear1(x).relu()))
+    torch.testing.assert_close(layer(content, position, reference, memory, None), x)
+
+
+def test_heads_read_the_normed_output_and_the_anchor_comes_from_the_plain_one(make_memory) -> None:
+    decoder, queries, memory = make_decoder(1), make_queries(), make_memory()
+    let_boxes_move(decoder)
+    nn.init.normal_(decoder.norm.bias)
+    content = []
+    decoder.layers[0].register_forward_hook(lambda _, args, output: content.append(output))
+    (predictions,) = decoder(queries, memory)
+    normed = decoder.norm(content[0])
+    torch.testing.assert_close(predictions.logits, decoder.class_heads[0](normed))
+    boxes = (decoder.box_heads[0](normed) + torch.logit(queries.anchors)).sigmoid()
+    torch.testing.assert_close(predictions.boxes, boxes)

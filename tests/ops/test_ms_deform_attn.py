@@ -117,9 +117,11 @@ def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, channe
         assert_error_at_most(ours, truth.to(kept), truth, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("queries", [1, 16, 70])  # fewer and more than one thread's share
-def test_every_image_and_query_is_served(queries: int, batch: int) -> None:
+def test_every_image_and_query_is_served(queries: int, batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
     problem = make_problem(PYRAMID, batch=batch, queries=queries, heads=3)
     grad = torch.randn(batch, queries, 24, dtype=torch.float64)
     for ours, truth in zip(
@@ -170,6 +172,22 @@ def test_gradcheck(shapes: list[tuple[int, int]], channels: int, device: str) ->
     locations = away_from_knots(shapes, (2, 2, 2)).to(device)
     leaves = [x.requires_grad_() for x in (problem.value, locations, problem.weights)]
     assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, None, x, w), leaves)
+
+
+@on_each_device
+def test_second_derivative_is_right_or_refused(device: str) -> None:
+    problem = make_problem(PYRAMID, device=device)
+    leaves = [problem.value.requires_grad_(), problem.weights.requires_grad_()]
+    results = []
+    for function in (op, reference):
+        (gradient,) = torch.autograd.grad(function(problem).square().sum(), leaves[1], create_graph=True)
+        try:
+            results.append(torch.autograd.grad(gradient.sum(), leaves))
+        except (RuntimeError, NotImplementedError):
+            assert function is op
+            return
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth)
 
 
 @on_each_device

@@ -59,7 +59,9 @@ def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> Non
 
 @pytest.fixture
 def photo() -> Photo:
-    return Photo(np.zeros((100, 200, 3), np.uint8), np.array([[10.0, 10, 30, 30], [90, 40, 110, 60], [150, 80, 190, 99]]))
+    return Photo(
+        np.zeros((100, 200, 3), np.uint8), np.array([[10.0, 10, 30, 30], [90, 40, 110, 60], [150, 80, 190, 99]])
+    )
 
 
 def test_cut_keeps_trees_that_are_half_visible_and_moves_them(photo: Photo) -> None:

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import Format, freeze_batch_norm_2d
 from torch import Tensor
 
 
@@ -42,6 +42,8 @@ class TimmBackbone(Backbone):
         if freeze_batchnorm:
             self.body = freeze_batch_norm_2d(self.body)
         self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        # Some transformers of timm give (B, h, w, channels).
+        self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.body.feature_info
         if freeze_at > 0:
             self._freeze_up_to(info.info[freeze_at - 1]["module"])
@@ -52,16 +54,19 @@ class TimmBackbone(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
         maps = self.body(x.contiguous(memory_format=torch.channels_last))
-        # Transformers of timm put channels last.
-        return {
-            name: feature if feature.shape[1] == channels else feature.permute(0, 3, 1, 2).contiguous()
-            for (name, channels), feature in zip(self._out_feature_channels.items(), maps, strict=True)
-        }
+        if self.channels_last_maps:
+            maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
+        return dict(zip(self._out_features, maps, strict=True))
 
     def _freeze_up_to(self, last: str) -> None:
         names = [name for name, _ in self.body.named_modules()]
         same = (last, last.replace(".", "_"))  # timm flattens the names of some models
-        end = max(i for i, name in enumerate(names) if name in same or name.startswith(tuple(f"{s}." for s in same)))
+        inside = [i for i, name in enumerate(names) if name in same or name.startswith(tuple(f"{s}." for s in same))]
+        if not inside:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT: this timm model has no part of its own for {last!r}; set it to 0"
+            )
+        end = inside[-1]
         for name in names[: end + 1]:
             for parameter in self.body.get_submodule(name).parameters(recurse=False):
                 parameter.requires_grad_(False)

@@ -218,8 +218,10 @@ ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& locations,
-               const Tensor& weights) {
+Tensor forward(const Tensor& any_value, std::vector<int64_t> spatial_shapes, const Tensor& any_locations,
+               const Tensor& any_weights) {
+  const Tensor value = torch::stable::contiguous(any_value), locations = torch::stable::contiguous(any_locations),
+               weights = torch::stable::contiguous(any_weights);
   const std::vector<Level> levels = levels_of(spatial_shapes);
   const Sizes sizes = sizes_of(value, levels, locations, weights, accumulation_type(value.scalar_type()));
   check_same_device(value, locations, "sampling_locations");
@@ -242,9 +244,11 @@ Tensor forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const T
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
-                                            std::vector<int64_t> spatial_shapes, const Tensor& locations,
-                                            const Tensor& weights, bool value_wanted, bool sampling_wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const Tensor& any_value,
+                                            std::vector<int64_t> spatial_shapes, const Tensor& any_locations,
+                                            const Tensor& any_weights, bool value_wanted, bool sampling_wanted) {
+  const Tensor grad_output = torch::stable::contiguous(any_grad_output), value = torch::stable::contiguous(any_value),
+               locations = torch::stable::contiguous(any_locations), weights = torch::stable::contiguous(any_weights);
   const std::vector<Level> levels = levels_of(spatial_shapes);
   const ScalarType accumulate = accumulation_type(value.scalar_type());
   const Sizes sizes = sizes_of(value, levels, locations, weights, accumulate);
