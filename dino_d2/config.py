@@ -17,6 +17,7 @@ def add_dino_config(cfg: CN) -> None:
 
     c = cfg.MODEL.DINO = CN()
     c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
+    c.CLASS_NAMES = []  # their names in that order, or none; saved with the weights
     c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE)
     c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
     c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
@@ -38,6 +39,7 @@ def add_dino_config(cfg: CN) -> None:
     c.DN.NUMBER = 100  # positives per image, about: it is divided by the most objects in one image
     c.DN.LABEL_NOISE_RATIO = 0.5  # a label is redrawn with half of this probability
     c.DN.BOX_NOISE_SCALE = 1.0  # lambda_1, in half sides of the box
+    c.DN.REORDER_NEGATIVES = False  # put corners that changed places back in order; the published program does not
     c.DN.MAX_QUERIES = 0  # bound on denoising queries per image, for images full of objects; 0: none
 
     c.LOSS = CN()
@@ -75,6 +77,8 @@ def add_dino_config(cfg: CN) -> None:
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
     cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED
+
+    cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:

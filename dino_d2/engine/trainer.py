@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from torch import nn
 
 from dino_d2.data import build_train_augmentation
+from dino_d2.evaluation import QueryEvaluator
 
 from .mixed_precision import MixedPrecisionTrainer
 from .optimizer import build_optimizer
@@ -43,3 +45,15 @@ class DINOTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)))
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """detectron2's; with `TEST.QUERY_METRICS` the default evaluators measure the queries too."""
+        if cfg.TEST.QUERY_METRICS and evaluators is None:
+            evaluators = [
+                DatasetEvaluators([cls.build_evaluator(cfg, name), QueryEvaluator(name, model)])
+                for name in cfg.DATASETS.TEST
+            ]
+        return super().test(cfg, model, evaluators)

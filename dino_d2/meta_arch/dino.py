@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, de
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from dino_d2.checkpoint.assumptions import Assumptions
 from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dino_d2.modeling import build
 from dino_d2.modeling.criterion import SetCriterion
@@ -31,6 +32,7 @@ class DINO(nn.Module):
         criterion: makes the losses.
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         max_detections: per image.
+        assumptions: what weights must agree with; saved and checked with them.
     """
 
     @configurable
@@ -48,6 +50,7 @@ class DINO(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         max_detections: int,
+        assumptions: Assumptions,
     ):
         super().__init__()
         self.backbone, self.in_features = backbone, tuple(in_features)
@@ -58,6 +61,7 @@ class DINO(nn.Module):
         self.decoder = decoder
         self.criterion = criterion
         self.max_detections = max_detections
+        self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -77,7 +81,21 @@ class DINO(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "assumptions": Assumptions.of_config(cfg),
         }
+
+    def get_extra_state(self) -> Tensor:
+        return self.assumptions.to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare what the weights assume with what this model is.
+
+        Raises:
+            ValueError: they contradict each other; each line names a config key.
+        """
+        lines = self.assumptions.contradictions(Assumptions.from_tensor(state))
+        if lines:
+            raise ValueError("The checkpoint was made for another model:\n  " + "\n  ".join(lines))
 
     @property
     def device(self) -> torch.device:

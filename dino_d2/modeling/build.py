@@ -71,6 +71,7 @@ def build_denoising(cfg: CfgNode) -> nn.Module:
         number=c.DN.NUMBER,
         label_noise_ratio=c.DN.LABEL_NOISE_RATIO,
         box_noise_scale=c.DN.BOX_NOISE_SCALE,
+        reorder_negatives=c.DN.REORDER_NEGATIVES,
         max_queries=c.DN.MAX_QUERIES,
     )
 

@@ -20,22 +20,25 @@ def noise_labels(labels: Tensor, num_classes: int, ratio: float) -> Tensor:
     return torch.where(replaced, torch.randint_like(labels, num_classes), labels)
 
 
-def noise_boxes(boxes: Tensor, scale: float, least: Tensor) -> Tensor:
+def noise_boxes(boxes: Tensor, scale: float, least: Tensor, reorder: bool) -> Tensor:
     """Move both corners of each box, each coordinate by itself, and clamp the result to the image.
 
     A coordinate moves by `scale * u` half sides, u uniform in [least, least + 1), to either side. Below 1
-    the box keeps overlapping its object; from 1 on it need not, and corners may change places (the published
-    program leaves such boxes as they are).
+    the box keeps overlapping its object; from 1 on it need not, and corners may change places: on either axis
+    whenever they move towards each other, so 7 of 16 negatives (at scale 1) have a width or height below 0.
 
     Args:
         boxes: (..., 4) cx, cy, w, h in [0, 1].
         scale: lambda_1 of the paper.
         least: broadcasts to (..., 4); 0 for positives, 1 for negatives.
+        reorder: put corners that changed places back in order; the published program leaves them.
     """
     half = boxes[..., 2:] / 2
     amount = torch.rand_like(boxes) + least
     side = torch.randint_like(boxes, 2) * 2 - 1
     corners = cxcywh_to_xyxy(boxes) + side * amount * scale * torch.cat([half, half], dim=-1)
+    if reorder:
+        corners = corners.unflatten(-1, (2, 2)).sort(dim=-2).values.flatten(-2)
     return xyxy_to_cxcywh(corners.clamp(0, 1))
 
 
@@ -51,7 +54,7 @@ class PlainDenoising(nn.Module):
         embed_dim: C.
         number: about how many positives an image gets: max(1, number // most objects) groups.
         label_noise_ratio: see :func:`noise_labels`.
-        box_noise_scale: see :func:`noise_boxes`.
+        box_noise_scale, reorder_negatives: see :func:`noise_boxes`.
         max_queries: bound on the denoising queries of an image (0: none). Above it there are fewer groups,
             then only a random choice of objects is denoised.
     """
@@ -65,6 +68,7 @@ class PlainDenoising(nn.Module):
         number: int,
         label_noise_ratio: float,
         box_noise_scale: float,
+        reorder_negatives: bool,
         max_queries: int,
     ):
         super().__init__()
@@ -74,6 +78,7 @@ class PlainDenoising(nn.Module):
             raise ValueError(f"MODEL.DINO.DN.MAX_QUERIES must be 0 or at least {self.parts}, got {max_queries}")
         self.num_classes, self.number, self.max_queries = num_classes, number, max_queries
         self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
+        self.reorder_negatives = reorder_negatives
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim)
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
@@ -91,7 +96,8 @@ class PlainDenoising(nn.Module):
         # Part p of a group moves its boxes by p to p + 1 half sides.
         least = torch.arange(self.parts, device=device).view(-1, 1, 1)
         content = self.label_embed(noise_labels(labels, self.num_classes, self.label_noise_ratio))
-        anchors = inverse_sigmoid(noise_boxes(boxes, self.box_noise_scale, least)).sigmoid()
+        anchors = noise_boxes(boxes, self.box_noise_scale, least, self.reorder_negatives)
+        anchors = inverse_sigmoid(anchors).sigmoid()
 
         group = torch.arange(groups, device=device).view(-1, 1, 1)
         part = torch.arange(self.parts, device=device).view(-1, 1)

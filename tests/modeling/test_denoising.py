@@ -33,7 +33,14 @@ def make_targets(*counts: int) -> list[Targets]:
 
 
 def make_denoising(kind: type = ContrastiveDenoising, **changes) -> PlainDenoising:
-    options = {"number": 100, "label_noise_ratio": 0.5, "box_noise_scale": 1.0, "max_queries": 0, **changes}
+    options = {
+        "number": 100,
+        "label_noise_ratio": 0.5,
+        "box_noise_scale": 1.0,
+        "reorder_negatives": False,
+        "max_queries": 0,
+        **changes,
+    }
     return kind(CLASSES, CHANNELS, **options)
 
 
@@ -50,7 +57,7 @@ def moves(boxes: Tensor, noised: Tensor) -> Tensor:
 @pytest.mark.parametrize("least", [0, 1])
 def test_corners_move_by_least_to_least_plus_one_half_sides(least: int, scale: float) -> None:
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64).expand(5000, 4)
-    moved = moves(boxes, noise_boxes(boxes, scale, torch.tensor(least))) / scale
+    moved = moves(boxes, noise_boxes(boxes, scale, torch.tensor(least), reorder=False)) / scale
     assert moved.abs().min() >= least - 1e-9
     assert moved.abs().max() < least + 1 + 1e-9
     assert moved.abs().mean(0).tolist() == pytest.approx([least + 0.5] * 4, abs=0.03)  # uniform
@@ -59,20 +66,40 @@ def test_corners_move_by_least_to_least_plus_one_half_sides(least: int, scale: f
 
 def test_coordinates_move_independently() -> None:
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64).expand(5000, 4)
-    correlation = moves(boxes, noise_boxes(boxes, 1.0, torch.tensor(0))).T.corrcoef()
+    correlation = moves(boxes, noise_boxes(boxes, 1.0, torch.tensor(0), reorder=False)).T.corrcoef()
     torch.testing.assert_close(correlation, torch.eye(4, dtype=torch.float64), rtol=0, atol=0.06)
 
 
-def test_noised_boxes_stay_in_the_image() -> None:
+@pytest.mark.parametrize("reorder", [False, True])
+def test_noised_boxes_stay_in_the_image(reorder: bool) -> None:
     boxes = torch.tensor([[0.05, 0.9, 0.1, 0.2], [0.5, 0.5, 1.0, 1.0]]).repeat(200, 1)
-    corners = cxcywh_to_xyxy(noise_boxes(boxes, 1.0, torch.tensor(1)))
+    corners = cxcywh_to_xyxy(noise_boxes(boxes, 1.0, torch.tensor(1), reorder))
     assert corners.min() >= -1e-6
     assert corners.max() <= 1 + 1e-6
 
 
-def test_no_box_noise_leaves_boxes_alone() -> None:
+@pytest.mark.parametrize("reorder", [False, True])
+def test_no_box_noise_leaves_boxes_alone(reorder: bool) -> None:
     boxes = torch.tensor([[0.3, 0.6, 0.1, 0.2]])
-    torch.testing.assert_close(noise_boxes(boxes, 0.0, torch.tensor(1)), boxes)
+    torch.testing.assert_close(noise_boxes(boxes, 0.0, torch.tensor(1), reorder), boxes)
+
+
+def test_seven_of_sixteen_negatives_are_inverted_unless_reordered() -> None:
+    torch.manual_seed(0)
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64).expand(20000, 4)
+    as_published = noise_boxes(boxes, 1.0, torch.tensor(1), reorder=False)
+    torch.manual_seed(0)
+    reordered = noise_boxes(boxes, 1.0, torch.tensor(1), reorder=True)
+    assert (as_published[:, 2:] < 0).any(-1).double().mean().item() == pytest.approx(7 / 16, abs=0.015)
+    assert (reordered[:, 2:] >= 0).all()
+    torch.testing.assert_close(reordered[:, :2], as_published[:, :2])  # the same box, told the right way round
+    torch.testing.assert_close(reordered[:, 2:], as_published[:, 2:].abs())
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_positives_are_never_inverted(reorder: bool) -> None:
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64).expand(5000, 4)
+    assert (noise_boxes(boxes, 1.0, torch.tensor(0), reorder)[:, 2:] > 0).all()
 
 
 def test_labels_change_with_half_of_the_ratio_to_any_class() -> None:
@@ -120,6 +147,17 @@ def test_group_holds_positives_then_negatives() -> None:
     assert 0.4 < upright.double().mean() < 0.95
     assert moved[:, :, 1][upright].min() > 1 - 1e-4
     assert moved[:, :, 1][upright].max() < 2 + 1e-4
+
+
+def test_reordered_negatives_keep_their_size() -> None:
+    """An inverted box loses its size where it becomes an anchor, since a logit has no place for numbers below 0."""
+    targets = make_targets(20)
+    for reorder in (False, True):
+        queries = make_denoising(reorder_negatives=reorder)(targets)
+        sizes = slots_of(queries, queries.anchors, 2)[..., 2:]
+        assert (sizes[:, :, 0] > 2e-3).double().mean() > 0.98
+        lost = (sizes[:, :, 1] <= 1.1e-3).any(-1).double().mean().item()
+        assert lost == pytest.approx(0.0 if reorder else 7 / 16, abs=0.15)
 
 
 def test_plain_denoising_has_no_negatives() -> None:

@@ -1,0 +1,138 @@
+"""What a detector costs: parameters, FLOPs and activations of each stage, by fvcore.
+
+One multiply-add counts as one FLOP, as in fvcore and in the papers of the DETR family. Counted are matrix products,
+convolutions, attention, deformable attention and norms; not counted is what works element by element, looks up or
+ranks: fvcore and detectron2 leave most of it out silently, the rest is listed in :attr:`Analysis.not_counted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from detectron2.export import TracingAdapter
+from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn import ActivationCountAnalysis
+from fvcore.nn.jit_handles import generic_activation_jit, get_shape
+from torch import nn
+
+from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
+
+DEFORMABLE_ATTENTION, ATTENTION = "dino_d2::ms_deform_attn", "aten::scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: all of them, trainable or not. flops, activations: of one prediction; activations are the numbers
+    that the counted operators, without the norms, put out."""
+
+    parameters: int
+    flops: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """stages: by name, in the order they run. total: of the whole model. not_counted: operators met without a
+    formula, and how often."""
+
+    stages: dict[str, Cost]
+    total: Cost
+    not_counted: dict[str, int]
+
+
+def ms_deform_attn_flops(value: Sequence[int], weights: Sequence[int]) -> int:
+    """Multiply-adds of `dino_d2.ops.ms_deform_attn`.
+
+    For each sample and channel, four to interpolate between pixels and one to weigh the result.
+
+    Args:
+        value: shape (B, S, heads, channels).
+        weights: shape (B, Q, heads, L, points) of the attention weights, one for each sample.
+    """
+    return 5 * prod(weights) * value[-1]
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Multiply-adds of scaled dot-product attention: query x key and weights x value.
+
+    Args:
+        query: shape (…, Q, channels).
+        key: shape (…, K, channels).
+        value: shape (…, K, channels of the result).
+    """
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def analyze(model: nn.Module, height: int, width: int) -> Analysis:
+    """Trace one prediction of a detector and count, stage by stage: a stage is a child of the model with parameters.
+
+    Args:
+        model: of detectron2's format, list[dict] in.
+        height, width: of the image, in pixels; the batch is one image without padding.
+    """
+    inputs = [{"image": torch.zeros(3, height, width)}]
+    adapter = TracingAdapter(model, inputs, allow_non_tensor=True)
+    flops = FlopCountAnalysis(model, inputs).set_op_handle(
+        DEFORMABLE_ATTENTION,
+        lambda inputs, outputs: ms_deform_attn_flops(get_shape(inputs[0]), get_shape(inputs[3])),
+        ATTENTION,
+        lambda inputs, outputs: attention_flops(*(get_shape(x) for x in inputs[:3])),
+    )
+    activations = ActivationCountAnalysis(adapter, adapter.flattened_inputs).set_op_handle(
+        DEFORMABLE_ATTENTION, generic_activation_jit(), ATTENTION, generic_activation_jit()
+    )
+    for count in (flops, activations):
+        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+    def cost(name: str, module: nn.Module) -> Cost:
+        return Cost(sum(p.numel() for p in module.parameters()), int(flops.total(name)), int(activations.total(name)))
+
+    with _ready_to_trace(model):
+        total = cost("model", model)
+    stages = {name: cost(f"model.{name}", child) for name, child in model.named_children()}
+    return Analysis(
+        stages={name: stage for name, stage in stages.items() if stage.parameters},
+        total=total,
+        not_counted=dict(flops.unsupported_ops()),
+    )
+
+
+def as_table(analysis: Analysis, markdown: bool) -> str:
+    """A line for each stage and one for the total, in millions (M) and thousand millions (G)."""
+    rows = [["stage", "parameters (M)", "FLOPs (G)", "activations (M)"]]
+    for name, cost in (*analysis.stages.items(), ("total", analysis.total)):
+        numbers = (cost.parameters / 1e6, cost.flops / 1e9, cost.activations / 1e6)
+        rows.append([name, *(f"{number:.2f}" for number in numbers)])
+    if markdown:
+        rows.insert(1, ["---", *["---:"] * 3])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+@contextmanager
+def _ready_to_trace(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and sizes of maps that are numbers: a trace makes tensors of them, which the op does not take."""
+
+    def sizes_as_numbers(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        *others, memory = args
+        return *others, replace(memory, spatial_shapes=tuple((int(h), int(w)) for h, w in memory.spatial_shapes))
+
+    layers = [module for module in model.modules() if isinstance(module, MultiScaleDeformableAttention)]
+    hooks = [layer.register_forward_pre_hook(sizes_as_numbers) for layer in layers]
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()

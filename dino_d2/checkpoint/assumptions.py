@@ -1,0 +1,91 @@
+"""What weights assume that their shapes do not show; it travels inside the state dict.
+
+fvcore's checkpointer passes on tensors only, and drops a tensor whose shape differs from the model's. So the
+facts are JSON in a byte tensor of one fixed size, which `DINO` returns as its extra state.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+CAPACITY = 1 << 16  # bytes; the names of the 1203 classes of LVIS take a third of it
+EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Facts that a model and its weights must agree in.
+
+    class_names: in the order of the class logits; empty where they are not known.
+    share_heads: one class and one box head for all decoder layers.
+    position_temperature, position_offset: of the pixels' sine embedding.
+    pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
+    """
+
+    class_names: tuple[str, ...]
+    share_heads: bool
+    position_temperature: float
+    position_offset: float
+    pixel_format: str
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> Assumptions:
+        c = cfg.MODEL.DINO
+        return cls(
+            class_names=tuple(c.CLASS_NAMES),
+            share_heads=c.SHARE_HEADS,
+            position_temperature=float(c.POS_TEMPERATURE),
+            position_offset=float(c.POS_OFFSET),
+            pixel_format=cfg.INPUT.FORMAT,
+            pixel_mean=tuple(float(x) for x in cfg.MODEL.PIXEL_MEAN),
+            pixel_std=tuple(float(x) for x in cfg.MODEL.PIXEL_STD),
+        )
+
+    def to_tensor(self) -> Tensor:
+        """uint8 (CAPACITY,), JSON padded with zeros. Names that do not fit are left out."""
+        facts = asdict(self)
+        text = json.dumps(facts).encode()
+        if len(text) > CAPACITY:
+            text = json.dumps(facts | {"class_names": ()}).encode()
+        padded = torch.zeros(CAPACITY, dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return padded
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> Assumptions:
+        facts = json.loads(bytes(tensor.cpu().numpy()).rstrip(b"\0"))
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+
+    def contradictions(self, other: Assumptions) -> list[str]:
+        """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change."""
+        lines = []
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            unknown = field.name == "class_names" and not (ours and theirs)
+            if ours != theirs and not unknown:
+                lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
+        return lines
+
+
+CONFIG_KEYS = {
+    "class_names": "MODEL.DINO.CLASS_NAMES",
+    "share_heads": "MODEL.DINO.SHARE_HEADS",
+    "position_temperature": "MODEL.DINO.POS_TEMPERATURE",
+    "position_offset": "MODEL.DINO.POS_OFFSET",
+    "pixel_format": "INPUT.FORMAT",
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+}
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 6:
+        return f"{len(value)} names ({', '.join(map(str, value[:3]))}, …)"
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,32 @@
+"""Reading checkpoint files without running what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Parameters and buffers of a checkpoint, under the names it has, without the `module.` of data parallelism.
+
+    Understands {"model": …} (published program, detectron2, detrex), {"state_dict": …} (MMDetection) and a bare
+    state dict. Published files also hold an `argparse.Namespace`; no other class is allowed to be made.
+
+    Raises:
+        ValueError: the file holds something else, or objects that could run code when loaded.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than weights, which is not loaded: {error}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} is no checkpoint: neither a state dict nor one under 'model' or 'state_dict'")
+    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -1,0 +1,197 @@
+"""What the paper says of DINO's queries, measured on a data set: anchors, duplicates, and AP layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_d2.geometry import xyxy_to_cxcywh
+from dino_d2.structures import Targets
+
+from .atd import average_top_k_distance
+from .recorder import DecoderRecorder
+
+logger = logging.getLogger(__name__)
+
+DUPLICATE_IOU = 0.5  # COCO's loosest overlap that counts as found
+SMALL_AREA = 32**2  # pixels; COCO's limit of small objects
+
+
+@dataclass
+class _Batch:
+    """What the results need of one batch, on the host.
+
+    boxes, anchors: (M, 4) matched pairs, cx, cy, w, h in [0, 1].
+    areas: (M,) of those objects in pixels.
+    hits: (n,) predictions of each object, matched or not.
+    image_ids: of the B images.
+    detections: of each layer, B Instances.
+    """
+
+    boxes: Tensor
+    anchors: Tensor
+    areas: Tensor
+    hits: Tensor
+    image_ids: list[Any]
+    detections: list[list[Instances]]
+
+
+class QueryEvaluator(DatasetEvaluator):
+    """Measures what AP does not say; docs/evaluation.md explains the numbers.
+
+    Objects are those of the registered data set, without crowds and boxes without area. It watches the decoder by
+    a hook from `reset` to `evaluate` and changes nothing that the model computes.
+
+    Args:
+        dataset_name: registered with detectron2. If not in COCO's format it needs a `COCOEvaluator` made before this
+            evaluator: that one writes the annotation file which the AP of the layers is measured by.
+        model: the DINO that is evaluated, or its DistributedDataParallel.
+        k: of the average top-k distance; the paper's is 100.
+        score_threshold: predictions below it are no duplicates: nobody would see them. 0.3 is where the published
+            demonstration draws its boxes.
+
+    Raises:
+        TypeError: the model has no decoder to watch.
+    """
+
+    def __init__(self, dataset_name: str, model: nn.Module, k: int = 100, score_threshold: float = 0.3):
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        if not hasattr(self._model, "decoder"):
+            raise TypeError(
+                f"{type(self._model).__name__} has no decoder whose queries could be measured: "
+                "set TEST.QUERY_METRICS to False for models other than DINO"
+            )
+        self._dataset_name = dataset_name
+        self._k, self._score_threshold = k, score_threshold
+        self._recorder = DecoderRecorder(self._model.decoder)
+        self._objects = {_key(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
+        # One for all layers, one after the other; the batches are gathered before.
+        self._coco_evaluator = COCOEvaluator(dataset_name, tasks=("bbox",), distributed=False)
+        self._batches: list[_Batch] = []
+
+    def reset(self) -> None:
+        self._batches = []
+        self._recorder.attach()
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Instances]]) -> None:
+        """See :meth:`DatasetEvaluator.process`; the model's latest call must have been on `inputs`."""
+        queries, layers = self._recorder.take()
+        last = layers[-1]
+        objects = [self._objects_in(x, num_classes=last.logits.shape[-1]) for x in inputs]
+
+        targets = [_targets(image_objects, last.boxes.device) for image_objects in objects]
+        (pairs,) = self._model.criterion.matcher([last], targets)
+        areas = torch.cat([image_objects.gt_boxes.area() for image_objects in objects])
+
+        sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
+        by_layer = [*(self._model.postprocess(layer, inputs, sizes) for layer in layers[:-1]), outputs]
+        detections = [[result["instances"].to("cpu") for result in results] for results in by_layer]
+        seen = [found[found.scores >= self._score_threshold] for found in detections[-1]]
+
+        self._batches.append(
+            _Batch(
+                boxes=torch.cat([target.boxes for target in targets])[pairs.target].cpu(),
+                anchors=queries.anchors[pairs.image, pairs.query].cpu(),
+                areas=areas[pairs.target.cpu()],
+                hits=torch.cat([predictions_per_object(*both) for both in zip(seen, objects, strict=True)]),
+                image_ids=[x["image_id"] for x in inputs],
+                detections=detections,
+            )
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """
+        Returns:
+            {"queries": {"ATD100", "ATD100s", "duplicates", "AP_layer1", … "AP_layerN"}} of all processes in the main
+            one, {} in the others. The APs are missing where the data set has no annotations.
+        """
+        self._recorder.detach()
+        comm.synchronize()
+        batches = list(chain(*comm.gather(self._batches)))
+        if not comm.is_main_process() or not batches:
+            return {}
+        boxes, anchors, areas, hits = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("boxes", "anchors", "areas", "hits")
+        )
+        small = areas < SMALL_AREA
+        results = {
+            f"ATD{self._k}": average_top_k_distance(boxes, anchors, self._k).item(),
+            f"ATD{self._k}s": average_top_k_distance(boxes[small], anchors[small], self._k).item(),
+            "duplicates": (hits[hits > 0] - 1).double().mean().item(),
+        }
+        for layer in range(len(batches[0].detections)):
+            results |= self._average_precision(batches, layer)
+        return {"queries": results}
+
+    def _average_precision(self, batches: Sequence[_Batch], layer: int) -> dict[str, float]:
+        logger.info("Average precision after decoder layer %d:", layer + 1)
+        self._coco_evaluator.reset()
+        for batch in batches:
+            inputs = [{"image_id": image_id} for image_id in batch.image_ids]
+            outputs = [{"instances": instances} for instances in batch.detections[layer]]
+            self._coco_evaluator.process(inputs, outputs)
+        results = self._coco_evaluator.evaluate()
+        return {f"AP_layer{layer + 1}": results["bbox"]["AP"]} if "bbox" in results else {}
+
+    def _objects_in(self, x: dict[str, Any], num_classes: int) -> Instances:
+        """The objects of one input, in pixels of the original image."""
+        if _key(x) not in self._objects:
+            raise ValueError(f"Image {_key(x)} is not in the data set {self._dataset_name!r}: evaluate it on its own")
+        boxes, classes = self._objects[_key(x)]
+        if len(classes) and int(classes.max()) >= num_classes:
+            raise ValueError(
+                f"Image {_key(x)} of {self._dataset_name!r} has an object of class {int(classes.max())}, but the model "
+                f"predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+            )
+        objects = Instances((x["height"], x["width"]), gt_boxes=boxes.clone(), gt_classes=classes)
+        objects.gt_boxes.clip(objects.image_size)
+        return objects[objects.gt_boxes.nonempty()]
+
+
+def predictions_per_object(predictions: Instances, objects: Instances) -> Tensor:
+    """How many predictions each object has: of its class, with IoU of at least 0.5.
+
+    A prediction counts for one object, the one of its class that it overlaps most.
+
+    Args:
+        predictions: m, with `pred_boxes` and `pred_classes`.
+        objects: n, with `gt_boxes` and `gt_classes`.
+
+    Returns:
+        (n,) int64; its sum is at most m.
+    """
+    if not len(objects):
+        return torch.zeros(0, dtype=torch.int64)
+    same_class = predictions.pred_classes[:, None] == objects.gt_classes[None]
+    overlap = pairwise_iou(predictions.pred_boxes, objects.gt_boxes) * same_class
+    overlap, nearest = overlap.max(dim=1)
+    return nearest[overlap >= DUPLICATE_IOU].bincount(minlength=len(objects))
+
+
+def _key(record: dict[str, Any]) -> Any:
+    """What names an image, in the data set and in the model's inputs."""
+    return record["image_id"] if "image_id" in record else record["file_name"]
+
+
+def _boxes_and_classes(record: dict[str, Any]) -> tuple[Boxes, Tensor]:
+    """Objects of one image of the data set, boxes x1, y1, x2, y2 in pixels, without crowds."""
+    objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    return Boxes(boxes), torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+
+
+def _targets(objects: Instances, device: torch.device) -> Targets:
+    height, width = objects.image_size
+    boxes = objects.gt_boxes.tensor / torch.tensor([width, height, width, height])
+    return Targets(objects.gt_classes.to(device), xyxy_to_cxcywh(boxes).to(device))

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Parameters, FLOPs and activations of a detector, stage by stage.
+
+    tools/analyze.py --config-file configs/dino_r50_4scale_12ep.yaml --size 800 1333
+    tools/analyze.py --config-file CONFIG --markdown MODEL.DINO.NUM_QUERIES 300
+
+One multiply-add counts as one FLOP. docs/cost.md stands the numbers beside the paper's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.modeling import build_model
+
+from dino_d2 import load_config
+from dino_d2.analysis import analyze, as_table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table for a command line (None: that of the process)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="in pixels (800 1333)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config values: KEY VALUE ...")
+    args = parser.parse_args(arguments)
+    height, width = args.size
+    if min(args.size) < 1:
+        parser.error(f"--size {height} {width}: both must be at least 1 pixel")
+
+    # Weights change no count, so none are fetched.
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.TIMM.PRETRAINED", "False"])
+    analysis = analyze(build_model(cfg), height, width)
+    print(f"{args.config_file}: one image of {height} x {width} pixels\n")
+    print(as_table(analysis, args.markdown))
+    print("\nOne multiply-add counts as one FLOP. Denoising has parameters but is part of training only.")
+    if analysis.not_counted:
+        print("Not counted:", ", ".join(f"{name} ({times} times)" for name, times in analysis.not_counted.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Published DINO weights to this project's, and back.
+
+    tools/convert_checkpoint.py --source auto IN.pth OUT.pth --config-file configs/dino_r50_4scale_12ep.yaml
+    tools/convert_checkpoint.py --to official IN.pth OUT.pth --config-file CONFIG [KEY VALUE ...]
+
+The config says what the weights are used with; a name left over, missing or of another shape stops the conversion.
+detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,
+MMDetection's need MODEL.DINO.SHARE_HEADS False.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+
+from dino_d2 import load_config
+from dino_d2.checkpoint import from_published, read_state_dict, to_published
+from dino_d2.checkpoint.convert import ConversionError, detect_source, summarize
+from dino_d2.checkpoint.names import SOURCES
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--source", choices=[*SOURCES, "auto"], help="whose weights IN holds")
+    way.add_argument("--to", choices=["official"], help="write OUT in the published program's names")
+    parser.add_argument("input", metavar="IN")
+    parser.add_argument("output", metavar="OUT", type=Path)
+    parser.add_argument("--config-file", required=True, metavar="CFG")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values to change")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if not Path(args.input).is_file():
+        sys.exit(f"{args.input}: there is no such file")
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    model = build_model(cfg)
+    try:
+        state = read_state_dict(args.input)
+        if args.to:
+            conversion = to_published(state, args.to, model)
+        else:
+            source = detect_source(state) if args.source == "auto" else args.source
+            conversion = from_published(state, source, model)
+    except (ConversionError, ValueError) as error:
+        sys.exit(f"{args.input}: {error}")
+    # To a temporary name first: a full disk must not leave half a checkpoint under the final one.
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    torch.save({"model": conversion.state}, temporary)
+    temporary.replace(args.output)
+    print(f"{args.output}: {len(conversion.state)} tensors")
+    if conversion.notes:
+        print(summarize(conversion.notes))
+
+
+if __name__ == "__main__":
+    main()
