@@ -2,7 +2,8 @@
 
 One multiply-add counts as one FLOP, as in fvcore and in the papers of the DETR family. Counted are matrix products,
 convolutions, attention, deformable attention and norms; not counted is what works element by element, looks up or
-ranks: fvcore and detectron2 leave most of it out silently, the rest is listed in :attr:`Analysis.not_counted`.
+ranks: fvcore and detectron2 leave most of it out silently, the rest is listed in :attr:`Analysis.not_counted`. A trace
+also drops what no result depends on: the class logits of all decoder layers but the last.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def as_table(analysis: Analysis, markdown: bool) -> str:
 
 @contextmanager
 def _ready_to_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and sizes of maps that are numbers: a trace makes tensors of them, which the op does not take."""
+    """Evaluation mode, and sizes of maps that are numbers: a trace makes tensors of them, and the op takes none."""
 
     def sizes_as_numbers(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         *others, memory = args

@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(args.size) < 1:
         parser.error(f"--size {height} {width}: both must be at least 1 pixel")
 
-    # Weights change no count, so none are fetched.
-    cfg = load_config(args.config_file, [*args.opts, "MODEL.TIMM.PRETRAINED", "False"])
+    # Neither weights nor how the backward pass gets its activations change a count of the prediction. Weights would
+    # have to be fetched, and checkpointed blocks cannot be traced.
+    neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
+    cfg = load_config(args.config_file, [*args.opts, *neutral])
     analysis = analyze(build_model(cfg), height, width)
     print(f"{args.config_file}: one image of {height} x {width} pixels\n")
     print(as_table(analysis, args.markdown))

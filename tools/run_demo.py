@@ -84,7 +84,8 @@ def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float]:
         json_file = Path(folder, "photo.json")
         write_coco([photo], json_file, Path(folder))
         register_coco_instances(name, {}, str(json_file), folder)
-        evaluator = COCOEvaluator(name, max_dets_per_image=[1, 10, 1000])
+        DatasetCatalog.get(name)  # loading is what makes the category ids known
+        evaluator = COCOEvaluator(name, max_dets_per_image=1000)
         evaluator.reset()
         evaluator.process([{"image_id": 1}], [{"instances": found}])
         metrics = evaluator.evaluate()["bbox"]

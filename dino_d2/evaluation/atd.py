@@ -1,4 +1,4 @@
-"""Average top-k distance (paper section 3.3, figure 4): how far the decoder's anchors start from their objects.
+"""Average top-k distance (paper section 3.3): how far the decoder's anchors start from their objects.
 
 The published program does not compute it; this is the paper's definition.
 """

@@ -43,7 +43,7 @@ class _Batch:
     anchors: Tensor
     areas: Tensor
     hits: Tensor
-    image_ids: list[Any]
+    image_ids: list[int | str]
     detections: list[list[Instances]]
 
 
@@ -63,6 +63,7 @@ class QueryEvaluator(DatasetEvaluator):
 
     Raises:
         TypeError: the model has no decoder to watch.
+        ValueError: an image of the data set has no "image_id".
     """
 
     def __init__(self, dataset_name: str, model: nn.Module, k: int = 100, score_threshold: float = 0.3):
@@ -75,7 +76,7 @@ class QueryEvaluator(DatasetEvaluator):
         self._dataset_name = dataset_name
         self._k, self._score_threshold = k, score_threshold
         self._recorder = DecoderRecorder(self._model.decoder)
-        self._objects = {_key(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
+        self._objects = {_image_id(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
         # One for all layers, one after the other; the batches are gathered before.
         self._coco_evaluator = COCOEvaluator(dataset_name, tasks=("bbox",), distributed=False)
         self._batches: list[_Batch] = []
@@ -105,7 +106,7 @@ class QueryEvaluator(DatasetEvaluator):
                 anchors=queries.anchors[pairs.image, pairs.query].cpu(),
                 areas=areas[pairs.target.cpu()],
                 hits=torch.cat([predictions_per_object(*both) for both in zip(seen, objects, strict=True)]),
-                image_ids=[x["image_id"] for x in inputs],
+                image_ids=[_image_id(x) for x in inputs],
                 detections=detections,
             )
         )
@@ -146,13 +147,17 @@ class QueryEvaluator(DatasetEvaluator):
 
     def _objects_in(self, x: dict[str, Any], num_classes: int) -> Instances:
         """The objects of one input, in pixels of the original image."""
-        if _key(x) not in self._objects:
-            raise ValueError(f"Image {_key(x)} is not in the data set {self._dataset_name!r}: evaluate it on its own")
-        boxes, classes = self._objects[_key(x)]
+        image_id = _image_id(x)
+        if image_id not in self._objects:
+            raise ValueError(
+                f"Image {image_id} is not in the data set {self._dataset_name!r}: the evaluator and the loader must be "
+                "made for the same one"
+            )
+        boxes, classes = self._objects[image_id]
         if len(classes) and int(classes.max()) >= num_classes:
             raise ValueError(
-                f"Image {_key(x)} of {self._dataset_name!r} has an object of class {int(classes.max())}, but the model "
-                f"predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                f"Image {image_id} of {self._dataset_name!r} has an object of class {int(classes.max())}, but the "
+                f"model predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
             )
         objects = Instances((x["height"], x["width"]), gt_boxes=boxes.clone(), gt_classes=classes)
         objects.gt_boxes.clip(objects.image_size)
@@ -179,9 +184,13 @@ def predictions_per_object(predictions: Instances, objects: Instances) -> Tensor
     return nearest[overlap >= DUPLICATE_IOU].bincount(minlength=len(objects))
 
 
-def _key(record: dict[str, Any]) -> Any:
-    """What names an image, in the data set and in the model's inputs."""
-    return record["image_id"] if "image_id" in record else record["file_name"]
+def _image_id(record: dict[str, Any]) -> int | str:
+    """What names an image: in the data set, in the model's inputs, and in COCO's evaluation."""
+    if "image_id" not in record:
+        raise ValueError(
+            f"{record.get('file_name', 'An image')} has no image_id: the data set must give each image one"
+        )
+    return record["image_id"]
 
 
 def _boxes_and_classes(record: dict[str, Any]) -> tuple[Boxes, Tensor]:

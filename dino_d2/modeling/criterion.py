@@ -65,13 +65,20 @@ class SetCriterion:
             known = (denoising.pairs, num_boxes * denoising.groups)
             work += [(f"_dn{suffix}", layer, *known) for suffix, layer in zip(suffixes, denoised, strict=True)]
 
+        # The boxes of all layers at once: many small operations would cost more than the arithmetic.
+        l1, giou = box_losses(
+            torch.cat([predictions.boxes[p.image, p.query] for _, predictions, p, _ in work]),
+            torch.cat([boxes[p.target] for _, _, p, _ in work]),
+        )
+        sizes = [len(p.query) for _, _, p, _ in work]
         losses = {}
-        for suffix, predictions, found, count in work:
-            classification = class_loss(predictions, found, labels, count)
-            l1, giou = box_losses(predictions, found, boxes, count)
-            losses[f"loss_ce{suffix}"] = self.weights.classification * classification
-            losses[f"loss_bbox{suffix}"] = self.weights.l1 * l1
-            losses[f"loss_giou{suffix}"] = self.weights.giou * giou
+        for (suffix, predictions, found, count), l1_part, giou_part in zip(
+            work, l1.split(sizes), giou.split(sizes), strict=True
+        ):
+            classification = class_loss(predictions, found, labels)
+            losses[f"loss_ce{suffix}"] = classification * (self.weights.classification / count)
+            losses[f"loss_bbox{suffix}"] = l1_part.sum() * (self.weights.l1 / count)
+            losses[f"loss_giou{suffix}"] = giou_part.sum() * (self.weights.giou / count)
         return losses
 
 

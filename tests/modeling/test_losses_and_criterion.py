@@ -51,20 +51,19 @@ L1_LOSS, GIOU_LOSS = 0.2, 1 - 0.04 / 0.08
 
 
 def test_class_loss_by_hand() -> None:
-    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(0), index(0), index(0)), OBJECT.labels, 4)
-    assert loss.item() == pytest.approx(CLASS_LOSS / 4)
+    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(0), index(0), index(0)), OBJECT.labels)
+    assert loss.item() == pytest.approx(CLASS_LOSS)
 
 
 def test_queries_without_object_are_background() -> None:
-    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(), index(), index()), OBJECT.labels, 1)
+    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(), index(), index()), OBJECT.labels)
     assert loss.item() == pytest.approx(sum(focal(x, positive=False) for x in LOGITS.flatten().tolist()))
 
 
 def test_box_losses_by_hand() -> None:
-    pairs = Pairs(index(0), index(0), index(0))
-    l1, giou = box_losses(Predictions(LOGITS, BOXES), pairs, OBJECT.boxes, 4)
-    assert l1.item() == pytest.approx(L1_LOSS / 4)
-    assert giou.item() == pytest.approx(GIOU_LOSS / 4, abs=1e-4)
+    l1, giou = box_losses(BOXES[0, [0, 0]], torch.cat([OBJECT.boxes, BOXES[0, :1]]))
+    assert l1.tolist() == pytest.approx([L1_LOSS, 0], abs=1e-6)
+    assert giou.tolist() == pytest.approx([GIOU_LOSS, 0], abs=1e-4)
 
 
 def test_criterion_by_hand() -> None:

@@ -1,0 +1,186 @@
+"""The recipes in configs/: each of them trains, and says the published numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from dino_d2 import load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EPOCH = 7392  # iterations at batch 16: 118287 images of train2017, rounded down
+NAMES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent != CONFIGS / "demo"  # smaller, and tested by the demo itself
+)
+LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep"))]
+SMALL = [  # what keeps a step short: nothing in it comes from a recipe
+    "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False,
+    "MODEL.DINO.NUM_QUERIES", 30, "MODEL.DINO.DIM_FEEDFORWARD", 64,
+    "MODEL.DINO.ENC_LAYERS", 1, "MODEL.DINO.DEC_LAYERS", 2, "MODEL.DINO.DN.NUMBER", 4,
+]  # fmt: skip
+
+
+def recipe(name: str, *overrides: object) -> CfgNode:
+    return load_config(str(CONFIGS / f"{name}.yaml"), overrides)
+
+
+def leaves(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in cfg.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(name: str, other: str) -> dict[str, object]:
+    """What the first recipe says otherwise than the second."""
+    theirs = leaves(recipe(other))
+    return {key: value for key, value in leaves(recipe(name)).items() if value != theirs[key]}
+
+
+def image_with_two_objects() -> dict:
+    boxes = torch.tensor([[4.0, 8.0, 30.0, 40.0], [20.0, 20.0, 60.0, 50.0]])
+    instances = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 79]))
+    return {"image": torch.randint(256, (3, 64, 64), dtype=torch.uint8), "instances": instances}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LONGER])
+def test_recipe_trains_a_step_and_predicts(name: str) -> None:
+    model = build_model(recipe(name, *SMALL))
+    image = image_with_two_objects()
+    losses = model.train()([image])
+    assert losses
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trainable)
+    with torch.no_grad():
+        (result,) = model.eval()([image])
+    assert len(result["instances"]) > 0
+    assert result["instances"].scores.isfinite().all()
+
+
+# --- what the recipes say
+
+
+def test_every_published_model_has_its_recipes() -> None:
+    wanted = {f"dino_r50_{scales}scale_{epochs}ep" for scales in (4, 5) for epochs in (12, 24, 36)}
+    wanted |= {f"dino_swinl_{scales}scale_{epochs}ep" for scales in (4, 5) for epochs in (12, 36)}
+    assert wanted <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_longer_recipe_changes_the_schedule_only(name: str) -> None:
+    epochs, step = (24, 20) if name.endswith("24ep") else (36, 30)
+    assert differences(name, f"{name[:-4]}12ep") == {
+        "SOLVER.MAX_ITER": epochs * EPOCH,
+        "SOLVER.STEPS": (step * EPOCH,),
+        "OUTPUT_DIR": f"output/{name}",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Base-DINO" not in name])
+def test_recipe_writes_to_a_folder_of_its_own_name(name: str) -> None:
+    assert f"output/{name}" == recipe(name).OUTPUT_DIR
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Base-DINO" not in name])
+def test_weights_are_of_the_backbone_in_the_recipe(name: str) -> None:
+    cfg = recipe(name)
+    is_r50 = cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone" and cfg.MODEL.RESNETS.DEPTH == 50
+    expected = "detectron2://ImageNetPretrained/torchvision/R-50.pkl" if is_r50 else ""
+    assert expected == cfg.MODEL.WEIGHTS
+
+
+PUBLISHED = {
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.BACKBONE.FREEZE_AT": 2,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
+    "INPUT.FORMAT": "RGB",
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "INPUT.MIN_SIZE_TRAIN": tuple(range(480, 801, 32)),
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "INPUT.CROP.ENABLED": True,
+    "INPUT.CROP.TYPE": "absolute_range",
+    "INPUT.CROP.SIZE": [384, 600],
+    "INPUT.CROP.PROBABILITY": 0.5,
+    "INPUT.CROP.RESIZE_FIRST": [400, 500, 600],
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 1e-4,
+    "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+    "SOLVER.BIAS_LR_FACTOR": 1.0,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.WEIGHT_DECAY_NORM": 1e-4,
+    "SOLVER.WEIGHT_DECAY_BIAS": None,  # as the weights
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.MAX_ITER": 12 * EPOCH,
+    "SOLVER.STEPS": (11 * EPOCH,),
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.1,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
+    "TEST.DETECTIONS_PER_IMAGE": 300,
+    "MODEL.DINO.DN.NUMBER": 100,
+    "MODEL.DINO.DN.REORDER_NEGATIVES": False,
+    "MODEL.DINO.LOSS.CLASS_WEIGHT": 1.0,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), PUBLISHED.items())
+def test_base_is_the_published_recipe(key: str, value: object) -> None:
+    found = leaves(recipe("Base-DINO"))[key]
+    assert type(found)(value) == found if isinstance(found, (list, tuple)) else value == found
+
+
+def test_five_scales_are_one_finer_map() -> None:
+    assert differences("dino_r50_5scale_12ep", "dino_r50_4scale_12ep") == {
+        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.DINO.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.DINO.NUM_FEATURE_LEVELS": 5,
+        "OUTPUT_DIR": "output/dino_r50_5scale_12ep",
+    }
+    assert differences("dino_swinl_5scale_12ep", "dino_swinl_4scale_12ep") == {
+        "MODEL.SWIN.OUT_FEATURES": ["p0", "p1", "p2", "p3"],
+        "MODEL.DINO.IN_FEATURES": ["p0", "p1", "p2", "p3"],
+        "MODEL.DINO.NUM_FEATURE_LEVELS": 5,
+        "OUTPUT_DIR": "output/dino_swinl_5scale_12ep",
+    }
+
+
+def test_tuned_recipe_changes_three_settings() -> None:
+    assert differences("dino_r50_4scale_12ep_tuned", "dino_r50_4scale_12ep") == {
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.DINO.DN.NUMBER": 300,
+        "MODEL.DINO.LOSS.CLASS_WEIGHT": 2.0,
+        "OUTPUT_DIR": "output/dino_r50_4scale_12ep_tuned",
+    }
+
+
+def test_ablations_add_one_idea_at_a_time() -> None:
+    """Rows 2 to 5 of the paper's table 4; row 6 is the published recipe."""
+    names = [name for name in NAMES if name.startswith("ablations/")]
+    rows = [differences(name, "dino_r50_4scale_12ep") for name in [*names, "dino_r50_4scale_12ep"]]
+    for row in rows:
+        row.pop("OUTPUT_DIR", None)
+    selection, forward, denoising = "MODEL.DINO.QUERY_SELECTION", "MODEL.DINO.LOOK_FORWARD", "MODEL.DINO.DN.TYPE"
+    assert rows == [
+        {selection: "static", forward: "once", denoising: "dn"},
+        {selection: "pure", forward: "once", denoising: "dn"},
+        {forward: "once", denoising: "dn"},
+        {denoising: "dn"},
+        {},
+    ]
