@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert_checkpoint  # noqa: E402
+from tests.checkpoint.test_convert import published_by  # noqa: E402
+
+CONFIG = ["--config-file", str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")]
+SMALL = [
+    "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.DINO.HIDDEN_DIM", "32",
+    "MODEL.DINO.NHEADS", "4", "MODEL.DINO.DIM_FEEDFORWARD", "16", "MODEL.DINO.ENC_LAYERS", "1",
+    "MODEL.DINO.DEC_LAYERS", "2", "MODEL.DINO.NUM_QUERIES", "6", "MODEL.DINO.NUM_CLASSES", "91",
+]  # fmt: skip
+
+
+def test_there_and_back_with_options_last(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    state = published_by("official")
+    published, ours, back = (str(tmp_path / name) for name in ("published.pth", "ours.pth", "back.pth"))
+    torch.save({"model": state}, published)
+    convert_checkpoint.main(["--source", "auto", published, ours, *CONFIG, *SMALL])
+    convert_checkpoint.main(["--to", "official", ours, back, *CONFIG, *SMALL])
+    result = torch.load(back, weights_only=True)["model"]
+    assert set(result) == set(state)
+    assert all(torch.equal(result[name], state[name]) for name in state)
+    assert "tensors" in capsys.readouterr().out
+
+
+def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path) -> None:
+    published, ours = tmp_path / "published.pth", tmp_path / "ours.pth"
+    torch.save({"model": published_by("official")}, published)
+    with pytest.raises(SystemExit, match=r"published\.pth: .*does not fit"):
+        convert_checkpoint.main(["--source", "official", str(published), str(ours), *CONFIG, *SMALL[:-1], "3"])
+    assert not ours.exists()
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nowhere\.pth: there is no such file"):
+        convert_checkpoint.main(["--source", "auto", str(tmp_path / "nowhere.pth"), "out.pth", *CONFIG])
