@@ -1,6 +1,8 @@
 # `make demo` and `make test` are complete by themselves: each sets the environment up first.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+# detectron2 imports a part of torch that is to go; its users can do nothing about it.
+export PYTHONWARNINGS := ignore::FutureWarning
 
 .PHONY: setup test demo lint format clean
 

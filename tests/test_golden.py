@@ -202,6 +202,23 @@ def test_losses_and_gradients_in_float64(case: str, model_for) -> None:
     assert differences["gradient norms (relative)"] < 1e-3
 
 
+@pytest.mark.parametrize("model_file", ["DINO_4scale", "detrex_dino_r50"])
+def test_published_file_converts_and_official_names_come_back_bit_for_bit(model_file: str, tmp_path: Path) -> None:
+    published, ours, back = (str(tmp_path / name) for name in ("published.pth", "ours.pth", "back.pth"))
+    state = write_published(model_file, Path(published))
+    case = {"DINO_4scale": "r50_4scale_dn", "detrex_dino_r50": "detrex_r50_4scale"}[model_file]
+    config = ["--config-file", RECIPE, *config_values(case), "MODEL.DINO.NUM_QUERIES", "900"]
+    convert_checkpoint.main(["--source", "auto", published, ours, *config])
+    convert_checkpoint.main(["--to", "official", ours, back, *config])
+    result = torch.load(back, weights_only=True)["model"]
+    if model_file == "DINO_4scale":
+        assert set(result) == set(state)
+        assert all(torch.equal(result[name], state[name]) for name in state)
+    else:
+        head = "transformer.decoder.class_embed.3.weight"
+        assert torch.equal(result[head], state[head])
+
+
 def test_denoising_groups_are_as_many_and_as_long(model_for) -> None:
     golden = np.load(GOLDEN / "r50_4scale_dn.npz")
     model = model_for("r50_4scale_dn", torch.float64)

@@ -64,12 +64,17 @@ class Assumptions:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
 
     def contradictions(self, other: Assumptions) -> list[str]:
-        """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change."""
+        """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change.
+
+        Classes of another number are none: their rows have another shape, and the checkpointer says that it leaves
+        them out. As many classes with other names would be scrambled in silence.
+        """
         lines = []
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            unknown = field.name == "class_names" and not (ours and theirs)
-            if ours != theirs and not unknown:
+            if field.name == "class_names" and len(ours) != len(theirs):
+                continue
+            if ours != theirs:
                 lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
         return lines
 

@@ -228,6 +228,17 @@ def test_class_names_that_contradict_are_an_error() -> None:
         named("dog", "cat").load_state_dict(state)
 
 
+def test_weights_of_other_classes_can_be_fine_tuned(tmp_path: Path) -> None:
+    """All but the class rows is taken over; these are left as they were initialised."""
+    state = from_published(published_by("official"), "official", build_model(resnet_config())).state
+    torch.save({"model": state}, tmp_path / "w.pth")
+    model = build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", "['cat', 'dog']"))
+    before = model.decoder.class_heads[0].weight.clone()
+    DetectionCheckpointer(model).load(str(tmp_path / "w.pth"))
+    assert torch.equal(model.decoder.class_heads[0].weight, before)
+    assert torch.equal(model.encoder.level_embed, state["encoder.level_embed"])
+
+
 def test_assumptions_survive_the_byte_tensor() -> None:
     assumptions = Assumptions.of_config(resnet_config("MODEL.DINO.CLASS_NAMES", "['Straße', '犬']"))
     assert Assumptions.from_tensor(assumptions.to_tensor()) == assumptions
