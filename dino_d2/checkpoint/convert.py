@@ -96,7 +96,7 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Con
             continue
         notes += [f"{name}: {note}"] if note else []
         result[name] = value.clone()
-    unused = {n for name in OPTIONAL for n in SOURCES[source](name, layout) if _known(name, source)} - used
+    unused = {n for name in OPTIONAL if _known(name, source) for n in SOURCES[source](name, layout)} - used
     left_over = []
     for name in sorted(set(state) - used):
         if name.endswith(DERIVED):
@@ -155,6 +155,7 @@ def _assumptions(source: str, model: DINO, state: Mapping[str, Tensor]) -> Assum
 
 
 def _known(name: str, source: str) -> bool:
+    """Only the published program can learn its anchors."""
     return not (name.startswith("query_selection.anchor_logits") and source != "official")
 
 
