@@ -44,9 +44,10 @@ DRAWN_ABOVE = 0.3
 
 
 def prepare() -> None:
-    """Photographs, tiles, annotation files and the backbone's weights, unless they are there."""
-    backbone = DATA / "mobilenetv2.pth"
-    if backbone.exists():  # written last
+    """Photographs, tiles, annotation files and the backbone's weights, unless they are there as they should be."""
+    settings = f"tiles of {TRAIN_TILE} ({TRAIN_OVERLAP} shared, {FEWEST_TREES} trees) and {TEST_TILE} pixels"
+    made_from = DATA / "made_from.txt"  # written last
+    if made_from.exists() and made_from.read_text() == settings:
         return
     print("[demo] preparing the photographs", flush=True)
     DATA.mkdir(parents=True, exist_ok=True)
@@ -56,8 +57,10 @@ def prepare() -> None:
         tiles = grid(read_photo(DATA, which), size, overlap)
         if which == "train":
             tiles = [tile for tile in tiles if len(tile.boxes) >= FEWEST_TREES]
+        shutil.rmtree(DATA / which, ignore_errors=True)
         write_coco(tiles, DATA / f"{which}.json", DATA / which)
-    write_backbone(DATA, backbone)
+    write_backbone(DATA, DATA / "mobilenetv2.pth")
+    made_from.write_text(settings)
 
 
 def train(seed: int, folder: Path) -> None:
