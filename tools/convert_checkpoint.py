@@ -6,7 +6,8 @@
 
 The config says what the weights are used with; a name left over, missing or of another shape stops the conversion.
 detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,
-MMDetection's need MODEL.DINO.SHARE_HEADS False.
+MMDetection's need MODEL.DINO.SHARE_HEADS False. ImageNet weights of a backbone alone (torchvision's ResNets, the Swin
+release, timm's Swin) become weights to start training from.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from detectron2.modeling import build_model
 
 from dino_d2 import load_config
-from dino_d2.checkpoint import from_published, read_state_dict, to_published
+from dino_d2.checkpoint import from_backbone, from_published, read_state_dict, to_published
+from dino_d2.checkpoint.backbone import is_backbone
 from dino_d2.checkpoint.convert import ConversionError, detect_source, summarize
 from dino_d2.checkpoint.names import SOURCES
 
@@ -27,7 +29,7 @@ from dino_d2.checkpoint.names import SOURCES
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--source", choices=[*SOURCES, "auto"], help="whose weights IN holds")
+    way.add_argument("--source", choices=[*SOURCES, "backbone", "auto"], help="whose weights IN holds")
     way.add_argument("--to", choices=["official"], help="write OUT in the published program's names")
     parser.add_argument("input", metavar="IN")
     parser.add_argument("output", metavar="OUT", type=Path)
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         state = read_state_dict(args.input)
         if args.to:
             conversion = to_published(state, args.to, model)
+        elif args.source == "backbone" or (args.source == "auto" and is_backbone(state)):
+            conversion = from_backbone(state, model)
         else:
             source = detect_source(state) if args.source == "auto" else args.source
             conversion = from_published(state, source, model)

@@ -1,7 +1,8 @@
 """Published weights in and out, and what a checkpoint says about the model it was made for."""
 
 from .assumptions import Assumptions
+from .backbone import from_backbone
 from .convert import Conversion, from_published, to_published
 from .files import read_state_dict
 
-__all__ = ["Assumptions", "Conversion", "from_published", "read_state_dict", "to_published"]
+__all__ = ["Assumptions", "Conversion", "from_backbone", "from_published", "read_state_dict", "to_published"]

@@ -35,7 +35,7 @@ def official(name: str, layout: Layout) -> list[str]:
     extra = re.fullmatch(r"neck\.extra_levels\.(\d+)\.(.+)", name)
     if extra:
         return [f"input_proj.{layout.backbone_maps + int(extra[1])}.{extra[2]}"]
-    resnet = _torchvision_resnet(name)
+    resnet = torchvision_resnet(name)
     return [f"backbone.0.body.{resnet}"] if resnet else [_first(name, OFFICIAL)]
 
 
@@ -63,7 +63,7 @@ def mmdet(name: str, layout: Layout) -> list[str]:
         # linear, ReLU, linear, ReLU, linear
         rest = re.sub(r"layers\.(\d)", lambda m: str(2 * int(m[1])), rest)
         return [f"bbox_head.reg_branches.{layer}.{rest}" for layer in layers]
-    resnet = _torchvision_resnet(name)
+    resnet = torchvision_resnet(name)
     return [f"backbone.{resnet}"] if resnet else [_first(name, MMDET)]
 
 
@@ -157,7 +157,7 @@ _RESNET: Rules = [
 ]
 
 
-def _torchvision_resnet(name: str) -> str | None:
+def torchvision_resnet(name: str) -> str | None:
     """torchvision's name of a parameter of detectron2's ResNet; None if it is none."""
     for pattern, replacement in _RESNET:
         if re.fullmatch(pattern, name):

@@ -1,0 +1,64 @@
+"""Converted backbones put out the same maps as those the weights were made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from detectron2.modeling import build_model
+
+from dino_d2 import load_config
+from dino_d2.checkpoint import from_backbone
+from dino_d2.checkpoint.backbone import is_backbone
+from dino_d2.checkpoint.convert import ConversionError
+from tests.checkpoint.test_convert import resnet_config
+
+SWIN = str(Path(__file__).resolve().parents[2] / "configs" / "dino_swint_4scale_12ep.yaml")
+SMALL = ["MODEL.DINO.ENC_LAYERS", "1", "MODEL.DINO.DEC_LAYERS", "1", "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+
+
+def test_torchvisions_resnet() -> None:
+    theirs = torchvision.models.resnet18().eval()
+    for name, tensor in theirs.state_dict().items():
+        if "running" in name:
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    state = theirs.state_dict()
+    assert is_backbone(state)
+    model = build_model(resnet_config()).eval()
+    conversion = from_backbone(state, model)
+    assert any("fc.weight" in note for note in conversion.notes)
+    model.load_state_dict(conversion.state, strict=False)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image)))))
+        expected = theirs.layer2(expected)
+        torch.testing.assert_close(model.backbone(image)["res3"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shifted", [True, False], ids=["timm", "Swin release"])
+def test_swin(shifted: bool) -> None:
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10).eval()
+    state = dict(theirs.state_dict())
+    if not shifted:
+        for stage in range(3):
+            for rest in ("norm.weight", "norm.bias", "reduction.weight"):
+                state[f"layers.{stage}.downsample.{rest}"] = state.pop(f"layers.{stage + 1}.downsample.{rest}")
+    model = build_model(load_config(SWIN, SMALL)).eval()
+    conversion = from_backbone(state, model)
+    model.load_state_dict(conversion.state, strict=False)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        found = model.backbone(image)["p2"]
+        tokens = theirs.layers[2](theirs.layers[1](theirs.layers[0](theirs.patch_embed(image))))
+        expected = F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_fit_is_listed() -> None:
+    state = torchvision.models.resnet34().state_dict()
+    with pytest.raises(ConversionError, match=r"left over: layer1\.2\.conv1\.weight"):
+        from_backbone(state, build_model(resnet_config()))
