@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -82,8 +83,11 @@ def train(seed: int, folder: Path) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float]:
-    """COCO metrics, in percent, of what was found in a whole photograph (up to 1000 detections count)."""
+def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float | None]:
+    """COCO metrics, in percent, of what was found in a whole photograph (up to 1000 detections count).
+
+    None where the photograph has no tree of that size.
+    """
     with tempfile.TemporaryDirectory() as folder:
         json_file = Path(folder, "photo.json")
         write_coco([photo], json_file, Path(folder))
@@ -95,7 +99,7 @@ def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float]:
         metrics = evaluator.evaluate()["bbox"]
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    return {key: round(value, 2) for key, value in metrics.items()}
+    return {key: None if math.isnan(value) else round(value, 2) for key, value in metrics.items()}
 
 
 def draw(photo: Photo, found: Instances, path: Path) -> None:
