@@ -38,7 +38,9 @@ _REGISTERED: dict[str, tuple[str, str]] = {}
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classes, as the first data set of the config has them; empty where none is registered."""
+    """Names of the classes: the config's, else those of its first data set; empty where neither has them."""
+    if cfg.MODEL.DINO.CLASS_NAMES:
+        return list(cfg.MODEL.DINO.CLASS_NAMES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == name]
         if entries and Path(entries[0][1]).is_file():

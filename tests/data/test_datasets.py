@@ -42,5 +42,9 @@ def test_entry_of_another_length_is_refused() -> None:
         register_datasets(cfg)
 
 
+def test_names_in_the_config_come_first() -> None:
+    assert class_names(load_config(RECIPE, ["MODEL.DINO.CLASS_NAMES", "['x', 'y']"])) == ["x", "y"]
+
+
 def test_without_a_registered_data_set_there_are_no_names() -> None:
     assert class_names(load_config(RECIPE, ["DATASETS.TRAIN", "('x',)", "DATASETS.TEST", "()"])) == []
