@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import nn
 
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
-DEFORMABLE_ATTENTION, ATTENTION = "dino_d2::ms_deform_attn", "aten::scaled_dot_product_attention"
+# Operators, and which of their inputs has a weight for each sample.
+DEFORMABLE_ATTENTION = {"dino_d2::ms_deform_attn": 3, "dino_d2::ms_deform_attn_fused": 4}
+ATTENTION = "aten::scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,12 @@ def analyze(model: nn.Module, height: int, width: int) -> Analysis:
     """
     inputs = [{"image": torch.zeros(3, height, width)}]
     adapter = TracingAdapter(model, inputs, allow_non_tensor=True)
-    flops = FlopCountAnalysis(model, inputs).set_op_handle(
-        DEFORMABLE_ATTENTION,
-        lambda inputs, outputs: ms_deform_attn_flops(get_shape(inputs[0]), get_shape(inputs[3])),
-        ATTENTION,
-        lambda inputs, outputs: attention_flops(*(get_shape(x) for x in inputs[:3])),
-    )
-    activations = ActivationCountAnalysis(adapter, adapter.flattened_inputs).set_op_handle(
-        DEFORMABLE_ATTENTION, generic_activation_jit(), ATTENTION, generic_activation_jit()
-    )
+    flops, activations = FlopCountAnalysis(model, inputs), ActivationCountAnalysis(adapter, adapter.flattened_inputs)
+    flops.set_op_handle(ATTENTION, lambda inputs, outputs: attention_flops(*(get_shape(x) for x in inputs[:3])))
+    activations.set_op_handle(ATTENTION, generic_activation_jit())
+    for operator, weights in DEFORMABLE_ATTENTION.items():
+        flops.set_op_handle(operator, partial(_count_deformable_attention, weights))
+        activations.set_op_handle(operator, generic_activation_jit())
     for count in (flops, activations):
         count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
@@ -117,6 +117,10 @@ def as_table(analysis: Analysis, markdown: bool) -> str:
         "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def _count_deformable_attention(weights: int, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    return ms_deform_attn_flops(get_shape(inputs[0]), get_shape(inputs[weights]))
 
 
 @contextmanager

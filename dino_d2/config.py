@@ -27,6 +27,7 @@ def add_dino_config(cfg: CN) -> None:
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level
+    c.OP = "auto"  # auto | compiled | reference: the best there is; refuse to run without kernels; plain PyTorch
     c.DROPOUT = 0.0  # of attention and feed-forward blocks
     c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
     c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)

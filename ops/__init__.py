@@ -1,7 +1,14 @@
 """Multi-scale deformable attention: the public functions, the plain PyTorch truth and what was compiled."""
 
-from .functional import ms_deform_attn
+from .functional import ms_deform_attn, ms_deform_attn_fused
 from .library import compiled, require_compiled
-from .reference import ms_deform_attn_reference
+from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
-__all__ = ["compiled", "ms_deform_attn", "ms_deform_attn_reference", "require_compiled"]
+__all__ = [
+    "compiled",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_reference",
+    "ms_deform_attn_reference",
+    "require_compiled",
+]

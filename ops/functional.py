@@ -1,4 +1,9 @@
-"""Multi-scale deformable attention (arXiv 2010.04159, equation 3) on the compiled kernels."""
+"""Multi-scale deformable attention (arXiv 2010.04159, equation 3) on the compiled kernels.
+
+`ms_deform_attn` takes locations and weights; `ms_deform_attn_fused` makes them inside, from what the layers predict.
+Both choose: the compiled op where it has a kernel for the device, otherwise the plain PyTorch formulation, which says
+so once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .library import compiled, warn_that_reference_serves
-from .reference import ms_deform_attn_reference
+from .reference import ms_deform_attn_reference, sampling_locations_of
 
 
 def ms_deform_attn(
@@ -49,11 +54,54 @@ def ms_deform_attn(
     if value.device.type == "cpu" and value.dtype == torch.float16:
         # No float16 arithmetic on most processors, and no kernel: the detour is exact but for the last rounding.
         return ms_deform_attn(value.float(), shapes, None, locations, weights).to(value.dtype)
-    if not compiled():
-        warn_that_reference_serves()
+    if not compiled(value.device.type):
+        warn_that_reference_serves(value.device.type)
         return ms_deform_attn_reference(value.to(accumulate), shapes, locations, weights).to(value.dtype)
-    flat_shapes = [size for shape in shapes for size in shape]
-    return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, locations, weights)
+    return torch.ops.dino_d2.ms_deform_attn(value, _flat(shapes), locations, weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
+    reference: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` with the sampling locations and the softmax inside: neither is ever stored.
+
+    Args:
+        value: (B, S, heads, channels), as in :func:`ms_deform_attn`.
+        spatial_shapes: (height, width) of each of the L levels, as there.
+        reference: (B, Q, L, 2) points, or (B, Q, L, 4) boxes cx, cy, w, h; in [0, 1] of the level.
+        sampling_offsets: (B, Q, heads, L, points, 2) as (x, y); from a point in pixels of the level, from the centre
+            of a box in units of its half size divided by the number of points.
+        attention_logits: (B, Q, heads, L, points); the softmax goes over levels and points.
+
+    Locations, softmax and sums are in float32 (float64 for float64 values), under autocast too. Fused kernels exist
+    for the CPU; elsewhere, and for a reference that needs a gradient, the separate steps give the same result.
+
+    Returns:
+        (B, Q, heads * channels), in the dtype of `value`.
+
+    Raises:
+        ValueError: shapes that do not fit together, with the argument's name.
+    """
+    shapes = _shapes_on_host(spatial_shapes)
+    _check_value(value, shapes)
+    _check_sampling(value, shapes, sampling_offsets, attention_logits, ("sampling_offsets", "attention_logits"))
+    _check_reference(value, sampling_offsets, reference)
+    accumulate = _accumulation_dtype(value)
+    reference, offsets, logits = (tensor.to(accumulate) for tensor in (reference, sampling_offsets, attention_logits))
+    differentiates_reference = torch.is_grad_enabled() and reference.requires_grad
+    if value.device.type != "cpu" or value.dtype == torch.float16 or not compiled() or differentiates_reference:
+        locations = sampling_locations_of(reference, offsets, shapes)
+        weights = logits.flatten(-2).softmax(-1).view_as(logits)
+        return ms_deform_attn(value, shapes, None, locations, weights)
+    return torch.ops.dino_d2.ms_deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
+
+
+def _flat(shapes: list[tuple[int, int]]) -> list[int]:
+    return [size for shape in shapes for size in shape]
 
 
 def _shapes_on_host(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[tuple[int, int]]:
@@ -68,92 +116,92 @@ def _check(
     locations: Tensor,
     weights: Tensor,
 ) -> None:
+    starts = _check_value(value, shapes)
+    _check_sampling(value, shapes, locations, weights, ("sampling_locations", "attention_weights"))
+    if level_start_index is not None:
+        given = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
+        if given != starts:
+            raise ValueError(f"level_start_index is {given}, spatial_shapes {shapes} make it {starts}")
+
+
+def _check_value(value: Tensor, shapes: list[tuple[int, int]]) -> list[int]:
+    """The first token of each level."""
     if value.dim() != 4:
         raise ValueError(f"value must be (batch, tokens, heads, channels), got {tuple(value.shape)}")
     if not value.is_floating_point():
         raise ValueError(f"value must be a floating point tensor, got {value.dtype}")
-    batch, tokens, heads, _ = value.shape
-    if locations.dim() != 6 or locations.shape[-1] != 2:
-        raise ValueError(
-            f"sampling_locations must be (batch, queries, heads, levels, points, 2), got {tuple(locations.shape)}"
-        )
-    if (locations.shape[0], *locations.shape[2:4]) != (batch, heads, len(shapes)):
-        raise ValueError(
-            f"sampling_locations {tuple(locations.shape)} must have batch {batch} and heads {heads} like value, "
-            f"and {len(shapes)} levels like spatial_shapes"
-        )
-    if weights.shape != locations.shape[:-1]:
-        raise ValueError(
-            f"attention_weights must be {tuple(locations.shape[:-1])} like sampling_locations, "
-            f"got {tuple(weights.shape)}"
-        )
     starts = [0]
     for height, width in shapes:
         if height < 1 or width < 1:
             raise ValueError(f"spatial_shapes {shapes}: every level must have at least one pixel")
         starts.append(starts[-1] + height * width)
-    if starts[-1] != tokens:
-        raise ValueError(f"spatial_shapes {shapes} add up to {starts[-1]} tokens, value has {tokens}")
-    if level_start_index is not None:
-        given = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
-        if given != starts[:-1]:
-            raise ValueError(f"level_start_index is {given}, spatial_shapes {shapes} make it {starts[:-1]}")
-    for name, tensor in (("sampling_locations", locations), ("attention_weights", weights)):
-        if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
+    if starts[-1] != value.shape[1]:
+        raise ValueError(f"spatial_shapes {shapes} add up to {starts[-1]} tokens, value has {value.shape[1]}")
+    return starts[:-1]
+
+
+def _check_sampling(
+    value: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor, names: tuple[str, str]
+) -> None:
+    batch, _, heads, _ = value.shape
+    if positions.dim() != 6 or positions.shape[-1] != 2:
+        raise ValueError(f"{names[0]} must be (batch, queries, heads, levels, points, 2), got {tuple(positions.shape)}")
+    if (positions.shape[0], *positions.shape[2:4]) != (batch, heads, len(shapes)):
+        raise ValueError(
+            f"{names[0]} {tuple(positions.shape)} must have batch {batch} and heads {heads} like value, "
+            f"and {len(shapes)} levels like spatial_shapes"
+        )
+    if weights.shape != positions.shape[:-1]:
+        raise ValueError(
+            f"{names[1]} must be {tuple(positions.shape[:-1])} like {names[0]}, got {tuple(weights.shape)}"
+        )
+    for name, tensor in zip(names, (positions, weights), strict=True):
+        _check_floating_beside(value, tensor, name)
+
+
+def _check_reference(value: Tensor, offsets: Tensor, reference: Tensor) -> None:
+    expected = (offsets.shape[0], offsets.shape[1], offsets.shape[3])
+    if reference.dim() != 4 or reference.shape[:3] != expected or reference.shape[3] not in (2, 4):
+        raise ValueError(f"reference must be {expected} and 2 or 4 numbers, got {tuple(reference.shape)}")
+    _check_floating_beside(value, reference, "reference")
+
+
+def _check_floating_beside(value: Tensor, tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if tensor.device != value.device:
+        raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
 
 
 def _accumulation_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(
-    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
+# What torch has to know of the two operators. `sampling` stands for the tensors behind spatial_shapes: locations and
+# weights; or reference, offsets and logits. The last two of them have gradients.
+
+
+def _forward_fake(value: Tensor, spatial_shapes: Sequence[int], *sampling: Tensor) -> Tensor:
     batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+    return value.new_empty(batch, sampling[-1].shape[1], heads * channels)
 
 
 def _backward_fake(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    value_wanted: bool,
-    sampling_wanted: bool,
+    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *sampling_and_wanted: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulation_dtype(value)
+    *_, positions, weights, value_wanted, sampling_wanted = sampling_and_wanted
     return (
-        value.new_empty(value.shape if value_wanted else (0,), dtype=dtype),
-        sampling_locations.new_empty(sampling_locations.shape if sampling_wanted else (0,)),
-        attention_weights.new_empty(attention_weights.shape if sampling_wanted else (0,)),
+        value.new_empty(value.shape if value_wanted else (0,), dtype=_accumulation_dtype(value)),
+        positions.new_empty(positions.shape if sampling_wanted else (0,)),
+        weights.new_empty(weights.shape if sampling_wanted else (0,)),
     )
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    value_wanted, _, locations_wanted, weights_wanted = ctx.needs_input_grad
-    grad_value, grad_locations, grad_weights = torch.ops.dino_d2.ms_deform_attn_backward(
-        grad_output,
-        value,
-        ctx.spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        value_wanted,
-        locations_wanted or weights_wanted,
-    )
-    return (
-        grad_value.to(value.dtype) if value_wanted else None,
-        None,
-        grad_locations if locations_wanted else None,
-        grad_weights if weights_wanted else None,
-    )
+    value, ctx.spatial_shapes, *sampling = inputs
+    ctx.value_shape, ctx.value_dtype = value.shape, value.dtype
+    # The gradient of the value does not depend on the value.
+    ctx.save_for_backward(value if any(ctx.needs_input_grad[2:]) else None, *sampling)
 
 
 def _second_derivative(ctx, *grads: Tensor) -> None:
@@ -162,8 +210,28 @@ def _second_derivative(ctx, *grads: Tensor) -> None:
     )
 
 
+def _register(name: str) -> None:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        value, *sampling = ctx.saved_tensors
+        value_wanted, _, *_, positions_wanted, weights_wanted = ctx.needs_input_grad
+        if value is None:  # its shape alone is read
+            value = grad_output.new_empty((), dtype=ctx.value_dtype).expand(ctx.value_shape)
+        grad_value, grad_positions, grad_weights = getattr(torch.ops.dino_d2, f"{name}_backward")(
+            grad_output, value, ctx.spatial_shapes, *sampling, value_wanted, positions_wanted or weights_wanted
+        )
+        return (
+            grad_value.to(ctx.value_dtype) if value_wanted else None,
+            *[None] * (len(sampling) - 1),  # the shapes and, if there is one, the reference
+            grad_positions if positions_wanted else None,
+            grad_weights if weights_wanted else None,
+        )
+
+    torch.library.register_fake(f"dino_d2::{name}", _forward_fake)
+    torch.library.register_fake(f"dino_d2::{name}_backward", _backward_fake)
+    torch.library.register_autograd(f"dino_d2::{name}", backward, setup_context=_setup_context)
+    torch.library.register_autograd(f"dino_d2::{name}_backward", _second_derivative)
+
+
 if compiled():
-    torch.library.register_fake("dino_d2::ms_deform_attn", _forward_fake)
-    torch.library.register_fake("dino_d2::ms_deform_attn_backward", _backward_fake)
-    torch.library.register_autograd("dino_d2::ms_deform_attn", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("dino_d2::ms_deform_attn_backward", _second_derivative)
+    for _name in ("ms_deform_attn", "ms_deform_attn_fused"):
+        _register(_name)

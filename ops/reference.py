@@ -32,3 +32,39 @@ def ms_deform_attn_reference(
     weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
     output = (samples * weights.to(samples.dtype)).sum(-1)
     return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
+
+
+def ms_deform_attn_fused_reference(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """What `ms_deform_attn_fused` computes; differentiable, on any device.
+
+    Arguments and result are those of :func:`dino_d2.ops.ms_deform_attn_fused`.
+    """
+    locations = sampling_locations_of(reference, sampling_offsets, spatial_shapes)
+    weights = attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+
+
+def sampling_locations_of(
+    reference: Tensor, sampling_offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Points move by pixels of the level, boxes by fractions of their own half size.
+
+    Args:
+        reference: (B, Q, L, 2) or (B, Q, L, 4) in [0, 1].
+        sampling_offsets: (B, Q, heads, L, points, 2).
+
+    Returns:
+        Locations in [0, 1], of the shape of `sampling_offsets`.
+    """
+    reference = reference[:, :, None, :, None]
+    if reference.shape[-1] == 2:
+        sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
+        return reference + sampling_offsets / sizes[:, None]
+    points = sampling_offsets.shape[-2]
+    return reference[..., :2] + sampling_offsets / points * reference[..., 2:] * 0.5

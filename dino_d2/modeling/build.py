@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from torch import nn
+
+from dino_d2.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference, require_compiled
 
 from .box_refinement import BOX_REFINEMENTS
 from .criterion import LossWeights, SetCriterion
@@ -84,7 +87,11 @@ def build_criterion(cfg: CfgNode) -> SetCriterion:
 
 def _deformable_attention(cfg: CfgNode) -> MultiScaleDeformableAttention:
     c = cfg.MODEL.DINO
-    return MultiScaleDeformableAttention(c.HIDDEN_DIM, c.NHEADS, c.NUM_FEATURE_LEVELS, c.NUM_POINTS)
+    choice = _choice("MODEL.DINO.OP", c.OP, ("auto", "compiled", "reference"))
+    if choice == "compiled":
+        require_compiled(torch.device(cfg.MODEL.DEVICE).type)
+    op = ms_deform_attn_fused_reference if choice == "reference" else ms_deform_attn_fused
+    return MultiScaleDeformableAttention(c.HIDDEN_DIM, c.NHEADS, c.NUM_FEATURE_LEVELS, c.NUM_POINTS, op)
 
 
 def _ffn(cfg: CfgNode) -> FeedForward:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from dino_d2.ops import ms_deform_attn
+from dino_d2.ops import ms_deform_attn_fused
 from dino_d2.structures import Memory
 
 
@@ -18,10 +19,19 @@ class MultiScaleDeformableAttention(nn.Module):
         embed_dim: C, a multiple of `num_heads`.
         num_levels: L.
         num_points: samples per head and level.
+        op: `ms_deform_attn_fused` of `dino_d2.ops`, or its reference.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        op: Callable[..., Tensor] = ms_deform_attn_fused,
+    ):
         super().__init__()
+        self.op = op
         if embed_dim % num_heads:
             raise ValueError(f"HIDDEN_DIM {embed_dim} must be a multiple of NHEADS {num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
@@ -58,23 +68,13 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        batch, queries, _ = query.shape
+        shape = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0)
-        shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).view(*shape, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
-        output = ms_deform_attn(
-            value.view(batch, value.shape[1], self.num_heads, -1),
+        output = self.op(
+            value.unflatten(-1, (self.num_heads, -1)),
             memory.spatial_shapes,
-            None,
-            self._locations(reference[:, :, None, :, None], offsets, memory.spatial_shapes),
-            weights,
+            reference,
+            self.sampling_offsets(query).view(*shape, 2),
+            self.attention_weights(query).view(shape),
         )
         return self.output_proj(output)
-
-    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Points move by pixels of the level, boxes by fractions of their own half size."""
-        if reference.shape[-1] == 2:
-            sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
-            return reference + offsets / sizes[:, None]
-        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5

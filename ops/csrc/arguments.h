@@ -28,31 +28,38 @@ inline std::vector<Level> levels_of(const std::vector<int64_t>& spatial_shapes) 
   return levels;
 }
 
-// `accumulate` is the precision that locations and weights must have beside these values.
-inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels, const Tensor& locations,
+// `positions` and `weights` as in Sampling; `accumulate` is the precision that they must have beside these values.
+inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels, const Tensor& positions,
                       const Tensor& weights, ScalarType accumulate) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, tokens, heads, channels), but has ", value.dim(),
                   " dimensions");
-  STD_TORCH_CHECK(locations.dim() == 6 && locations.size(5) == 2,
-                  "sampling_locations must be (batch, queries, heads, levels, points, 2)");
-  STD_TORCH_CHECK(weights.dim() == 5, "attention_weights must be (batch, queries, heads, levels, points)");
+  STD_TORCH_CHECK(positions.dim() == 6 && positions.size(5) == 2,
+                  "sampling positions must be (batch, queries, heads, levels, points, 2)");
+  STD_TORCH_CHECK(weights.dim() == 5, "attention weights must be (batch, queries, heads, levels, points)");
   const Sizes sizes{value.size(0),     value.size(1),     value.size(2),    value.size(3),
-                    locations.size(1), locations.size(3), locations.size(4)};
-  STD_TORCH_CHECK(locations.size(0) == sizes.batch && locations.size(2) == sizes.heads,
-                  "sampling_locations and value disagree in batch or heads");
+                    positions.size(1), positions.size(3), positions.size(4)};
+  STD_TORCH_CHECK(positions.size(0) == sizes.batch && positions.size(2) == sizes.heads,
+                  "sampling positions and value disagree in batch or heads");
   for (int64_t d = 0; d < 5; ++d) {
-    STD_TORCH_CHECK(weights.size(d) == locations.size(d), "attention_weights and sampling_locations disagree in dimension ",
-                    d, ": ", weights.size(d), " and ", locations.size(d));
+    STD_TORCH_CHECK(weights.size(d) == positions.size(d), "attention weights and sampling positions disagree in dimension ",
+                    d, ": ", weights.size(d), " and ", positions.size(d));
   }
-  STD_TORCH_CHECK(sizes.levels == static_cast<int64_t>(levels.size()), "sampling_locations has ", sizes.levels,
+  STD_TORCH_CHECK(sizes.levels == static_cast<int64_t>(levels.size()), "sampling positions has ", sizes.levels,
                   " levels, spatial_shapes has ", levels.size());
   const int64_t tokens = levels.empty() ? 0 : levels.back().start + levels.back().height * levels.back().width;
   STD_TORCH_CHECK(tokens == sizes.tokens, "value has ", sizes.tokens, " tokens, spatial_shapes add up to ", tokens);
   STD_TORCH_CHECK(tokens < (int64_t(1) << 31), "more than 2^31 tokens");
-  STD_TORCH_CHECK(locations.scalar_type() == accumulate && weights.scalar_type() == accumulate,
-                  "sampling_locations and attention_weights must be ", toString(accumulate), " beside ",
+  STD_TORCH_CHECK(positions.scalar_type() == accumulate && weights.scalar_type() == accumulate,
+                  "sampling positions and attention weights must be ", toString(accumulate), " beside ",
                   toString(value.scalar_type()), " values");
   return sizes;
+}
+
+inline void check_reference(const Tensor& reference, const Sizes& sizes, ScalarType accumulate) {
+  STD_TORCH_CHECK(reference.dim() == 4 && reference.size(0) == sizes.batch && reference.size(1) == sizes.queries &&
+                      reference.size(2) == sizes.levels && (reference.size(3) == 2 || reference.size(3) == 4),
+                  "reference must be (batch, queries, levels, 2 or 4)");
+  STD_TORCH_CHECK(reference.scalar_type() == accumulate, "reference must be ", toString(accumulate));
 }
 
 inline void check_grad_output(const Tensor& grad_output, const Tensor& value, const Sizes& sizes) {

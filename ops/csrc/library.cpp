@@ -13,6 +13,14 @@ STABLE_TORCH_LIBRARY(dino_d2, m) {
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
       "Tensor attention_weights, bool value_wanted, bool sampling_wanted) -> (Tensor, Tensor, Tensor)");
+  // The same with the locations and the softmax inside: see Sampling in problem.h. The reference has no gradient.
+  m.def(
+      "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor reference, Tensor sampling_offsets, "
+      "Tensor attention_logits) -> Tensor");
+  m.def(
+      "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor reference, "
+      "Tensor sampling_offsets, Tensor attention_logits, bool value_wanted, bool sampling_wanted) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("cpu_kernels() -> str");
 }
 

@@ -24,29 +24,40 @@ struct Sizes {
   constexpr int64_t samples() const { return levels * points; }  // per query and head
 };
 
+// Where each query looks and how much each sample counts; A is what is computed in.
+//   positions (B, Q, H, L, P, 2), weights (B, Q, H, L, P)
+// Without `reference`, positions are locations in [0, 1] and weights are used as they are. With it, positions are
+// offsets from it, in pixels of the level from a point (reference_size 2), in half sides / P of a box (4); and weights
+// are logits, over whose L * P a softmax is taken.
+// Gradients have the layout of what they are the gradient of and are written whole; null where nobody asked for them.
+template <class A>
+struct Sampling {
+  const A* positions;
+  const A* weights;
+  const A* reference;  // (B, Q, L, reference_size) or null
+  int64_t reference_size;
+  A* grad_positions;
+  A* grad_weights;
+};
+
 // V stores the values (and the output), A is what is computed and accumulated in.
-//   value (B, S, H, C), locations (B, Q, H, L, P, 2), weights (B, Q, H, L, P), output (B, Q, H * C)
+//   value (B, S, H, C), output (B, Q, H * C)
 template <class V, class A>
 struct Forward {
   Sizes sizes;
+  Sampling<A> sampling;
   const V* value;
-  const A* locations;
-  const A* weights;
   V* output;
 };
 
-// Gradients have the layout of what they are the gradient of. A null pointer is a gradient that nobody
-// asked for; grad_value arrives filled with zeros, the other two are written whole.
 template <class V, class A>
 struct Backward {
   Sizes sizes;
+  Sampling<A> sampling;
   const V* value;
-  const A* locations;
-  const A* weights;
   const V* grad_output;
-  A* grad_value;
-  A* grad_locations;
-  A* grad_weights;
+  A* grad_value;  // null: not wanted
+  bool staged;    // grad_value is written whole, through a copy per head; otherwise it arrives filled with zeros
 };
 
 }  // namespace dino_d2

@@ -1,12 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from dino_d2.modeling import deformable_attention
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
+from dino_d2.ops import ms_deform_attn_fused_reference
 
 
-def make_attention(**changes: int) -> MultiScaleDeformableAttention:
+def make_attention(**changes: Any) -> MultiScaleDeformableAttention:
     """Two heads, two levels and two points, all directions random."""
     arguments = {"embed_dim": 32, "num_heads": 2, "num_levels": 2, "num_points": 2, **changes}
     attention = MultiScaleDeformableAttention(**arguments).double()
@@ -15,17 +17,12 @@ def make_attention(**changes: int) -> MultiScaleDeformableAttention:
     return attention
 
 
-@pytest.fixture
-def op_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What the layer hands to the op."""
-    seen = {}
+class RecordingOp:
+    """Keeps what the layer hands to the op, and computes nothing."""
 
-    def record(value, spatial_shapes, level_start_index, locations, weights):
-        seen.update(value=value, locations=locations, weights=weights)
-        return value.new_zeros(locations.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-
-    monkeypatch.setattr(deformable_attention, "ms_deform_attn", record)
-    return seen
+    def __call__(self, value, spatial_shapes, reference, offsets, logits) -> Tensor:
+        self.value, self.reference, self.offsets, self.logits = value, reference, offsets, logits
+        return value.new_zeros(offsets.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 
 def test_initial_offsets_are_a_ring_of_eight_directions() -> None:
@@ -38,45 +35,32 @@ def test_initial_offsets_are_a_ring_of_eight_directions() -> None:
             torch.testing.assert_close(offsets[:, level, point], expected, atol=1e-5, rtol=0)
 
 
-def test_initial_attention_is_uniform_whatever_the_query(make_memory, op_arguments: dict) -> None:
-    attention = MultiScaleDeformableAttention(32, num_heads=2, num_levels=2, num_points=2).double()
+def test_initial_attention_is_uniform_whatever_the_query(make_memory) -> None:
+    op = RecordingOp()
+    attention = MultiScaleDeformableAttention(32, num_heads=2, num_levels=2, num_points=2, op=op).double()
     memory = make_memory()
     for _ in range(2):
         attention(torch.randn(2, 3, 32, dtype=torch.float64), torch.rand(2, 3, 2, 2, dtype=torch.float64), memory)
-        torch.testing.assert_close(op_arguments["weights"], torch.full((2, 3, 2, 2, 2), 0.25, dtype=torch.float64))
+        assert op.logits.shape == (2, 3, 2, 2, 2)
+        assert not op.logits.any()
 
 
-def test_weights_of_a_head_sum_to_one_over_levels_and_points(make_memory, op_arguments: dict) -> None:
-    memory = make_memory()
-    make_attention()(torch.randn(2, 3, 32, dtype=torch.float64), torch.rand(2, 3, 2, 2, dtype=torch.float64), memory)
-    sums = op_arguments["weights"].sum((-2, -1))
-    torch.testing.assert_close(sums, torch.ones(2, 3, 2, dtype=torch.float64))
-
-
-def test_points_move_by_pixels_of_the_level(make_memory, op_arguments: dict) -> None:
-    memory, attention = make_memory(((8, 6), (4, 3))), make_attention()
-    query, reference = torch.randn(2, 3, 32, dtype=torch.float64), torch.rand(2, 3, 2, 2, dtype=torch.float64)
-    attention(query, reference, memory)
-    offsets = attention.sampling_offsets(query).view(2, 3, 2, 2, 2, 2)
-    image, q, head, point = 1, 2, 0, 1
-    for level, (height, width) in enumerate(memory.spatial_shapes):
-        x, y = op_arguments["locations"][image, q, head, level, point].tolist()
-        dx, dy = offsets[image, q, head, level, point].tolist()
-        assert x == pytest.approx(reference[image, q, level, 0].item() + dx / width)
-        assert y == pytest.approx(reference[image, q, level, 1].item() + dy / height)
-
-
-def test_boxes_move_by_shares_of_their_half_size(make_memory, op_arguments: dict) -> None:
-    memory, attention = make_memory(), make_attention(num_points=4)
+def test_op_gets_what_the_layers_predict(make_memory) -> None:
+    op = RecordingOp()
+    attention, memory = make_attention(op=op), make_memory()
     query, reference = torch.randn(2, 3, 32, dtype=torch.float64), torch.rand(2, 3, 2, 4, dtype=torch.float64)
     attention(query, reference, memory)
-    offsets = attention.sampling_offsets(query).view(2, 3, 2, 2, 4, 2)
-    image, q, head, level, point = 1, 2, 1, 0, 3
-    x, y = op_arguments["locations"][image, q, head, level, point].tolist()
-    dx, dy = offsets[image, q, head, level, point].tolist()
-    centre_x, centre_y, width, height = reference[image, q, level].tolist()
-    assert x == pytest.approx(centre_x + dx / 4 * width / 2)
-    assert y == pytest.approx(centre_y + dy / 4 * height / 2)
+    assert op.reference is reference
+    torch.testing.assert_close(op.offsets.flatten(2), attention.sampling_offsets(query))
+    torch.testing.assert_close(op.logits.flatten(2), attention.attention_weights(query))
+
+
+def test_compiled_op_and_reference_agree(make_memory) -> None:
+    compiled, memory = make_attention(), make_memory()
+    plain = make_attention(op=ms_deform_attn_fused_reference)
+    plain.load_state_dict(compiled.state_dict())
+    query, reference = torch.randn(2, 3, 32, dtype=torch.float64), torch.rand(2, 3, 2, 4, dtype=torch.float64)
+    torch.testing.assert_close(compiled(query, reference, memory), plain(query, reference, memory))
 
 
 def test_padded_tokens_do_not_influence_the_result(make_memory) -> None:

@@ -119,7 +119,7 @@ def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, channe
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("queries", [1, 16, 70])  # fewer and more than one thread's share
+@pytest.mark.parametrize("queries", [1, 16, 150])  # fewer and more than one thread's share; tokens visited often
 def test_every_image_and_query_is_served(queries: int, batch: int, threads: int) -> None:
     torch.set_num_threads(threads)
     problem = make_problem(PYRAMID, batch=batch, queries=queries, heads=3)
@@ -212,7 +212,9 @@ def test_opcheck_backward(wanted: tuple[bool, bool], device: str) -> None:
 KERNEL_SET_SCRIPT = """
 import sys
 import torch
-from dino_d2.ops import ms_deform_attn, ms_deform_attn_reference
+from dino_d2.ops import (
+    ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_fused_reference, ms_deform_attn_reference
+)
 
 assert torch.ops.dino_d2.cpu_kernels() == sys.argv[1]
 torch.manual_seed(0)
@@ -220,15 +222,24 @@ shapes = [(6, 8), (3, 4), (2, 2)]
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for channels in (1, 2, 4, 5, 8, 16, 32, 64, 128, 300):
         for points in (1, 3, 4, 7):
+            fused = points in (3, 4)
+            queries = 5 if channels in (4, 32) else 180  # tokens visited seldom, and often
             value = torch.randn(2, 64, 2, channels).to(dtype)
-            locations = torch.rand(2, 5, 2, 3, points, 2) * 1.4 - 0.2
-            weights = torch.rand(2, 5, 2, 3, points)
-            grad = torch.randn(2, 5, 2 * channels).to(dtype)
+            sizes = (2, queries, 2, 3, points)
+            if fused:
+                sampling = torch.randn(*sizes, 2), torch.randn(sizes)
+                reference = torch.rand(2, queries, 3, 4 if points == 3 else 2) * 1.2 - 0.1
+            else:
+                sampling = torch.rand(*sizes, 2) * 1.4 - 0.2, torch.rand(sizes)
+            grad = torch.randn(2, queries, 2 * channels).to(dtype)
             results = []
             for wide in (False, True):
-                leaves = [x.double() if wide else x.clone() for x in (value, locations, weights)]
+                leaves = [x.double() if wide else x.clone() for x in (value, *sampling)]
                 leaves = [x.requires_grad_() for x in leaves]
-                if wide:
+                if fused:
+                    function = ms_deform_attn_fused_reference if wide else ms_deform_attn_fused
+                    output = function(leaves[0], shapes, reference.to(leaves[1].dtype), *leaves[1:])
+                elif wide:
                     output = ms_deform_attn_reference(leaves[0], shapes, *leaves[1:])
                 else:
                     output = ms_deform_attn(leaves[0], shapes, None, *leaves[1:])

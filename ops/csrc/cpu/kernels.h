@@ -13,17 +13,20 @@ struct SampleLevels {
   const A* height;
   const int32_t* columns;  // width as an integer
   const int32_t* start;
+  int64_t padded;
 };
 
 constexpr int64_t kLargestVector = 16;  // samples; `padded` is a multiple of this
+constexpr int64_t kMostChannels = 256;  // of a head worked on at once; more are taken in turns
+constexpr int64_t kScratchArrays = 10;  // of `padded` numbers, that a kernel keeps one query's samples in
 
 template <class V, class A>
 struct KernelsOf {
-  // Queries [begin, end) of the flattened (batch, query) axis.
-  void (*forward)(const Forward<V, A>&, const SampleLevels<A>&, int64_t begin, int64_t end);
-  // Heads [begin, end) of the flattened (batch, head) axis: heads never share a gradient, so threads
-  // that own whole heads need no atomics.
-  void (*backward)(const Backward<V, A>&, const SampleLevels<A>&, int64_t begin, int64_t end);
+  // Queries [begin, end) of the flattened (batch, query) axis. `scratch`: kScratchArrays * padded numbers.
+  void (*forward)(const Forward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t begin, int64_t end);
+  // One plane of the flattened (batch, head) axis: heads never share a gradient, so threads that own whole heads need
+  // no atomics. `scratch`: as above, and 2 * tokens * min(channels, kMostChannels) more for a staged problem.
+  void (*backward)(const Backward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t plane);
 };
 
 struct BFloat16 {

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -45,7 +47,9 @@ class OwnedSampleLevels {
       start_.push_back(static_cast<int32_t>(level.start));
     }
   }
-  SampleLevels<A> view() const { return {width_.data(), height_.data(), columns_.data(), start_.data()}; }
+  SampleLevels<A> view() const {
+    return {width_.data(), height_.data(), columns_.data(), start_.data(), static_cast<int64_t>(width_.size())};
+  }
 
  private:
   std::vector<A> width_, height_;
@@ -71,68 +75,126 @@ ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor forward(const Tensor& any_value, std::vector<int64_t> spatial_shapes, const Tensor& any_locations,
-               const Tensor& any_weights) {
-  const Tensor value = torch::stable::contiguous(any_value), locations = torch::stable::contiguous(any_locations),
+// Without a reference, positions are locations and weights attention weights; see Sampling.
+template <class A>
+Sampling<A> sampling_of(const Tensor& positions, const Tensor& weights, const std::optional<Tensor>& reference) {
+  Sampling<A> sampling{};
+  sampling.positions = static_cast<const A*>(positions.const_data_ptr());
+  sampling.weights = static_cast<const A*>(weights.const_data_ptr());
+  if (reference) {
+    sampling.reference = static_cast<const A*>(reference->const_data_ptr());
+    sampling.reference_size = reference->size(3);
+  }
+  return sampling;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
+               const Tensor& any_weights, const std::optional<Tensor>& any_reference) {
+  const Tensor value = torch::stable::contiguous(any_value), positions = torch::stable::contiguous(any_positions),
                weights = torch::stable::contiguous(any_weights);
+  const std::optional<Tensor> reference = contiguous(any_reference);
   const std::vector<Level> levels = levels_of(spatial_shapes);
-  const Sizes sizes = sizes_of(value, levels, locations, weights, accumulation_type(value.scalar_type()));
+  const ScalarType accumulate = accumulation_type(value.scalar_type());
+  const Sizes sizes = sizes_of(value, levels, positions, weights, accumulate);
+  if (reference) check_reference(*reference, sizes, accumulate);
   const std::vector<int64_t> output_shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
   if (sizes.samples() == 0) return torch::stable::new_zeros(value, output_shape);
   Tensor output = torch::stable::new_empty(value, output_shape);
   with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
     using V = decltype(v);
     using A = decltype(a);
-    const Forward<V, A> problem{sizes, static_cast<const V*>(value.const_data_ptr()),
-                                static_cast<const A*>(locations.const_data_ptr()),
-                                static_cast<const A*>(weights.const_data_ptr()),
+    const Forward<V, A> problem{sizes, sampling_of<A>(positions, weights, reference),
+                                static_cast<const V*>(value.const_data_ptr()),
                                 static_cast<V*>(output.mutable_data_ptr())};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
     torch::stable::parallel_for(0, sizes.batch * sizes.queries, 16, [&](int64_t begin, int64_t end) {
-      set.forward(problem, sample_levels.view(), begin, end);
+      const std::unique_ptr<A[]> scratch(new A[kScratchArrays * sample_levels.view().padded]);
+      set.forward(problem, sample_levels.view(), scratch.get(), begin, end);
     });
   });
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const Tensor& any_value,
-                                            std::vector<int64_t> spatial_shapes, const Tensor& any_locations,
-                                            const Tensor& any_weights, bool value_wanted, bool sampling_wanted) {
-  const Tensor grad_output = torch::stable::contiguous(any_grad_output), value = torch::stable::contiguous(any_value),
-               locations = torch::stable::contiguous(any_locations), weights = torch::stable::contiguous(any_weights);
+                                            const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
+                                            const Tensor& any_weights, const std::optional<Tensor>& any_reference,
+                                            bool value_wanted, bool sampling_wanted) {
+  // Without gradients of the sampling, values are not read and may be a stand-in of the same shape.
+  const Tensor value = sampling_wanted ? torch::stable::contiguous(any_value) : any_value;
+  const Tensor grad_output = torch::stable::contiguous(any_grad_output),
+               positions = torch::stable::contiguous(any_positions), weights = torch::stable::contiguous(any_weights);
+  const std::optional<Tensor> reference = contiguous(any_reference);
   const std::vector<Level> levels = levels_of(spatial_shapes);
   const ScalarType accumulate = accumulation_type(value.scalar_type());
-  const Sizes sizes = sizes_of(value, levels, locations, weights, accumulate);
+  const Sizes sizes = sizes_of(value, levels, positions, weights, accumulate);
+  if (reference) check_reference(*reference, sizes, accumulate);
   check_grad_output(grad_output, value, sizes);
-  const auto gradient = [&](const Tensor& of, bool wanted) {
+  // Worth it where a token is visited about eight times; and only where there is anything to visit.
+  const bool staged = sizes.queries * sizes.samples() > 8 * sizes.tokens;
+  const auto gradient = [&](const Tensor& of, bool wanted, bool written_whole) {
     std::vector<int64_t> shape{0};
     if (wanted) {
       shape.clear();
       for (int64_t d = 0; d < of.dim(); ++d) shape.push_back(of.size(d));
     }
-    return torch::stable::new_zeros(of, shape, accumulate);
+    return written_whole ? torch::stable::new_empty(of, shape, accumulate)
+                         : torch::stable::new_zeros(of, shape, accumulate);
   };
-  Tensor grad_value = gradient(value, value_wanted);
-  Tensor grad_locations = gradient(locations, sampling_wanted);
-  Tensor grad_weights = gradient(weights, sampling_wanted);
-  if (sizes.samples() == 0) return {grad_value, grad_locations, grad_weights};
+  Tensor grad_value = gradient(value, value_wanted, staged);
+  Tensor grad_positions = gradient(positions, sampling_wanted, true);
+  Tensor grad_weights = gradient(weights, sampling_wanted, true);
+  if (sizes.samples() == 0) return {grad_value, grad_positions, grad_weights};
   with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
     using V = decltype(v);
     using A = decltype(a);
+    Sampling<A> sampling = sampling_of<A>(positions, weights, reference);
+    if (sampling_wanted) {
+      sampling.grad_positions = static_cast<A*>(grad_positions.mutable_data_ptr());
+      sampling.grad_weights = static_cast<A*>(grad_weights.mutable_data_ptr());
+    }
     const Backward<V, A> problem{sizes,
+                                 sampling,
                                  static_cast<const V*>(value.const_data_ptr()),
-                                 static_cast<const A*>(locations.const_data_ptr()),
-                                 static_cast<const A*>(weights.const_data_ptr()),
                                  static_cast<const V*>(grad_output.const_data_ptr()),
                                  value_wanted ? static_cast<A*>(grad_value.mutable_data_ptr()) : nullptr,
-                                 sampling_wanted ? static_cast<A*>(grad_locations.mutable_data_ptr()) : nullptr,
-                                 sampling_wanted ? static_cast<A*>(grad_weights.mutable_data_ptr()) : nullptr};
+                                 staged};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
+    const int64_t staging = staged ? 2 * sizes.tokens * std::min(sizes.channels, kMostChannels) : 0;
     torch::stable::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t begin, int64_t end) {
-      set.backward(problem, sample_levels.view(), begin, end);
+      const std::unique_ptr<A[]> scratch(new A[kScratchArrays * sample_levels.view().padded + staging]);
+      for (int64_t plane = begin; plane < end; ++plane) {
+        set.backward(problem, sample_levels.view(), scratch.get(), plane);
+      }
     });
   });
-  return {grad_value, grad_locations, grad_weights};
+  return {grad_value, grad_positions, grad_weights};
+}
+
+Tensor plain_forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& locations,
+                     const Tensor& weights) {
+  return forward(value, spatial_shapes, locations, weights, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> plain_backward(const Tensor& grad_output, const Tensor& value,
+                                                  std::vector<int64_t> spatial_shapes, const Tensor& locations,
+                                                  const Tensor& weights, bool value_wanted, bool sampling_wanted) {
+  return backward(grad_output, value, spatial_shapes, locations, weights, std::nullopt, value_wanted, sampling_wanted);
+}
+
+Tensor fused_forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& reference,
+                     const Tensor& offsets, const Tensor& logits) {
+  return forward(value, spatial_shapes, offsets, logits, reference);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, const Tensor& value,
+                                                  std::vector<int64_t> spatial_shapes, const Tensor& reference,
+                                                  const Tensor& offsets, const Tensor& logits, bool value_wanted,
+                                                  bool sampling_wanted) {
+  return backward(grad_output, value, spatial_shapes, offsets, logits, reference, value_wanted, sampling_wanted);
 }
 
 std::string kernel_name() { return kernels().name; }
@@ -141,8 +203,10 @@ std::string kernel_name() { return kernels().name; }
 }  // namespace dino_d2::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dino_d2, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&dino_d2::cpu::forward));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&dino_d2::cpu::backward));
+  m.impl("ms_deform_attn", TORCH_BOX(&dino_d2::cpu::plain_forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&dino_d2::cpu::plain_backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&dino_d2::cpu::fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&dino_d2::cpu::fused_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dino_d2, CompositeExplicitAutograd, m) {

@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = 0; i < samples; ++i) {
       const int level = i / z.points;
       const int64_t at = row * samples + i;
-      const Sample<A> s(p.locations[2 * at], p.locations[2 * at + 1], levels.height[level], levels.width[level],
+      const Sample<A> s(p.sampling.positions[2 * at], p.sampling.positions[2 * at + 1], levels.height[level], levels.width[level],
                         levels.start[level]);
       if (!s.inside) continue;
       const A upper = s.left * widen(value[s.token[0] * token_stride + c]) +
                       s.right * widen(value[s.token[1] * token_stride + c]);
       const A lower = s.left * widen(value[s.token[2] * token_stride + c]) +
                       s.right * widen(value[s.token[3] * token_stride + c]);
-      sum += p.weights[at] * (s.top * upper + s.bottom * lower);
+      sum += p.sampling.weights[at] * (s.top * upper + s.bottom * lower);
     }
     p.output[row * z.channels + c] = Narrow<V>::from(sum);
   }
@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = 0; i < samples; ++i) {
     const int level = i / z.points;
     const int64_t at = safe_row * samples + i;
-    const A attention = p.weights[at];
+    const A attention = p.sampling.weights[at];
     const int height = levels.height[level], width = levels.width[level];
-    const Sample<A> s(p.locations[2 * at], p.locations[2 * at + 1], height, width, levels.start[level]);
+    const Sample<A> s(p.sampling.positions[2 * at], p.sampling.positions[2 * at + 1], height, width, levels.start[level]);
     A dot[4] = {0, 0, 0, 0};
     if (active && s.inside) {
       const A share[4] = {attention * s.top * s.left, attention * s.top * s.right, attention * s.bottom * s.left,
@@ -136,12 +136,12 @@ __global__ void __launch_bounds__(kThreads)
         const A grad = widen(grad_output[c]);
         for (int corner = 0; corner < 4; ++corner) {
           const int64_t index = s.token[corner] * token_stride + c;
-          dot[corner] += grad * widen(value[index]);
+          if (p.sampling.grad_weights) dot[corner] += grad * widen(value[index]);
           if (p.grad_value) atomicAdd(p.grad_value + offset + index, share[corner] * grad);
         }
       }
     }
-    if (!p.grad_weights) continue;
+    if (!p.sampling.grad_weights) continue;
     for (int corner = 0; corner < 4; ++corner) dot[corner] = sum_over_lanes(dot[corner], lanes);
     if (!active || lane != 0) continue;
     A grad_weight = 0, grad_x = 0, grad_y = 0;
@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kThreads)
       grad_x = attention * width *
                (s.has_right * (s.top * dot[1] + s.bottom * dot[3]) - s.has_left * (s.top * dot[0] + s.bottom * dot[2]));
     }
-    p.grad_weights[at] = grad_weight;
-    p.grad_locations[2 * at] = grad_x;
-    p.grad_locations[2 * at + 1] = grad_y;
+    p.sampling.grad_weights[at] = grad_weight;
+    p.sampling.grad_positions[2 * at] = grad_x;
+    p.sampling.grad_positions[2 * at + 1] = grad_y;
   }
 }
 
@@ -232,9 +232,10 @@ Tensor forward(const Tensor& any_value, std::vector<int64_t> spatial_shapes, con
   with_dtype(value.scalar_type(), [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
-    const Forward<V, A> problem{sizes, static_cast<const V*>(value.const_data_ptr()),
-                                static_cast<const A*>(locations.const_data_ptr()),
-                                static_cast<const A*>(weights.const_data_ptr()),
+    Sampling<A> sampling{};
+    sampling.positions = static_cast<const A*>(locations.const_data_ptr());
+    sampling.weights = static_cast<const A*>(weights.const_data_ptr());
+    const Forward<V, A> problem{sizes, sampling, static_cast<const V*>(value.const_data_ptr()),
                                 static_cast<V*>(output.mutable_data_ptr())};
     const int lanes = lanes_for(sizes.channels);
     forward_kernel<V, A><<<blocks_for(sizes, lanes), kThreads, 0, current_stream(value)>>>(problem, to_device(levels),
@@ -247,7 +248,9 @@ Tensor forward(const Tensor& any_value, std::vector<int64_t> spatial_shapes, con
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const Tensor& any_value,
                                             std::vector<int64_t> spatial_shapes, const Tensor& any_locations,
                                             const Tensor& any_weights, bool value_wanted, bool sampling_wanted) {
-  const Tensor grad_output = torch::stable::contiguous(any_grad_output), value = torch::stable::contiguous(any_value),
+  // Without gradients of the sampling, values are not read and may be a stand-in of the same shape.
+  const Tensor value = sampling_wanted ? torch::stable::contiguous(any_value) : any_value;
+  const Tensor grad_output = torch::stable::contiguous(any_grad_output),
                locations = torch::stable::contiguous(any_locations), weights = torch::stable::contiguous(any_weights);
   const std::vector<Level> levels = levels_of(spatial_shapes);
   const ScalarType accumulate = accumulation_type(value.scalar_type());
@@ -272,14 +275,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
   with_dtype(value.scalar_type(), [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
+    Sampling<A> sampling{};
+    sampling.positions = static_cast<const A*>(locations.const_data_ptr());
+    sampling.weights = static_cast<const A*>(weights.const_data_ptr());
+    if (sampling_wanted) {
+      sampling.grad_positions = static_cast<A*>(grad_locations.mutable_data_ptr());
+      sampling.grad_weights = static_cast<A*>(grad_weights.mutable_data_ptr());
+    }
     const Backward<V, A> problem{sizes,
+                                 sampling,
                                  static_cast<const V*>(value.const_data_ptr()),
-                                 static_cast<const A*>(locations.const_data_ptr()),
-                                 static_cast<const A*>(weights.const_data_ptr()),
                                  static_cast<const V*>(grad_output.const_data_ptr()),
                                  value_wanted ? static_cast<A*>(grad_value.mutable_data_ptr()) : nullptr,
-                                 sampling_wanted ? static_cast<A*>(grad_locations.mutable_data_ptr()) : nullptr,
-                                 sampling_wanted ? static_cast<A*>(grad_weights.mutable_data_ptr()) : nullptr};
+                                 /*staged=*/false};
     const int lanes = lanes_for(sizes.channels);
     backward_kernel<V, A><<<blocks_for(sizes, lanes), kThreads, 0, current_stream(value)>>>(problem, to_device(levels),
                                                                                            lanes);

@@ -1,0 +1,118 @@
+// Vectors as wide as the instruction set being compiled for, in GCC/Clang vector extensions. Included inside
+// kernel_body.h's anonymous namespace, once per instruction set.
+
+#define DINO_D2_INLINE inline __attribute__((always_inline))
+
+template <class A>
+struct VectorOf {
+  static constexpr int width = DINO_D2_VECTOR_BYTES / sizeof(A);
+  typedef A Type __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
+  typedef A Unaligned __attribute__((vector_size(DINO_D2_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+};
+template <class A>
+using Vector = typename VectorOf<A>::Type;
+
+// One row of channels, loaded as A whatever it is stored as.
+template <class A>
+DINO_D2_INLINE Vector<A> load(const A* from) {
+  return *reinterpret_cast<const typename VectorOf<A>::Unaligned*>(from);
+}
+template <class A>
+DINO_D2_INLINE Vector<A> load(const BFloat16* from) {
+  typedef uint16_t Halves
+      __attribute__((vector_size(DINO_D2_VECTOR_BYTES / 2), aligned(sizeof(uint16_t)), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
+  const Halves halves = *reinterpret_cast<const Halves*>(from);
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(halves, Words) << 16);
+}
+template <class A>
+DINO_D2_INLINE void store(A* to, Vector<A> x) {
+  *reinterpret_cast<typename VectorOf<A>::Unaligned*>(to) = x;
+}
+
+DINO_D2_INLINE float widen(float x) { return x; }
+DINO_D2_INLINE double widen(double x) { return x; }
+DINO_D2_INLINE float widen(BFloat16 x) {
+  const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &word, sizeof(result));
+  return result;
+}
+DINO_D2_INLINE void narrow(float x, float* to) { *to = x; }
+DINO_D2_INLINE void narrow(double x, double* to) { *to = x; }
+DINO_D2_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t word;
+  __builtin_memcpy(&word, &x, sizeof(word));
+  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// Pairwise sums: the first half of the result holds a[0]+a[1], a[2]+a[3], …, the second half those of b.
+// log2(width) rounds of it turn `width` vectors into the vector of their sums.
+template <class A>
+DINO_D2_INLINE Vector<A> add_pairs(Vector<A> a, Vector<A> b) {
+  constexpr int width = VectorOf<A>::width;
+#if defined(__clang__)
+#define DINO_D2_PAIRS(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+  typedef __typeof__(a < b) Mask;
+#define DINO_D2_PAIRS(...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+  if constexpr (width == 2) {
+    return DINO_D2_PAIRS(0, 2) + DINO_D2_PAIRS(1, 3);
+  } else if constexpr (width == 4) {
+    return DINO_D2_PAIRS(0, 2, 4, 6) + DINO_D2_PAIRS(1, 3, 5, 7);
+  } else if constexpr (width == 8) {
+    return DINO_D2_PAIRS(0, 2, 4, 6, 8, 10, 12, 14) + DINO_D2_PAIRS(1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    static_assert(width == 16);
+    return DINO_D2_PAIRS(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           DINO_D2_PAIRS(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+#undef DINO_D2_PAIRS
+}
+
+// sums[i] = the sum over the lanes of partial[i]; `partial` is used up.
+template <class A>
+DINO_D2_INLINE void sum_lanes(Vector<A>* partial, A* sums) {
+  for (int rows = VectorOf<A>::width; rows > 1; rows /= 2) {
+    for (int i = 0; i < rows / 2; ++i) partial[i] = add_pairs<A>(partial[2 * i], partial[2 * i + 1]);
+  }
+  store<A>(sums, partial[0]);
+}
+
+// exp(x) for x <= 0, to the last bit or two: 2^n times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. Plain arithmetic,
+// so that loops over it become vector code.
+DINO_D2_INLINE float exp_of_nonpositive(float x) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + shift;
+  const float n = shifted - shift;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: no digit of r is lost
+  constexpr float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  float sum = 1.0f / 5040;
+  for (const float term : terms) sum = sum * r + term;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : sum * power;
+}
+DINO_D2_INLINE double exp_of_nonpositive(double x) {
+  constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
+  const double clamped = x < -708.0 ? -708.0 : x;
+  const double shifted = clamped * 1.4426950408889634 + shift;
+  const double n = shifted - shift;
+  const double r = (clamped - n * 0.693145751953125) - n * 1.4286068203094172e-6;
+  constexpr double terms[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                              1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
+                              0.5,             1.0,            1.0};
+  double sum = 1.0 / 6227020800;
+  for (const double term : terms) sum = sum * r + term;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 1023) << 52;
+  double power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return x < -708.0 ? 0.0 : sum * power;
+}
