@@ -91,7 +91,7 @@ def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:
     images, annotations = [], []
     for number, tile in enumerate(tiles, start=1):
         name = f"{number:04d}.png"
-        Image.fromarray(tile.pixels).save(image_folder / name, compress_level=1)
+        Image.fromarray(tile.pixels).save(image_folder / name, compress_level=0)  # read often, kept shortly
         height, width = tile.pixels.shape[:2]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for x1, y1, x2, y2 in tile.boxes.tolist():

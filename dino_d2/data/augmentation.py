@@ -20,13 +20,13 @@ def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
         steps.append(T.RandomFlip(horizontal=False, vertical=True))
     if i.QUARTER_TURN:
         steps.append(T.RandomRotation([0, 90], sample_style="choice"))
-    if i.COLOR_JITTER > 0:
-        low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
-        steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
     if i.CROP.ENABLED:
         crop: list[T.Augmentation] = [T.RandomCrop(i.CROP.TYPE, i.CROP.SIZE)]
         if i.CROP.RESIZE_FIRST:
             crop.insert(0, T.ResizeShortestEdge(i.CROP.RESIZE_FIRST, sample_style="choice"))
         steps.append(T.RandomApply(T.AugmentationList(crop), prob=i.CROP.PROBABILITY))
     steps.append(T.ResizeShortestEdge(i.MIN_SIZE_TRAIN, i.MAX_SIZE_TRAIN, i.MIN_SIZE_TRAIN_SAMPLING))
+    if i.COLOR_JITTER > 0:  # last: on no more pixels than are left
+        low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
+        steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
     return T.AugmentationList(steps)

@@ -50,25 +50,35 @@ def test_timm_maps_are_as_announced_for_odd_sizes() -> None:
     assert_maps_are_as_announced(timm_backbone(), 33, 47)
 
 
+def batch_norms(backbone: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def test_frozen_batchnorm_ignores_the_batch() -> None:
-    backbone, images = timm_backbone().train(), torch.rand(2, 3, 64, 64)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
-    together = backbone(images)["stage4"]
-    torch.testing.assert_close(together[:1], backbone(images[:1])["stage4"])
+    backbone, images = timm_backbone(), torch.rand(2, 3, 64, 64)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    for _ in range(2):
+        together = backbone.train()(images)["stage4"]
+        torch.testing.assert_close(together[:1], backbone(images[:1])["stage4"])
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert batch_norms(backbone)
+    assert not any(p.requires_grad for norm in batch_norms(backbone) for p in norm.parameters())
 
 
-def test_batchnorm_stays_if_wanted() -> None:
-    assert any(isinstance(module, nn.BatchNorm2d) for module in timm_backbone(freeze_batchnorm=False).modules())
+def test_batchnorm_trains_if_wanted() -> None:
+    backbone = timm_backbone(freeze_batchnorm=False).train()
+    assert all(norm.training and norm.weight.requires_grad for norm in batch_norms(backbone))
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 2])
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet10t"])
 def test_exactly_what_makes_the_first_maps_is_frozen(name: str, freeze_at: int) -> None:
-    whole = timm_backbone(name, (0, 1, 2))
+    whole = timm_backbone(name, (0, 1, 2), freeze_batchnorm=False)
     maps = list(whole(torch.rand(1, 3, 64, 64)).values())
     sum(feature.sum() for feature in maps[:freeze_at] or [torch.zeros((), requires_grad=True)]).backward()
     makers = {n for n, p in whole.named_parameters() if p.grad is not None}
-    frozen = timm_backbone(name, (0, 1, 2), freeze_at=freeze_at)
+    frozen = timm_backbone(name, (0, 1, 2), freeze_batchnorm=False, freeze_at=freeze_at)
     assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == makers
 
 

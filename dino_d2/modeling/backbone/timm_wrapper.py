@@ -9,8 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import Format, freeze_batch_norm_2d
-from torch import Tensor
+from timm.layers import Format
+from torch import Tensor, nn
 
 
 class TimmBackbone(Backbone):
@@ -21,7 +21,7 @@ class TimmBackbone(Backbone):
         out_indices: timm's numbers of the maps wanted, finest first.
         in_channels: of the images.
         pretrained: let timm fetch its weights (from the internet or its cache).
-        freeze_batchnorm: replace batch norms by their fixed affine transform.
+        freeze_batchnorm: batch norms keep their statistics and their affine transform, in training too.
         freeze_at: as in detectron2: 0 trains everything, 1 fixes what makes timm's map 0 (the stem), 2 what makes
             map 1 as well, and so on.
     """
@@ -39,8 +39,11 @@ class TimmBackbone(Backbone):
         self.body = timm.create_model(
             name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), in_chans=in_channels
         )
+        self.freeze_batchnorm = freeze_batchnorm
         if freeze_batchnorm:
-            self.body = freeze_batch_norm_2d(self.body)
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
+            self.train()
         self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         # Some transformers of timm give (B, h, w, channels).
         self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
@@ -57,6 +60,16 @@ class TimmBackbone(Backbone):
         if self.channels_last_maps:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
         return dict(zip(self._out_features, maps, strict=True))
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        super().train(mode)
+        if self.freeze_batchnorm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def _freeze_up_to(self, last: str) -> None:
         names = [name for name, _ in self.body.named_modules()]
