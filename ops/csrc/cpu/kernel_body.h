@@ -133,6 +133,11 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
     const int64_t index = query * z.heads + head;
     Channels grad(channels);
     grad.read(p.grad_output + index * z.channels + first_channel);
+    const int64_t soon = index + 4 * z.heads;  // rows so far apart are not foreseen by the processor
+    row.prefetch(soon);
+    for (int64_t c = 0; c < channels; c += 64 / sizeof(V)) {
+      __builtin_prefetch(p.grad_output + soon * z.channels + first_channel + c);
+    }
     row.begin_query(query);
     row.place(index);
     for (int64_t first = 0; first < samples; first += width) {
@@ -149,24 +154,23 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
       }
       if (!p.sampling.grad_weights) continue;
       // dot[corner]: output gradient times the value at that corner
-      alignas(64) A dot[4][width];
-      Vector<A> partial[4][width];
-      for (int i = 0; i < width; ++i) {
-        for (int corner = 0; corner < 4; ++corner) {
-          partial[corner][i] =
-              i < count && s.inside[i] ? grad.dot(value + s.token[corner][i] * token_stride) : Vector<A>{};
+      Vector<A> dot[4];
+      Vector<A> partial[width];
+      for (int corner = 0; corner < 4; ++corner) {
+        for (int i = 0; i < width; ++i) {
+          partial[i] = i < count && s.inside[i] ? grad.dot(value + s.token[corner][i] * token_stride) : Vector<A>{};
         }
+        dot[corner] = sum_lanes<A>(partial);
       }
-      for (int corner = 0; corner < 4; ++corner) sum_lanes<A>(partial[corner], dot[corner]);
-      for (int i = 0; i < width; ++i) {
-        const A upper = s.left[i] * dot[0][i] + s.right[i] * dot[1][i];
-        const A lower = s.left[i] * dot[2][i] + s.right[i] * dot[3][i];
-        const A weight = row.weight[first + i];
-        row.grad_weight[first + i] = s.top[i] * upper + s.bottom[i] * lower;
-        row.grad_y[first + i] = weight * (s.row_slope[0][i] * upper + s.row_slope[1][i] * lower);
-        row.grad_x[first + i] = weight * (s.column_slope[0][i] * (s.top[i] * dot[0][i] + s.bottom[i] * dot[2][i]) +
-                                          s.column_slope[1][i] * (s.top[i] * dot[1][i] + s.bottom[i] * dot[3][i]));
-      }
+      const Vector<A> left_share = load<A>(s.left), right_share = load<A>(s.right);
+      const Vector<A> top = load<A>(s.top), bottom = load<A>(s.bottom), weight = load<A>(row.weight + first);
+      const Vector<A> upper = left_share * dot[0] + right_share * dot[1];
+      const Vector<A> lower = left_share * dot[2] + right_share * dot[3];
+      const Vector<A> to_left = top * dot[0] + bottom * dot[2], to_right = top * dot[1] + bottom * dot[3];
+      store<A>(row.grad_weight + first, top * upper + bottom * lower);
+      store<A>(row.grad_x + first,
+               weight * (load<A>(s.column_slope[0]) * to_left + load<A>(s.column_slope[1]) * to_right));
+      store<A>(row.grad_y + first, weight * (load<A>(s.row_slope[0]) * upper + load<A>(s.row_slope[1]) * lower));
     }
     if (p.sampling.grad_weights) row.give_gradients(index, first_channel > 0);
   }
@@ -188,20 +192,20 @@ void backward_rows(const Backward<V, A>& p, const SampleLevels<A>& levels, A* sc
   }
   A* const values = scratch + kScratchArrays * levels.padded;
   A* const gradient = values + z.tokens * channels;
-  if (p.sampling.grad_weights) {  // nothing else reads the values
-    for (int64_t token = 0; token < z.tokens; ++token) {
-      for (int64_t c = 0; c < channels; ++c) {
-        values[token * channels + c] = widen(p.value[offset + token * stride + c]);
-      }
+  const Channels zero(channels);
+  Channels buffer(channels);
+  for (int64_t token = 0; token < z.tokens; ++token) {
+    if (p.sampling.grad_weights) {  // nothing else reads the values
+      buffer.read(p.value + offset + token * stride);
+      buffer.write(values + token * channels);
     }
-  }
-  if (grad_value) {
-    for (int64_t i = 0; i < z.tokens * channels; ++i) gradient[i] = A(0);
+    if (grad_value) zero.write(gradient + token * channels);
   }
   backward_plane<Channels>(p, row, plane, values, grad_value ? gradient : nullptr, channels, first_channel, channels);
   if (!grad_value) return;
   for (int64_t token = 0; token < z.tokens; ++token) {
-    for (int64_t c = 0; c < channels; ++c) grad_value[token * stride + c] = gradient[token * channels + c];
+    buffer.read(gradient + token * channels);
+    buffer.write(grad_value + token * stride);
   }
 }
 

@@ -1,6 +1,5 @@
 // Where the samples of one query and head lie and how much each counts. Included inside kernel_body.h's anonymous
-// namespace, once per instruction set. All of it is plain arithmetic on arrays of constant length, which compilers
-// turn into vector code.
+// namespace, once per instruction set.
 
 // The samples of one query and head, `padded` of each; what is behind the last sample has weight 0 and lies outside.
 // In pixels, x = origin_x + scale_x * position, where a position is a location or an offset.
@@ -55,70 +54,97 @@ struct Row {
     const A absent = sampling.reference ? -__builtin_inf() : A(0);
     for (int64_t first = 0; first < samples; first += width) {
       const int64_t there = samples - first;
-      alignas(64) A across[width], down[width];
+      alignas(64) A across[width], down[width], given[width];
       if (there >= width) {
         for (int i = 0; i < width; ++i) {
           across[i] = positions[2 * (first + i)];
           down[i] = positions[2 * (first + i) + 1];
-          weight[first + i] = weights[first + i];
+          given[i] = weights[first + i];
         }
       } else {
         for (int i = 0; i < width; ++i) {
           across[i] = i < there ? positions[2 * (first + i)] : A(0);
           down[i] = i < there ? positions[2 * (first + i) + 1] : A(0);
-          weight[first + i] = i < there ? weights[first + i] : absent;
+          given[i] = i < there ? weights[first + i] : absent;
         }
       }
-      for (int i = 0; i < width; ++i) {
-        x[first + i] = origin_x[first + i] + scale_x[first + i] * across[i];
-        y[first + i] = origin_y[first + i] + scale_y[first + i] * down[i];
-      }
+      store<A>(x + first, load<A>(origin_x + first) + load<A>(scale_x + first) * load<A>(across));
+      store<A>(y + first, load<A>(origin_y + first) + load<A>(scale_y + first) * load<A>(down));
+      store<A>(weight + first, load<A>(given));
     }
     if (sampling.reference) softmax();
   }
 
+  DINO_D2_INLINE void prefetch(int64_t row) const {
+    constexpr int64_t line = 64 / sizeof(A);
+    const int64_t samples = sizes.samples();
+    for (int64_t i = 0; i < 2 * samples; i += line) {
+      __builtin_prefetch(sampling.positions + 2 * row * samples + i);
+      if (sampling.grad_weights) __builtin_prefetch(sampling.grad_positions + 2 * row * samples + i, 1);
+    }
+    for (int64_t i = 0; i < samples; i += line) {
+      __builtin_prefetch(sampling.weights + row * samples + i);
+      if (sampling.grad_weights) __builtin_prefetch(sampling.grad_weights + row * samples + i, 1);
+    }
+  }
+
   // Turns the gradients of x, y and weight into those of positions and weights (or their logits).
   DINO_D2_INLINE void give_gradients(int64_t row, bool accumulate) {
+    constexpr int width = VectorOf<A>::width;
     const int64_t samples = sizes.samples();
     A* to_positions = sampling.grad_positions + 2 * row * samples;
     A* to_weights = sampling.grad_weights + row * samples;
     A mean = A(0);
     if (sampling.reference) {
-      for (int64_t i = 0; i < samples; ++i) mean += weight[i] * grad_weight[i];
+      Vector<A> sum{};
+      for (int64_t first = 0; first < samples; first += width) {
+        sum += load<A>(weight + first) * load<A>(grad_weight + first);
+      }
+      mean = sum_of_lanes<A>(sum);
     }
-    for (int64_t i = 0; i < samples; ++i) {
-      const A of_weight = sampling.reference ? weight[i] * (grad_weight[i] - mean) : grad_weight[i];
-      to_weights[i] = of_weight + (accumulate ? to_weights[i] : A(0));
-      to_positions[2 * i] = scale_x[i] * grad_x[i] + (accumulate ? to_positions[2 * i] : A(0));
-      to_positions[2 * i + 1] = scale_y[i] * grad_y[i] + (accumulate ? to_positions[2 * i + 1] : A(0));
+    for (int64_t first = 0; first < samples; first += width) {
+      alignas(64) A across[width], down[width], of_weight[width];
+      const Vector<A> given = load<A>(grad_weight + first);
+      store<A>(of_weight, sampling.reference ? load<A>(weight + first) * (given - mean) : given);
+      store<A>(across, load<A>(scale_x + first) * load<A>(grad_x + first));
+      store<A>(down, load<A>(scale_y + first) * load<A>(grad_y + first));
+      const int64_t left = samples - first;
+      const int count = left < width ? static_cast<int>(left) : width;
+      if (count == width && !accumulate) {
+        for (int i = 0; i < width; ++i) {
+          to_positions[2 * (first + i)] = across[i];
+          to_positions[2 * (first + i) + 1] = down[i];
+          to_weights[first + i] = of_weight[i];
+        }
+        continue;
+      }
+      for (int i = 0; i < count; ++i) {
+        A* position = to_positions + 2 * (first + i);
+        position[0] = across[i] + (accumulate ? position[0] : A(0));
+        position[1] = down[i] + (accumulate ? position[1] : A(0));
+        to_weights[first + i] = of_weight[i] + (accumulate ? to_weights[first + i] : A(0));
+      }
     }
   }
 
  private:
   DINO_D2_INLINE void softmax() {
     constexpr int width = VectorOf<A>::width;
-    alignas(64) A lanes[width];
-    for (int i = 0; i < width; ++i) lanes[i] = weight[i];
+    Vector<A> largest = load<A>(weight);
     for (int64_t first = width; first < sizes.samples(); first += width) {
-      for (int i = 0; i < width; ++i) lanes[i] = weight[first + i] > lanes[i] ? weight[first + i] : lanes[i];
+      const Vector<A> next = load<A>(weight + first);
+      largest = next > largest ? next : largest;
     }
-    for (int half = width / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-    }
-    const A largest = lanes[0];
-    for (int i = 0; i < width; ++i) lanes[i] = A(0);
+    const A most = largest_lane<A>(largest);
+    Vector<A> sum{};
     for (int64_t first = 0; first < sizes.samples(); first += width) {
-      for (int i = 0; i < width; ++i) {
-        weight[first + i] = exp_of_nonpositive(weight[first + i] - largest);
-        lanes[i] += weight[first + i];
-      }
+      const Vector<A> power = exp_of_nonpositive<A>(load<A>(weight + first) - most);
+      store<A>(weight + first, power);
+      sum += power;
     }
-    for (int half = width / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    const A share = A(1) / lanes[0];
+    const A share = A(1) / sum_of_lanes<A>(sum);
     for (int64_t first = 0; first < sizes.samples(); first += width) {
-      for (int i = 0; i < width; ++i) weight[first + i] *= share;
+      store<A>(weight + first, load<A>(weight + first) * share);
     }
   }
 };
@@ -126,7 +152,7 @@ struct Row {
 // As many samples as a vector holds, ready to be gathered. Corners are numbered 0 = top left, 1 = top right,
 // 2 = bottom left, 3 = bottom right.
 template <class A>
-struct Corners {
+struct Corners {  // plain arithmetic on arrays of constant length, which compilers turn into vector code
   static constexpr int width = VectorOf<A>::width;
   alignas(64) A right[width];  // bilinear share of the right column, 0 where it lies outside
   alignas(64) A left[width];

@@ -71,48 +71,59 @@ DINO_D2_INLINE Vector<A> add_pairs(Vector<A> a, Vector<A> b) {
 #undef DINO_D2_PAIRS
 }
 
-// sums[i] = the sum over the lanes of partial[i]; `partial` is used up.
+// Lane i of the result is the sum over the lanes of partial[i]; `partial` is used up.
 template <class A>
-DINO_D2_INLINE void sum_lanes(Vector<A>* partial, A* sums) {
+DINO_D2_INLINE Vector<A> sum_lanes(Vector<A>* partial) {
   for (int rows = VectorOf<A>::width; rows > 1; rows /= 2) {
     for (int i = 0; i < rows / 2; ++i) partial[i] = add_pairs<A>(partial[2 * i], partial[2 * i + 1]);
   }
-  store<A>(sums, partial[0]);
+  return partial[0];
+}
+template <class A>
+DINO_D2_INLINE A sum_of_lanes(Vector<A> x) {
+  for (int lanes = VectorOf<A>::width; lanes > 1; lanes /= 2) x = add_pairs<A>(x, x);
+  return x[0];
+}
+template <class A>
+DINO_D2_INLINE A largest_lane(Vector<A> x) {
+  A result = x[0];
+  for (int i = 1; i < VectorOf<A>::width; ++i) result = x[i] > result ? x[i] : result;
+  return result;
 }
 
-// exp(x) for x <= 0, to the last bit or two: 2^n times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. Plain arithmetic,
-// so that loops over it become vector code.
-DINO_D2_INLINE float exp_of_nonpositive(float x) {
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + shift;
-  const float n = shifted - shift;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: no digit of r is lost
-  constexpr float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  float sum = 1.0f / 5040;
-  for (const float term : terms) sum = sum * r + term;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;
-  float power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : sum * power;
-}
-DINO_D2_INLINE double exp_of_nonpositive(double x) {
-  constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
-  const double clamped = x < -708.0 ? -708.0 : x;
-  const double shifted = clamped * 1.4426950408889634 + shift;
-  const double n = shifted - shift;
-  const double r = (clamped - n * 0.693145751953125) - n * 1.4286068203094172e-6;
-  constexpr double terms[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                              1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
-                              0.5,             1.0,            1.0};
-  double sum = 1.0 / 6227020800;
-  for (const double term : terms) sum = sum * r + term;
-  uint64_t bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 1023) << 52;
-  double power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  return x < -708.0 ? 0.0 : sum * power;
+// What exp needs of a floating point type. `shift` is 1.5 * 2^(bits of the mantissa): adding it rounds to an integer and
+// leaves that in the low bits. ln 2 comes in two parts, the first with few bits, so that no digit of the rest is lost.
+template <class A>
+struct Exp;
+template <>
+struct Exp<float> {
+  typedef uint32_t Bits __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
+  static constexpr float shift = 12582912.0f, lowest = -87.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float terms[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+};
+template <>
+struct Exp<double> {
+  typedef uint64_t Bits __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
+  static constexpr double shift = 6755399441055744.0, lowest = -708.0, ln2_high = 0.693145751953125,
+                          ln2_low = 1.4286068203094172e-6;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double terms[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                     1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
+                                     1.0 / 6,          0.5,             1.0,            1.0};
+};
+
+// exp(x) for x <= 0, to the last bit or two: 2^n times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2].
+template <class A>
+DINO_D2_INLINE Vector<A> exp_of_nonpositive(Vector<A> x) {
+  using E = Exp<A>;
+  const auto too_low = x < E::lowest;
+  const Vector<A> clamped = too_low ? Vector<A>{} + E::lowest : x;
+  const Vector<A> shifted = clamped * A(1.4426950408889634) + E::shift;
+  const Vector<A> n = shifted - E::shift;
+  const Vector<A> r = (clamped - n * E::ln2_high) - n * E::ln2_low;
+  Vector<A> sum = Vector<A>{} + E::terms[0];
+  for (unsigned i = 1; i < sizeof(E::terms) / sizeof(A); ++i) sum = sum * r + E::terms[i];
+  const auto power = (reinterpret_cast<typename E::Bits>(shifted) + E::bias) << E::mantissa;
+  return too_low ? Vector<A>{} : sum * reinterpret_cast<Vector<A>>(power);
 }

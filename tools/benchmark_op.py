@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Time multi-scale deformable attention: ours, PyTorch's grid_sample, and whatever peer is installed, side by side.
+
+    tools/benchmark_op.py                                       float32 on the CPU, encoder of DINO-4scale at 800x1333
+    tools/benchmark_op.py --dtype bfloat16 --shape decoder
+    tools/benchmark_op.py --device cuda --locations random
+
+Every contestant is first held against float64; then they run in turns, so that a busy machine slows all of them. Prints
+a Markdown table. The exit code is 1 if a result of ours is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from dino_d2.ops import compiled, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_reference
+from dino_d2.ops.reference import sampling_locations_of
+
+HEADS, CHANNELS, POINTS = 8, 32, 4
+FOUR_SCALES = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of 800x1333
+FIVE_SCALES = [(200, 334), *FOUR_SCALES]
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+LOCAL_SPREAD = 0.03  # of the image: standard deviation of the distance between a query and its samples
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes as in `dino_d2.ops.ms_deform_attn`; locations and weights are what reference, offsets and logits make."""
+
+    value: Tensor
+    shapes: list[tuple[int, int]]
+    reference: Tensor
+    offsets: Tensor
+    logits: Tensor
+
+    @property
+    def locations(self) -> Tensor:
+        return sampling_locations_of(self.reference, self.offsets, self.shapes)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.logits.flatten(-2).softmax(-1).view_as(self.logits)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`run` takes `leaves`, which need gradients."""
+
+    name: str
+    run: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    is_ours: bool = False
+
+
+@dataclass
+class Times:
+    forward: list[float]
+    backward: list[float]
+
+    def median(self) -> tuple[float, float]:
+        return statistics.median(self.forward), statistics.median(self.backward)
+
+
+def make_problem(shape: str, locations: str, dtype: torch.dtype, device: str) -> Problem:
+    torch.manual_seed(0)
+    shapes = FIVE_SCALES if shape == "5scale" else FOUR_SCALES
+    tokens = sum(height * width for height, width in shapes)
+    if shape == "decoder":
+        centres = torch.rand(900, 2)
+    else:  # each token asks
+        grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
+        centres = torch.cat(grids).flip(-1)
+    sizes = (1, len(centres), HEADS, len(shapes), POINTS)
+    reference = centres[None, :, None].repeat(1, 1, len(shapes), 1)
+    pixels = torch.tensor([(w, h) for h, w in shapes])[:, None]
+    if locations == "local":
+        offsets = torch.randn(*sizes, 2) * LOCAL_SPREAD * pixels
+    else:
+        offsets = (torch.rand(*sizes, 2) - centres[None, :, None, None, None]) * pixels
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    problem = (torch.randn(1, tokens, HEADS, CHANNELS).to(dtype), reference, offsets, torch.randn(sizes))
+    value, *sampling = (x.to(device) for x in problem)
+    return Problem(value, shapes, *(x.to(accumulate) for x in sampling))
+
+
+def contestants(problem: Problem) -> list[Contestant]:
+    shapes = problem.shapes
+
+    def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
+
+    def grid_sample(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_reference(value, shapes, locations.to(value.dtype), weights.to(value.dtype))
+
+    def plain(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn(value, shapes, None, locations, weights)
+
+    def chain(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        locations = sampling_locations_of(problem.reference, offsets, shapes)
+        return plain(value, locations, logits.flatten(-2).softmax(-1).view_as(logits))
+
+    def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, shapes, problem.reference, offsets, logits)
+
+    located = (problem.value, problem.locations, problem.weights)
+    predicted = (problem.value, problem.offsets, problem.logits)
+    result = [
+        Contestant("grid_sample", grid_sample, leaves(*located)),
+        Contestant("dino_d2, plain", plain, leaves(*located), is_ours=True),
+        Contestant("softmax, locations, dino_d2 plain", chain, leaves(*predicted), is_ours=True),
+        Contestant("dino_d2, fused", fused, leaves(*predicted), is_ours=True),
+    ]
+    peer = peer_of(problem)
+    if peer:
+        result.append(Contestant(*peer, leaves(*located)))
+    return result
+
+
+def peer_of(problem: Problem) -> tuple[str, Callable[..., Tensor]] | None:
+    """torch-ms-deform-attn, if it is installed and takes this dtype."""
+    try:
+        module = importlib.import_module("torch_ms_deform_attn")
+    except ImportError:
+        return None
+    if problem.value.dtype not in (torch.float32, torch.float64):
+        return None
+    shapes = torch.tensor(problem.shapes, device=problem.value.device)
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+
+    def peer(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return module.ms_deform_attn(value, shapes, starts, locations, weights)
+
+    return f"torch-ms-deform-attn {module.__version__}", peer
+
+
+def largest_error(contestant: Contestant, problem: Problem, truths: dict[bool, list[Tensor]]) -> float:
+    """Of output and gradients against float64, each relative to its largest number."""
+    grad = torch.ones_like(contestant.run(*contestant.leaves))
+    output = contestant.run(*contestant.leaves)
+    ours = [output, *torch.autograd.grad(output, contestant.leaves, grad)]
+    takes_logits = contestant.leaves[2].shape == problem.logits.shape and contestant.run.__name__ in ("chain", "fused")
+    errors = []
+    for result, truth in zip(ours, truths[takes_logits], strict=True):
+        errors.append(((result.double() - truth).abs().max() / truth.abs().max()).item())
+    return max(errors)
+
+
+def truth_of(problem: Problem) -> dict[bool, list[Tensor]]:
+    """Output and gradients in float64, by locations and weights (False) or by offsets and logits (True)."""
+    value, reference, offsets, logits = (
+        x.double() for x in (problem.value, problem.reference, problem.offsets, problem.logits)
+    )
+    for x in (value, offsets, logits):
+        x.requires_grad_()
+    # Locations as they were rounded, so that nobody is blamed for that.
+    locations = problem.locations.double().requires_grad_()
+    weights = problem.weights.double().requires_grad_()
+    output = ms_deform_attn_reference(value, problem.shapes, locations, weights)
+    located = [output.detach(), *torch.autograd.grad(output.sum(), (value, locations, weights))]
+    sizes = torch.tensor([(w, h) for h, w in problem.shapes], dtype=torch.float64, device=value.device)[:, None]
+    flat = weights.detach() * (located[3] - (weights.detach() * located[3]).sum((-2, -1), keepdim=True))
+    return {False: located, True: [located[0], located[1], located[2] / sizes, flat]}
+
+
+def wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def measure(entrants: list[Contestant], device: str, seconds: float) -> dict[str, Times]:
+    times = {entrant.name: Times([], []) for entrant in entrants}
+    grads = {entrant.name: torch.randn_like(entrant.run(*entrant.leaves)) for entrant in entrants}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 5 or time.perf_counter() < end:
+        for entrant in entrants:
+            wait_for(device)
+            start = time.perf_counter()
+            with torch.no_grad():
+                entrant.run(*entrant.leaves)
+            wait_for(device)
+            forward = time.perf_counter() - start
+            output = entrant.run(*entrant.leaves)
+            wait_for(device)
+            start = time.perf_counter()
+            torch.autograd.grad(output, entrant.leaves, grads[entrant.name])
+            wait_for(device)
+            if rounds > 0:  # the first round warms up
+                times[entrant.name].forward.append(forward)
+                times[entrant.name].backward.append(time.perf_counter() - start)
+        rounds += 1
+    return times
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by copying a large tensor, the best of ten."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        wait_for(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def least_bytes(problem: Problem) -> tuple[int, int]:
+    """What forward and backward must move if everything is read or written once."""
+    value = problem.value.numel() * problem.value.element_size()
+    sampling = sum(x.numel() * x.element_size() for x in (problem.offsets, problem.logits))
+    output = problem.offsets.shape[1] * prod(problem.value.shape[2:]) * problem.value.element_size()
+    return value + sampling + output, 2 * value + 2 * sampling + output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the values (default float32)")
+    parser.add_argument("--shape", choices=("4scale", "5scale", "decoder"), default="4scale")
+    parser.add_argument("--locations", choices=("local", "random"), default="local", help="where samples lie")
+    parser.add_argument("--seconds", type=float, default=30, help="of timing, all contestants together (default 30)")
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.accelerator.is_available():
+        sys.exit(f"--device {args.device}: this machine has none; --device cpu works everywhere")
+    if not compiled(args.device):
+        print(f"without kernels for {args.device} what is called dino_d2 below is the reference\n")
+
+    problem = make_problem(args.shape, args.locations, DTYPES[args.dtype], args.device)
+    entrants, truths = contestants(problem), truth_of(problem)
+    errors = {entrant.name: largest_error(entrant, problem, truths) for entrant in entrants}
+    allowed = max(2 * errors["grid_sample"], 1e-5)
+    del truths
+    times, bandwidth = measure(entrants, args.device, args.seconds), copy_bandwidth(args.device)
+    floors = [size / bandwidth for size in least_bytes(problem)]
+
+    kernels = f", {torch.ops.dino_d2.cpu_kernels()} kernels" if args.device == "cpu" and compiled() else ""
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{args.shape}, {args.dtype} values, {args.locations} locations; {machine}, {torch.get_num_threads()} threads"
+        f"{kernels}, torch {torch.__version__}; copies {bandwidth / 1e9:.1f} GB/s; medians of "
+        f"{len(times['grid_sample'].forward)} rounds\n"
+    )
+    print("| | forward (ms) | ratio | of copy speed | backward (ms) | ratio | of copy speed | both, ratio | error |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    slow_forward, slow_backward = times["grid_sample"].median()
+    for entrant in entrants:
+        forward, backward = times[entrant.name].median()
+        both = (slow_forward + slow_backward) / (forward + backward)
+        print(
+            f"| {entrant.name} | {forward * 1e3:.2f} | {slow_forward / forward:.1f} | {floors[0] / forward:.0%} "
+            f"| {backward * 1e3:.2f} | {slow_backward / backward:.1f} | {floors[1] / backward:.0%} "
+            f"| {both:.1f} | {errors[entrant.name]:.0e} |"
+        )
+    wrong = [entrant.name for entrant in entrants if entrant.is_ours and not errors[entrant.name] <= allowed]
+    if wrong:
+        print(f"\nwrong: {', '.join(wrong)} (more than {allowed:.0e} from float64)")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
