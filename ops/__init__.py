@@ -2,7 +2,7 @@
 
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .library import compiled, require_compiled
-from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
+from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference, sampling_locations_of
 
 __all__ = [
     "compiled",
@@ -11,4 +11,5 @@ __all__ = [
     "ms_deform_attn_fused_reference",
     "ms_deform_attn_reference",
     "require_compiled",
+    "sampling_locations_of",
 ]

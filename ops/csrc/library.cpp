@@ -21,7 +21,11 @@ STABLE_TORCH_LIBRARY(dino_d2, m) {
       "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor reference, "
       "Tensor sampling_offsets, Tensor attention_logits, bool value_wanted, bool sampling_wanted) "
       "-> (Tensor, Tensor, Tensor)");
+  // For the doctor: the set of CPU kernels that this processor uses, the sets that the library holds, and what its
+  // CUDA kernels were compiled for (nothing is registered behind it where there are none).
   m.def("cpu_kernels() -> str");
+  m.def("cpu_kernels_held() -> str");
+  m.def("accelerator_architectures() -> str");
 }
 
 // An empty module: importing it loads the library, which registers the operators.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dino_d2 import ops
 from dino_d2.modeling import build
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
@@ -101,3 +103,33 @@ def test_settings_of_the_transformer_arrive(tiny_config) -> None:
         assert (attention.num_heads, attention.num_levels, attention.num_points) == (2, 4, 2)
         assert layer.ffn.linear1.out_features == 64
     assert decoder.layers[0].self_attn.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "op"),
+    [
+        ("auto", ops.ms_deform_attn_fused),
+        ("compiled", ops.ms_deform_attn_fused),
+        ("reference", ops.ms_deform_attn_fused_reference),
+    ],
+)
+def test_op_is_the_one_chosen(tiny_cfg, choice: str, op: Callable) -> None:
+    tiny_cfg.MODEL.DINO.OP = choice
+    for part in (build.build_encoder(tiny_cfg), build.build_decoder(tiny_cfg)):
+        attentions = [module for module in part.modules() if isinstance(module, MultiScaleDeformableAttention)]
+        assert attentions
+        assert all(attention.op is op for attention in attentions)
+
+
+def test_compiled_op_does_not_fall_back(tiny_cfg, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.library, "_SERVED", frozenset())
+    build.build_encoder(tiny_cfg)  # auto does
+    tiny_cfg.MODEL.DINO.OP = "compiled"
+    with pytest.raises(ImportError, match=r"built without kernels for cpu.*make setup"):
+        build.build_encoder(tiny_cfg)
+
+
+def test_unknown_op_is_refused(tiny_cfg) -> None:
+    tiny_cfg.MODEL.DINO.OP = "fastest"
+    with pytest.raises(ValueError, match=r"MODEL\.DINO\.OP is 'fastest'; it must be one of auto, compiled, reference"):
+        build.build_encoder(tiny_cfg)

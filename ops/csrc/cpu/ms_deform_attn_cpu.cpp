@@ -199,6 +199,14 @@ std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, con
 
 std::string kernel_name() { return kernels().name; }
 
+std::string kernels_held() {
+  std::string names = generic_kernels.name;
+#if defined(__x86_64__)
+  for (const Kernels* k : {&avx2_kernels, &avx512_kernels}) names += std::string(", ") + k->name;
+#endif
+  return names;
+}
+
 }  // namespace
 }  // namespace dino_d2::cpu
 
@@ -211,4 +219,5 @@ STABLE_TORCH_LIBRARY_IMPL(dino_d2, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dino_d2, CompositeExplicitAutograd, m) {
   m.impl("cpu_kernels", TORCH_BOX(&dino_d2::cpu::kernel_name));
+  m.impl("cpu_kernels_held", TORCH_BOX(&dino_d2::cpu::kernels_held));
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
 #include <tuple>
 
 #include "../arguments.h"
@@ -296,10 +297,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
   return {grad_value, grad_locations, grad_weights};
 }
 
+std::string architectures() {
+  std::string names;
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {  // ten times the number that NVIDIA writes with a point
+    if (!names.empty()) names += ", ";
+    names += std::to_string(architecture / 100) + "." + std::to_string(architecture / 10 % 10);
+  }
+  return "compute capability " + names;
+}
+
 }  // namespace
 }  // namespace dino_d2::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(dino_d2, CUDA, m) {
   m.impl("ms_deform_attn", TORCH_BOX(&dino_d2::cuda::forward));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&dino_d2::cuda::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dino_d2, CompositeExplicitAutograd, m) {
+  m.impl("accelerator_architectures", TORCH_BOX(&dino_d2::cuda::architectures));
 }
