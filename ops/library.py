@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 
 import torch
 
 try:
-    from . import _C  # noqa: F401  (importing it registers torch.ops.dino_d2)
+    importlib.import_module("._C", __package__)  # registers torch.ops.dino_d2
 except ImportError as error:
     _why_not: str | None = str(error)
 else:
@@ -24,7 +25,7 @@ _SERVED = frozenset(
 
 _REMEDY = (
     "Build it with `make setup`, or in your own environment with `pip install --no-build-isolation -e .`; "
-    "both need a C++ compiler and torch >= 2.10."
+    f"both need a C++ compiler and torch >= 2.10 (this one is {torch.__version__})."
 )
 
 
