@@ -58,8 +58,8 @@ def extensions() -> list:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < STABLE_ABI_SINCE:
         print(
-            f"dino_d2: torch {torch.__version__} has no stable C++ interface (2.10 is the first); installing without the "
-            "compiled op, plain PyTorch will serve"
+            f"dino_d2: torch {torch.__version__} has no stable C++ interface (2.10 is the first); installing without "
+            "the compiled op, plain PyTorch will serve"
         )
         return []
     return [extension()]

@@ -37,8 +37,8 @@ import matplotlib.pyplot as plt
 CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
-TRAIN_TILE, TRAIN_OVERLAP = 560, 280
-FEWEST_TREES = 8  # of a training tile: meadows teach little in ten minutes
+TRAIN_TILE, TRAIN_OVERLAP = 448, 224
+FEWEST_TREES = 5  # of a training tile: meadows teach little in ten minutes
 TEST_TILE = 320  # shown to the model at 400, the middle of the sizes it was trained on
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
 DRAWN_ABOVE = 0.3
