@@ -32,6 +32,7 @@ def add_dino_config(cfg: CN) -> None:
     c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
     c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)
     c.SHARE_HEADS = True  # one class and one box head for all decoder layers, or one of each per layer
+    c.NMS_THRESHOLD = 1.0  # IoU above which the worse of two detections of one class is dropped; 1: DINO needs none
     c.POS_TEMPERATURE = 20.0  # of the pixels' sine embedding
     c.POS_OFFSET = 0.0  # of the pixel number in it; -0.5 in the detectron2 port's weights
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class DINO(nn.Module):
         criterion: makes the losses.
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         max_detections: per image.
+        nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
         assumptions: what weights must agree with; saved and checked with them.
     """
 
@@ -50,6 +52,7 @@ class DINO(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         max_detections: int,
+        nms_threshold: float,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -60,7 +63,7 @@ class DINO(nn.Module):
         self.denoising = denoising
         self.decoder = decoder
         self.criterion = criterion
-        self.max_detections = max_detections
+        self.max_detections, self.nms_threshold = max_detections, nms_threshold
         self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -81,6 +84,7 @@ class DINO(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -165,7 +169,7 @@ class DINO(nn.Module):
         batched_inputs: Sequence[dict[str, Any]],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Instances]]:
-        """The best (query, class) pairs of each image as Instances of the wanted size; no suppression."""
+        """The best (query, class) pairs of each image as Instances of the wanted size."""
         results = []
         for logits, boxes, x, (height, width) in zip(
             predictions.logits, predictions.boxes, batched_inputs, image_sizes, strict=True
@@ -176,6 +180,9 @@ class DINO(nn.Module):
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores
             instances.pred_classes = index % logits.shape[1]
+            if self.nms_threshold < 1:
+                keep = batched_nms(boxes, scores, instances.pred_classes, self.nms_threshold)
+                instances = instances[keep]
             wanted = (x.get("height", height), x.get("width", width))
             results.append({"instances": detector_postprocess(instances, *wanted)})
         return results

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dino_d2 import DINO, add_dino_config
 from dino_d2.modeling.build import build_neck
+from dino_d2.structures import Predictions
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 VARIANTS = {
@@ -200,6 +201,22 @@ def test_results_are_the_best_of_all_classes_best_first(tiny_cfg: CfgNode) -> No
     (everything,) = predict(model, image)
     assert len(everything) == 20 * 5
     assert_same(everything[:30], result)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(1.0, [0, 1, 2, 3]), (0.6, [0, 2, 3]), (0.2, [0, 2])])
+def test_suppression_drops_what_overlaps_a_better_one_of_its_class(
+    threshold: float, kept: list[int], tiny_cfg: CfgNode
+) -> None:
+    tiny_cfg.MODEL.DINO.NMS_THRESHOLD = threshold
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 4
+    model = build_model(tiny_cfg).eval()
+    # IoU with the first box: 0.9, 0.9 (of another class), 0.5
+    corners = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 0.9], [0, 0, 0.9, 1], [0, 0, 0.5, 1]])
+    boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)
+    logits = torch.full((4, 5), -10.0)
+    logits[torch.arange(4), torch.tensor([0, 0, 1, 0])] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    (result,) = model.postprocess(Predictions(logits[None], boxes[None]), [{}], [(100, 100)])
+    torch.testing.assert_close(result["instances"].pred_boxes.tensor, corners[kept] * 100)
 
 
 def test_boxes_are_absolute_corners_inside_the_image(tiny_cfg: CfgNode) -> None:
