@@ -40,7 +40,7 @@ class PlantedModel(nn.Module):
     """Says what it is told to: per image id the anchors (Q, 4) and, per layer, Q triples (box, class, score)."""
 
     postprocess = DINO.postprocess
-    max_detections = 300
+    max_detections, nms_threshold = 300, 1.0
 
     def __init__(self, plan: dict[int, tuple[list, list[list]]]):
         super().__init__()
