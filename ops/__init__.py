@@ -2,9 +2,15 @@
 
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .library import compiled, require_compiled
-from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference, sampling_locations_of
+from .reference import (
+    attention_weights_of,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+    sampling_locations_of,
+)
 
 __all__ = [
+    "attention_weights_of",
     "compiled",
     "ms_deform_attn",
     "ms_deform_attn_fused",

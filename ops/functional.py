@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .library import compiled, warn_that_reference_serves
-from .reference import ms_deform_attn_reference, sampling_locations_of
+from .reference import attention_weights_of, ms_deform_attn_reference, sampling_locations_of
 
 
 def ms_deform_attn(
@@ -95,8 +95,7 @@ def ms_deform_attn_fused(
     differentiates_reference = torch.is_grad_enabled() and reference.requires_grad
     if value.device.type != "cpu" or value.dtype == torch.float16 or not compiled() or differentiates_reference:
         locations = sampling_locations_of(reference, offsets, shapes)
-        weights = logits.flatten(-2).softmax(-1).view_as(logits)
-        return ms_deform_attn(value, shapes, None, locations, weights)
+        return ms_deform_attn(value, shapes, None, locations, attention_weights_of(logits))
     return torch.ops.dino_d2.ms_deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
 
 

@@ -46,8 +46,12 @@ def ms_deform_attn_fused_reference(
     Arguments and result are those of :func:`dino_d2.ops.ms_deform_attn_fused`.
     """
     locations = sampling_locations_of(reference, sampling_offsets, spatial_shapes)
-    weights = attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
-    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+    return ms_deform_attn_reference(value, spatial_shapes, locations, attention_weights_of(attention_logits))
+
+
+def attention_weights_of(attention_logits: Tensor) -> Tensor:
+    """Softmax over all levels and points: (B, Q, heads, L, points) -> the same."""
+    return attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
 
 
 def sampling_locations_of(

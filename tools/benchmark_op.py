@@ -24,8 +24,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dino_d2.ops import compiled, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_reference
-from dino_d2.ops.reference import sampling_locations_of
+from dino_d2.ops import (
+    attention_weights_of,
+    compiled,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    ms_deform_attn_reference,
+    sampling_locations_of,
+)
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 FOUR_SCALES = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of 800x1333
@@ -50,7 +56,7 @@ class Problem:
 
     @property
     def weights(self) -> Tensor:
-        return self.logits.flatten(-2).softmax(-1).view_as(self.logits)
+        return attention_weights_of(self.logits)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def contestants(problem: Problem) -> list[Contestant]:
 
     def chain(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         locations = sampling_locations_of(problem.reference, offsets, shapes)
-        return plain(value, locations, logits.flatten(-2).softmax(-1).view_as(logits))
+        return plain(value, locations, attention_weights_of(logits))
 
     def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         return ms_deform_attn_fused(value, shapes, problem.reference, offsets, logits)
@@ -124,8 +130,8 @@ def contestants(problem: Problem) -> list[Contestant]:
     result = [
         Contestant("grid_sample", grid_sample, leaves(*located)),
         Contestant("dino_d2, plain", plain, leaves(*located), is_ours=True),
-        Contestant("softmax, locations, dino_d2 plain", chain, leaves(*predicted), True, makes_locations=True),
-        Contestant("dino_d2, fused", fused, leaves(*predicted), True, makes_locations=True),
+        Contestant("softmax, locations, dino_d2 plain", chain, leaves(*predicted), is_ours=True, makes_locations=True),
+        Contestant("dino_d2, fused", fused, leaves(*predicted), is_ours=True, makes_locations=True),
     ]
     peer = peer_of(problem)
     if peer:

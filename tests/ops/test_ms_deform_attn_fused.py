@@ -13,8 +13,8 @@ from dino_d2.ops import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_reference,
     ms_deform_attn_reference,
+    sampling_locations_of,
 )
-from dino_d2.ops.reference import sampling_locations_of
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -215,11 +215,8 @@ def test_box_of_no_size_and_far_reference_are_harmless(reference_size: int, devi
         torch.testing.assert_close(result, truth)
 
 
-@pytest.mark.parametrize("queries", [0, 9])
-@pytest.mark.parametrize("points", [0, 2])
+@pytest.mark.parametrize(("queries", "points"), [(0, 0), (0, 2), (9, 0)])
 def test_empty_problem_has_empty_or_zero_result(queries: int, points: int) -> None:
-    if queries and points:
-        return
     problem = make_problem(BOX, queries=queries, points=points)
     results = output_and_gradients(ms_deform_attn_fused, problem, torch.ones(2, queries, 16))
     assert results[0].shape == (2, queries, 16)
