@@ -53,6 +53,36 @@ struct RegisterChannels {
   }
 };
 
+// Channels stored as bfloat16, two to a word: N registers hold the even ones and N the odd ones, so that one load and two
+// cheap instructions take the place of two widening loads.
+template <int N>
+struct PairedChannels {
+  static constexpr int width = VectorOf<float>::width;
+  Vector<float> even[N], odd[N];
+
+  explicit PairedChannels(int64_t) {
+    for (int n = 0; n < N; ++n) even[n] = odd[n] = Vector<float>{};
+  }
+  DINO_D2_INLINE void add(const PairedChannels& other) {
+    for (int n = 0; n < N; ++n) {
+      even[n] += other.even[n];
+      odd[n] += other.odd[n];
+    }
+  }
+  DINO_D2_INLINE void add(float share, const BFloat16* from) {
+    for (int n = 0; n < N; ++n) {
+      const Words words = load_words(from + 2 * n * width);
+      even[n] += share * reinterpret_cast<Vector<float>>(words << 16);
+      odd[n] += share * reinterpret_cast<Vector<float>>(words & 0xffff0000u);
+    }
+  }
+  DINO_D2_INLINE void write(BFloat16* to) const {
+    for (int n = 0; n < N; ++n) {
+      store_words(to + 2 * n * width, narrowed(even[n]) >> 16 | (narrowed(odd[n]) & 0xffff0000u));
+    }
+  }
+};
+
 template <class A>
 struct AnyChannels {
   int64_t channels;
@@ -94,18 +124,22 @@ void forward_rows(const Forward<V, A>& p, const SampleLevels<A>& levels, A* scra
   const Sizes& z = p.sizes;
   const int64_t samples = z.samples(), token_stride = z.heads * z.channels;
   Row<A> row(z, p.sampling, levels, scratch);
+  Walk<A> walk(row, begin, end);
+  Corners<A> corners[2];  // of these samples, and of the next ones
+  int current = 0;
+  walk.next(corners[current]);
   for (int64_t query = begin; query < end; ++query) {
     const V* image = p.value + query / z.queries * z.tokens * token_stride + first_channel;
-    row.begin_query(query);
     for (int64_t head = 0; head < z.heads; ++head) {
       const V* value = image + head * z.channels;
-      row.place(query * z.heads + head);
       // A sum per corner: four short chains of additions instead of one long one.
       Channels sum[4] = {Channels(channels), Channels(channels), Channels(channels), Channels(channels)};
       for (int64_t first = 0; first < samples; first += VectorOf<A>::width) {
         const int64_t left = samples - first;
         const int count = left < VectorOf<A>::width ? static_cast<int>(left) : VectorOf<A>::width;
-        const Corners<A> s(row, first);
+        const Corners<A>& s = corners[current];
+        current ^= 1;
+        walk.next(corners[current]);  // a long chain of arithmetic, done while the values below are being fetched
         for (int i = 0; i < count; ++i) {
           if (!s.inside[i]) continue;
           for (int corner = 0; corner < 4; ++corner) {
@@ -143,7 +177,8 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
     for (int64_t first = 0; first < samples; first += width) {
       const int64_t left = samples - first;
       const int count = left < width ? static_cast<int>(left) : width;
-      const Corners<A> s(row, first);
+      Corners<A> s;
+      s.find(row, first);
       if (grad_value) {
         for (int i = 0; i < count; ++i) {
           if (!s.inside[i]) continue;
@@ -209,36 +244,55 @@ void backward_rows(const Backward<V, A>& p, const SampleLevels<A>& levels, A* sc
   }
 }
 
+template <class V, class A, int N>
+struct SumOf {
+  typedef RegisterChannels<A, N> Channels;
+};
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+template <int N>
+struct SumOf<BFloat16, float, N> {
+  typedef PairedChannels<N / 2> Channels;
+};
+template <>
+struct SumOf<BFloat16, float, 1> {
+  typedef RegisterChannels<float, 1> Channels;
+};
+#endif
+template <class V, class A, int N>
+using InSum = typename SumOf<V, A, N>::Channels;
+template <class V, class A, int N>
+using InOrder = RegisterChannels<A, N>;
+
 // Head sizes with channels in registers: 16, 32 and 64 single-precision channels on every instruction set
 // that has room for them.
-#define DINO_D2_FOR_CHANNELS(FUNCTION, ...)                                                       \
-  do {                                                                                            \
-    constexpr int width = VectorOf<A>::width;                                                     \
-    const int64_t channels = problem.sizes.channels;                                              \
-    if (channels == width) {                                                                      \
-      FUNCTION<V, A, RegisterChannels<A, 1>>(problem, levels, scratch, __VA_ARGS__, 0, channels); \
-    } else if (channels == 2 * width) {                                                           \
-      FUNCTION<V, A, RegisterChannels<A, 2>>(problem, levels, scratch, __VA_ARGS__, 0, channels); \
-    } else if (channels == 4 * width) {                                                           \
-      FUNCTION<V, A, RegisterChannels<A, 4>>(problem, levels, scratch, __VA_ARGS__, 0, channels); \
-    } else if (channels == 8 * width) {                                                           \
-      FUNCTION<V, A, RegisterChannels<A, 8>>(problem, levels, scratch, __VA_ARGS__, 0, channels); \
-    } else {                                                                                      \
-      for (int64_t c = 0; c < channels; c += kMostChannels) {                                     \
-        const int64_t count = channels - c < kMostChannels ? channels - c : kMostChannels;        \
-        FUNCTION<V, A, AnyChannels<A>>(problem, levels, scratch, __VA_ARGS__, c, count);          \
-      }                                                                                           \
-    }                                                                                             \
+#define DINO_D2_FOR_CHANNELS(FUNCTION, CHANNELS, ...)                                         \
+  do {                                                                                        \
+    constexpr int width = VectorOf<A>::width;                                                 \
+    const int64_t channels = problem.sizes.channels;                                          \
+    if (channels == width) {                                                                  \
+      FUNCTION<V, A, CHANNELS<V, A, 1>>(problem, levels, scratch, __VA_ARGS__, 0, channels);  \
+    } else if (channels == 2 * width) {                                                       \
+      FUNCTION<V, A, CHANNELS<V, A, 2>>(problem, levels, scratch, __VA_ARGS__, 0, channels);  \
+    } else if (channels == 4 * width) {                                                       \
+      FUNCTION<V, A, CHANNELS<V, A, 4>>(problem, levels, scratch, __VA_ARGS__, 0, channels);  \
+    } else if (channels == 8 * width) {                                                       \
+      FUNCTION<V, A, CHANNELS<V, A, 8>>(problem, levels, scratch, __VA_ARGS__, 0, channels);  \
+    } else {                                                                                  \
+      for (int64_t c = 0; c < channels; c += kMostChannels) {                                 \
+        const int64_t count = channels - c < kMostChannels ? channels - c : kMostChannels;    \
+        FUNCTION<V, A, AnyChannels<A>>(problem, levels, scratch, __VA_ARGS__, c, count);      \
+      }                                                                                       \
+    }                                                                                         \
   } while (false)
 
 template <class V, class A>
 void forward(const Forward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, int64_t begin, int64_t end) {
-  DINO_D2_FOR_CHANNELS(forward_rows, begin, end);
+  DINO_D2_FOR_CHANNELS(forward_rows, InSum, begin, end);
 }
 
 template <class V, class A>
 void backward(const Backward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, int64_t plane) {
-  DINO_D2_FOR_CHANNELS(backward_rows, plane);
+  DINO_D2_FOR_CHANNELS(backward_rows, InOrder, plane);
 }
 
 }  // namespace

@@ -12,6 +12,10 @@
 #include "../arguments.h"
 #include "kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace dino_d2::cpu {
 namespace {
 
@@ -75,6 +79,20 @@ ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Like new_empty. In fresh memory the first touch of each small page can cost more than the writing; Linux may follow
+// the hint to take large ones.
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = begin + result.numel() * result.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
 // Without a reference, positions are locations and weights attention weights; see Sampling.
 template <class A>
 Sampling<A> sampling_of(const Tensor& positions, const Tensor& weights, const std::optional<Tensor>& reference) {
@@ -103,7 +121,7 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
   if (reference) check_reference(*reference, sizes, accumulate);
   const std::vector<int64_t> output_shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
   if (sizes.samples() == 0) return torch::stable::new_zeros(value, output_shape);
-  Tensor output = torch::stable::new_empty(value, output_shape);
+  Tensor output = new_result(value, output_shape, value.scalar_type());
   with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
     using V = decltype(v);
     using A = decltype(a);
@@ -141,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
       shape.clear();
       for (int64_t d = 0; d < of.dim(); ++d) shape.push_back(of.size(d));
     }
-    return written_whole ? torch::stable::new_empty(of, shape, accumulate)
+    return written_whole ? new_result(of, shape, accumulate)
                          : torch::stable::new_zeros(of, shape, accumulate);
   };
   Tensor grad_value = gradient(value, value_wanted, staged);

@@ -164,7 +164,8 @@ struct Corners {  // plain arithmetic on arrays of constant length, which compil
   alignas(64) int32_t token[4][width];
   alignas(64) int32_t inside[width];  // 0: no corner of the sample lies in the level
 
-  DINO_D2_INLINE Corners(const Row<A>& row, int64_t first) {
+  // Of the samples from `first` on that `row` has placed.
+  DINO_D2_INLINE void find(const Row<A>& row, int64_t first) {
     const A* const level_width = row.levels.width + first;
     const A* const level_height = row.levels.height + first;
     const int32_t* const columns = row.levels.columns + first;
@@ -202,4 +203,31 @@ struct Corners {  // plain arithmetic on arrays of constant length, which compil
       inside[i] = is_inside;
     }
   }
+};
+
+// The samples of queries [begin, end) and all their heads in turn, a vector of them at a time.
+template <class A>
+class Walk {
+ public:
+  Walk(Row<A>& row, int64_t begin, int64_t end)
+      : row_(row), index_(begin * row.sizes.heads), end_(end * row.sizes.heads) {}
+
+  // Fills `corners` with the next samples, if there are any.
+  DINO_D2_INLINE void next(Corners<A>& corners) {
+    if (index_ == end_) return;
+    if (first_ == 0) {
+      if (index_ % row_.sizes.heads == 0) row_.begin_query(index_ / row_.sizes.heads);
+      row_.place(index_);
+    }
+    corners.find(row_, first_);
+    first_ += Corners<A>::width;
+    if (first_ < row_.sizes.samples()) return;
+    first_ = 0;
+    ++index_;
+  }
+
+ private:
+  Row<A>& row_;
+  int64_t index_, end_;  // through queries and heads
+  int64_t first_ = 0;    // sample
 };

@@ -46,6 +46,21 @@ DINO_D2_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even
   to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+// Two bfloat16 numbers in each word, the first one in its lower half.
+typedef uint32_t Words __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
+typedef uint32_t UnalignedWords
+    __attribute__((vector_size(DINO_D2_VECTOR_BYTES), aligned(sizeof(uint16_t)), may_alias));
+
+DINO_D2_INLINE Words load_words(const BFloat16* from) { return *reinterpret_cast<const UnalignedWords*>(from); }
+DINO_D2_INLINE void store_words(BFloat16* to, Words words) { *reinterpret_cast<UnalignedWords*>(to) = words; }
+
+// `narrow` for whole vectors, with the result in the upper half of each word.
+DINO_D2_INLINE Words narrowed(Vector<float> x) {
+  const Words words = reinterpret_cast<Words>(x);
+  const Words rounded = words + 0x7fff + ((words >> 16) & 1);
+  return x != x ? Words{} + 0x7fc00000u : rounded;
+}
+
 // Pairwise sums: the first half of the result holds a[0]+a[1], a[2]+a[3], …, the second half those of b.
 // log2(width) rounds of it turn `width` vectors into the vector of their sums.
 template <class A>
