@@ -77,8 +77,9 @@ def ms_deform_attn_fused(
             of a box in units of its half size divided by the number of points.
         attention_logits: (B, Q, heads, L, points); the softmax goes over levels and points.
 
-    Locations, softmax and sums are in float32 (float64 for float64 values), under autocast too. Fused kernels exist
-    for the CPU; elsewhere, and for a reference that needs a gradient, the separate steps give the same result.
+    Locations, softmax and sums are in float32 (float64 for float64 values), under autocast too. Without
+    compiled kernels, for float16 on a CPU, and for a reference that needs a gradient, the separate steps give the same
+    result.
 
     Returns:
         (B, Q, heads * channels), in the dtype of `value`.
@@ -93,7 +94,8 @@ def ms_deform_attn_fused(
     accumulate = _accumulation_dtype(value)
     reference, offsets, logits = (tensor.to(accumulate) for tensor in (reference, sampling_offsets, attention_logits))
     differentiates_reference = torch.is_grad_enabled() and reference.requires_grad
-    if value.device.type != "cpu" or value.dtype == torch.float16 or not compiled() or differentiates_reference:
+    device = value.device.type
+    if not compiled(device) or differentiates_reference or (device == "cpu" and value.dtype == torch.float16):
         locations = sampling_locations_of(reference, offsets, shapes)
         return ms_deform_attn(value, shapes, None, locations, attention_weights_of(logits))
     return torch.ops.dino_d2.ms_deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
@@ -188,7 +190,7 @@ def _forward_fake(value: Tensor, spatial_shapes: Sequence[int], *sampling: Tenso
 def _backward_fake(
     grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *sampling_and_wanted: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, positions, weights, value_wanted, sampling_wanted = sampling_and_wanted
+    *_, positions, weights, value_wanted, sampling_wanted, _ = sampling_and_wanted
     return (
         value.new_empty(value.shape if value_wanted else (0,), dtype=_accumulation_dtype(value)),
         positions.new_empty(positions.shape if sampling_wanted else (0,)),
@@ -216,7 +218,13 @@ def _register(name: str) -> None:
         if value is None:  # its shape alone is read
             value = grad_output.new_empty((), dtype=ctx.value_dtype).expand(ctx.value_shape)
         grad_value, grad_positions, grad_weights = getattr(torch.ops.dino_d2, f"{name}_backward")(
-            grad_output, value, ctx.spatial_shapes, *sampling, value_wanted, positions_wanted or weights_wanted
+            grad_output,
+            value,
+            ctx.spatial_shapes,
+            *sampling,
+            value_wanted,
+            positions_wanted or weights_wanted,
+            torch.are_deterministic_algorithms_enabled(),
         )
         return (
             grad_value.to(ctx.value_dtype) if value_wanted else None,

@@ -9,17 +9,18 @@ STABLE_TORCH_LIBRARY(dino_d2, m) {
       "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights) "
       "-> Tensor");
   // Gradients of value, sampling_locations and attention_weights, in the precision that they are accumulated
-  // in; of shape (0,) where not wanted.
+  // in; of shape (0,) where not wanted. deterministic: the same bits every time, which costs time on a GPU.
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-      "Tensor attention_weights, bool value_wanted, bool sampling_wanted) -> (Tensor, Tensor, Tensor)");
+      "Tensor attention_weights, bool value_wanted, bool sampling_wanted, bool deterministic) "
+      "-> (Tensor, Tensor, Tensor)");
   // The same with the locations and the softmax inside: see Sampling in problem.h. The reference has no gradient.
   m.def(
       "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor reference, Tensor sampling_offsets, "
       "Tensor attention_logits) -> Tensor");
   m.def(
       "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor reference, "
-      "Tensor sampling_offsets, Tensor attention_logits, bool value_wanted, bool sampling_wanted) "
+      "Tensor sampling_offsets, Tensor attention_logits, bool value_wanted, bool sampling_wanted, bool deterministic) "
       "-> (Tensor, Tensor, Tensor)");
   // For the doctor: the set of CPU kernels that this processor uses, the sets that the library holds, and what its
   // CUDA kernels were compiled for (nothing is registered behind it where there are none).

@@ -205,7 +205,7 @@ def test_opcheck_backward(wanted: tuple[bool, bool], device: str) -> None:
     value, shapes, locations, weights = make_problem(PYRAMID, dtype=torch.float32, device=device)
     flat = [size for shape in shapes for size in shape]
     grad = torch.randn(2, 9, 16, device=device)
-    arguments = (grad, value, flat, locations, weights, *wanted)
+    arguments = (grad, value, flat, locations, weights, *wanted, False)
     torch.library.opcheck(torch.ops.dino_d2.ms_deform_attn_backward.default, arguments)
 
 

@@ -137,17 +137,18 @@ def test_reference_that_needs_a_gradient_gets_it(reference_size: int) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @on_points_and_boxes
-def test_opcheck(reference_size: int, dtype: torch.dtype) -> None:
-    value, shapes, reference, offsets, logits = make_problem(reference_size, dtype=dtype)
+def test_opcheck(reference_size: int, dtype: torch.dtype, device: str) -> None:
+    value, shapes, reference, offsets, logits = make_problem(reference_size, dtype=dtype, device=device)
     flat = [size for shape in shapes for size in shape]
     leaves = [x.requires_grad_() for x in (value, offsets, logits)]
     arguments = (leaves[0], flat, reference, *leaves[1:])
     torch.library.opcheck(torch.ops.dino_d2.ms_deform_attn_fused.default, arguments)
     detached = [value.detach(), flat, reference, offsets.detach(), logits.detach()]
     for wanted in ((True, True), (True, False), (False, True)):
-        arguments = (torch.randn(2, 9, 16, dtype=dtype), *detached, *wanted)
+        arguments = (torch.randn(2, 9, 16, dtype=dtype, device=device), *detached, *wanted, False)
         torch.library.opcheck(torch.ops.dino_d2.ms_deform_attn_fused_backward.default, arguments)
 
 
@@ -215,10 +216,11 @@ def test_box_of_no_size_and_far_reference_are_harmless(reference_size: int, devi
         torch.testing.assert_close(result, truth)
 
 
+@on_each_device
 @pytest.mark.parametrize(("queries", "points"), [(0, 0), (0, 2), (9, 0)])
-def test_empty_problem_has_empty_or_zero_result(queries: int, points: int) -> None:
-    problem = make_problem(BOX, queries=queries, points=points)
-    results = output_and_gradients(ms_deform_attn_fused, problem, torch.ones(2, queries, 16))
+def test_empty_problem_has_empty_or_zero_result(queries: int, points: int, device: str) -> None:
+    problem = make_problem(BOX, queries=queries, points=points, device=device)
+    results = output_and_gradients(ms_deform_attn_fused, problem, torch.ones(2, queries, 16, device=device))
     assert results[0].shape == (2, queries, 16)
     assert not any(result.any() for result in results)
 

@@ -199,7 +199,8 @@ Tensor plain_forward(const Tensor& value, std::vector<int64_t> spatial_shapes, c
 
 std::tuple<Tensor, Tensor, Tensor> plain_backward(const Tensor& grad_output, const Tensor& value,
                                                   std::vector<int64_t> spatial_shapes, const Tensor& locations,
-                                                  const Tensor& weights, bool value_wanted, bool sampling_wanted) {
+                                                  const Tensor& weights, bool value_wanted, bool sampling_wanted,
+                                                  bool /*deterministic: always*/) {
   return backward(grad_output, value, spatial_shapes, locations, weights, std::nullopt, value_wanted, sampling_wanted);
 }
 
@@ -211,7 +212,7 @@ Tensor fused_forward(const Tensor& value, std::vector<int64_t> spatial_shapes, c
 std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, const Tensor& value,
                                                   std::vector<int64_t> spatial_shapes, const Tensor& reference,
                                                   const Tensor& offsets, const Tensor& logits, bool value_wanted,
-                                                  bool sampling_wanted) {
+                                                  bool sampling_wanted, bool /*deterministic: always*/) {
   return backward(grad_output, value, spatial_shapes, offsets, logits, reference, value_wanted, sampling_wanted);
 }
 

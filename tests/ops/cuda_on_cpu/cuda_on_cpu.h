@@ -1,0 +1,170 @@
+// Enough of CUDA to run ops/csrc/cuda/kernels.cuh on a CPU: one block after the other, one warp after the other, the 32
+// lanes of a warp as fibers that take turns at every shuffle and __syncwarp. It shows what the kernels compute, that no
+// lane misses a collective, and that nothing depends on the order of lanes; not what a GPU's memory model would allow.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Index {
+  unsigned x;
+};
+inline Index threadIdx, blockIdx, gridDim;
+
+namespace emulation {
+
+constexpr int kLanes = 32;
+inline bool backwards = false;  // the order in which lanes take their turns
+
+struct Warp {
+  ucontext_t scheduler, lanes[kLanes];
+  std::vector<char> stacks = std::vector<char>(kLanes * size_t(256) << 10);
+  std::function<void()> body;
+  unsigned first_thread = 0;
+  int current = 0, rounds[kLanes] = {};
+  bool done[kLanes] = {};
+  uint64_t given[2][kLanes];  // of this collective and of the last, which slower lanes may still be reading
+
+  static Warp& instance() {
+    static Warp warp;
+    return warp;
+  }
+  static void enter() {
+    Warp& w = instance();
+    w.body();
+    w.done[w.current] = true;
+    swapcontext(&w.lanes[w.current], &w.scheduler);
+  }
+  void run(unsigned first) {
+    first_thread = first;
+    for (int i = 0; i < kLanes; ++i) {
+      done[i] = false;
+      rounds[i] = 0;
+      getcontext(&lanes[i]);
+      lanes[i].uc_stack.ss_sp = stacks.data() + i * (size_t(256) << 10);
+      lanes[i].uc_stack.ss_size = size_t(256) << 10;
+      lanes[i].uc_link = &scheduler;
+      makecontext(&lanes[i], enter, 0);
+    }
+    while (!done[0]) {
+      for (int i = 0; i < kLanes; ++i) {
+        current = backwards ? kLanes - 1 - i : i;
+        threadIdx.x = first_thread + current;
+        swapcontext(&scheduler, &lanes[current]);
+      }
+      for (int i = 1; i < kLanes; ++i) {
+        if (done[i] == done[0] && rounds[i] == rounds[0]) continue;
+        std::fprintf(stderr, "lane %d left the others at a collective\n", i);
+        std::abort();
+      }
+    }
+  }
+  // Gives `bits` and waits until every lane has. What they gave is in given[result].
+  int meet(uint64_t bits) {
+    const int me = current, slot = rounds[me] % 2;
+    given[slot][me] = bits;
+    ++rounds[me];
+    swapcontext(&lanes[me], &scheduler);
+    return slot;
+  }
+};
+
+template <class F>
+void launch(unsigned blocks, int threads, const F& kernel) {
+  gridDim.x = blocks;
+  Warp& warp = Warp::instance();
+  warp.body = kernel;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (int first = 0; first < threads; first += kLanes) warp.run(first);
+  }
+}
+
+}  // namespace emulation
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int distance) {
+  emulation::Warp& warp = emulation::Warp::instance();
+  const int me = warp.current;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  const int slot = warp.meet(bits);
+  std::memcpy(&x, &warp.given[slot][me ^ distance], sizeof(T));
+  return x;
+}
+inline void __syncwarp() { emulation::Warp::instance().meet(0); }
+
+inline unsigned long long atomicMax(unsigned long long* to, unsigned long long x) { return *to = std::max(*to, x); }
+inline long long __double2ll_rn(double x) { return std::llrint(x); }
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+using std::exp;
+using std::floor;
+using std::isfinite;
+using std::min;
+
+// Stored in two bytes, as bfloat16 and float16 are; bfloat16 is the upper half of a float.
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  _Float16 x;
+};
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+inline __nv_bfloat16 __float2bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return {uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float __half2float(__half x) { return static_cast<float>(x.x); }
+inline __half __float2half(float x) { return {static_cast<_Float16>(x)}; }
+
+namespace dino_d2::cuda {
+
+inline uint64_t address_of(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
+inline uint64_t address_of(uint64_t first, int index, int stride) { return first + int64_t(index) * stride; }
+template <class T>
+T read_at(uint64_t address) {
+  if (address % alignof(T) != 0) {
+    std::fprintf(stderr, "a read of %zu bytes is not aligned\n", sizeof(T));
+    std::abort();
+  }
+  return *reinterpret_cast<const T*>(address);
+}
+template <class T>
+void add_at(uint64_t address, T x) {
+  *reinterpret_cast<T*>(address) += x;
+}
+inline void add_at(uint64_t address, float x, float y, float z, float w) {
+  if (address % 16 != 0) {
+    std::fprintf(stderr, "an addition of four numbers is not aligned\n");
+    std::abort();
+  }
+  for (const float part : {x, y, z, w}) {
+    add_at(address, part);
+    address += sizeof(float);
+  }
+}
+
+}  // namespace dino_d2::cuda

@@ -1,0 +1,117 @@
+// The CUDA kernels behind plain functions, for ctypes.
+#include "cuda_on_cpu.h"
+
+#include "../../../ops/csrc/cuda/plan.h"
+
+using namespace dino_d2;
+using namespace dino_d2::cuda;
+
+namespace {
+
+struct Call {  // the layout of the structure that the test fills in
+  int64_t dtype;  // 0 float32, 1 float64, 2 bfloat16, 3 float16
+  int64_t batch, tokens, heads, channels, queries, levels, points;
+  const int64_t* shapes;
+  const void *value, *positions, *weights, *reference;
+  int64_t reference_size;
+  void* output;
+  const void* grad_output;
+  void *grad_value, *grad_positions, *grad_weights;
+  int64_t deterministic, aligned, backwards;
+};
+
+template <class F>
+void with_dtype(const Call& c, const F& f) {
+  if (c.dtype == 0) return f(float{}, float{});
+  if (c.dtype == 1) return f(double{}, double{});
+  if (c.dtype == 2) return f(__nv_bfloat16{}, float{});
+  f(__half{}, float{});
+}
+
+std::vector<Level> levels_of(const Call& c) {
+  std::vector<Level> levels;
+  int64_t start = 0;
+  for (int64_t i = 0; i < c.levels; ++i) {
+    levels.push_back({c.shapes[2 * i], c.shapes[2 * i + 1], start});
+    start += c.shapes[2 * i] * c.shapes[2 * i + 1];
+  }
+  return levels;
+}
+
+Sizes sizes_of(const Call& c) { return {c.batch, c.tokens, c.heads, c.channels, c.queries, c.levels, c.points}; }
+
+template <class A>
+Sampling<A> sampling_of(const Call& c) {
+  return {static_cast<const A*>(c.positions), static_cast<const A*>(c.weights), static_cast<const A*>(c.reference),
+          c.reference_size, static_cast<A*>(c.grad_positions), static_cast<A*>(c.grad_weights)};
+}
+
+template <class T>
+double largest_of(const T* x, int64_t count) {
+  unsigned long long bits = 0;
+  emulation::launch(3, kThreads, [&] { largest_kernel<T>(x, count, &bits); });
+  double result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+}  // namespace
+
+extern "C" void forward(const Call* call) {
+  const Call& c = *call;
+  emulation::backwards = c.backwards;
+  const std::vector<Level> levels = levels_of(c);
+  const Sizes sizes = sizes_of(c);
+  with_dtype(c, [&](auto v, auto a) {
+    using V = decltype(v);
+    using A = decltype(a);
+    const Forward<V, A> problem{sizes, sampling_of<A>(c), static_cast<const V*>(c.value), static_cast<V*>(c.output)};
+    with_layout<V>(sizes.channels, c.aligned, [&](auto layout) {
+      using L = decltype(layout);
+      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
+      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads,
+                        [&] { forward_kernel<V, A, L>(problem, plan_levels(levels, sizes.points), tiles); });
+    });
+  });
+}
+
+extern "C" void backward(const Call* call) {
+  const Call& c = *call;
+  emulation::backwards = c.backwards;
+  const std::vector<Level> levels = levels_of(c);
+  const Sizes sizes = sizes_of(c);
+  with_dtype(c, [&](auto v, auto a) {
+    using V = decltype(v);
+    using A = decltype(a);
+    const Backward<V, A> problem{sizes,
+                                 sampling_of<A>(c),
+                                 static_cast<const V*>(c.value),
+                                 static_cast<const V*>(c.grad_output),
+                                 static_cast<A*>(c.grad_value),
+                                 false};
+    const Levels on_device = plan_levels(levels, sizes.points);
+    if (c.deterministic) {
+      using L = Layout<1, 32, false>;
+      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
+      const int64_t count = sizes.batch * sizes.tokens * sizes.heads * sizes.channels;
+      const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
+      std::vector<long long> sums(count);
+      const double largest[2] = {largest_of(problem.grad_output, rows * sizes.channels),
+                                 c.reference ? 1.0 : largest_of(problem.sampling.weights, rows * sizes.samples())};
+      const int64_t additions = sizes.queries * (c.reference ? 1 : sizes.samples());
+      double scale;
+      emulation::launch(1, 32, [&] { scale_kernel(largest, static_cast<double>(additions), &scale); });
+      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads, [&] {
+        backward_kernel<V, A, L, true>(problem, on_device, tiles, FixedPoint{sums.data(), &scale});
+      });
+      emulation::launch(2, kThreads, [&] { from_fixed_kernel<A>(sums.data(), &scale, count, problem.grad_value); });
+      return;
+    }
+    with_layout<V>(sizes.channels, c.aligned, [&](auto layout) {
+      using L = decltype(layout);
+      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
+      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads,
+                        [&] { backward_kernel<V, A, L, false>(problem, on_device, tiles, FixedPoint{}); });
+    });
+  });
+}
