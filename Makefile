@@ -4,7 +4,7 @@ VENV_PYTHON := .venv/bin/python
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning
 
-.PHONY: setup test demo lint format clean
+.PHONY: setup test demo lint format clean cuda-all gpu-wheels
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -22,6 +22,14 @@ lint:
 format:
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+# Compile the CUDA kernels for every architecture; no GPU is needed.
+cuda-all: setup
+	$(VENV_PYTHON) tools/cuda_report.py
+
+# What tools/gpu_check.sh needs on a machine with a GPU and without a network.
+gpu-wheels: setup
+	tools/gpu_wheels.sh
 
 clean:
 	rm -rf .venv build dist *.egg-info ops/_C*.so

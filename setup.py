@@ -20,6 +20,7 @@ except ImportError:
 STABLE_ABI_SINCE = (2, 10)
 # Every torch from 2.10 on loads the same file (and, by `py_limited_api`, every Python from 3.10 on).
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+HEADERS = sorted(str(path) for path in Path("ops/csrc").rglob("*h") if path.suffix in (".h", ".cuh"))
 DEFAULT_CUDA_ARCHITECTURE = "9.0+PTX"
 
 
@@ -37,7 +38,9 @@ def extension():
     # Comparisons and roundings on vectors need these two; neither changes a result.
     cxx = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *ABI]
     if not wants_cuda():
-        return CppExtension("dino_d2.ops._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True)
+        return CppExtension(
+            "dino_d2.ops._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True, depends=HEADERS
+        )
     if not torch.cuda.is_available():
         # PyTorch's builder asks the visible GPU, and fails where there is none.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURE)
@@ -48,6 +51,7 @@ def extension():
         sources,
         extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc},
         py_limited_api=True,
+        depends=HEADERS,
     )
     # torch has loaded the CUDA runtime by then; linking it here would need the toolkit's library folder.
     result.libraries.remove("cudart")

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from dino_d2.ops import (
     attention_weights_of,
@@ -37,6 +42,10 @@ HEADS, CHANNELS, POINTS = 8, 32, 4
 FOUR_SCALES = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of 800x1333
 FIVE_SCALES = [(200, 334), *FOUR_SCALES]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+PEERS = [  # package, module, function of value, shapes, starts of levels, locations, weights
+    ("torch-ms-deform-attn", "torch_ms_deform_attn", "ms_deform_attn"),
+    ("deformops", "deformops.registry", "msda"),
+]
 LOCAL_SPREAD = 0.03  # of the image: standard deviation of the distance between a query and its samples
 
 
@@ -133,27 +142,65 @@ def contestants(problem: Problem) -> list[Contestant]:
         Contestant("softmax, locations, dino_d2 plain", chain, leaves(*predicted), is_ours=True, makes_locations=True),
         Contestant("dino_d2, fused", fused, leaves(*predicted), is_ours=True, makes_locations=True),
     ]
-    peer = peer_of(problem)
-    if peer:
-        result.append(Contestant(*peer, leaves(*located)))
+    if problem.value.is_cuda:
+        result.append(Contestant("design of 2020, float32", baseline_2020(shapes), leaves(*map(Tensor.float, located))))
+    for name, peer in peers_of(problem).items():
+        result.append(Contestant(name, peer, leaves(*located)))
     return result
 
 
-def peer_of(problem: Problem) -> tuple[str, Callable[..., Tensor]] | None:
-    """torch-ms-deform-attn, if it is installed and takes this dtype."""
-    try:
-        module = importlib.import_module("torch_ms_deform_attn")
-    except ImportError:
-        return None
-    if problem.value.dtype not in (torch.float32, torch.float64):
-        return None
+def baseline_2020(shapes: list[tuple[int, int]]) -> Callable[..., Tensor]:
+    """tools/baseline_2020.cu, compiled for this GPU."""
+    source = Path(__file__).with_name("baseline_2020.cu")
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "baseline_2020.so")
+        command = ["nvcc", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", "-O3", "-std=c++17", "-DUSE_CUDA"]
+        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-arch=sm_{major}{minor}"]
+        command += [f"-I{path}" for path in include_paths("cuda")] + [f"-L{path}" for path in library_paths("cuda")]
+        command += ["-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        torch.ops.load_library(library)
+    flat = [size for shape in shapes for size in shape]
+
+    class Baseline(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs: Tensor) -> Tensor:
+            ctx.save_for_backward(*inputs)
+            value, locations, weights = inputs
+            return torch.ops.dino_d2_baseline_2020.forward(value, flat, locations, weights)
+
+        @staticmethod
+        def backward(ctx, grad_output: Tensor) -> tuple[Tensor, ...]:
+            value, locations, weights = ctx.saved_tensors
+            grad_output = grad_output.contiguous()
+            return torch.ops.dino_d2_baseline_2020.backward(grad_output, value, flat, locations, weights)
+
+    return Baseline.apply
+
+
+def peers_of(problem: Problem) -> dict[str, Callable[..., Tensor]]:
+    """Those that are installed and take this device and dtype."""
     shapes = torch.tensor(problem.shapes, device=problem.value.device)
     starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    found = {}
+    for package, module, function in PEERS:
+        try:
+            call = getattr(importlib.import_module(module), function)
+        except ImportError:
+            continue
 
-    def peer(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return module.ms_deform_attn(value, shapes, starts, locations, weights)
+        def peer(value: Tensor, locations: Tensor, weights: Tensor, call: Callable[..., Tensor] = call) -> Tensor:
+            return call(value, shapes, starts, locations, weights)
 
-    return f"torch-ms-deform-attn {module.__version__}", peer
+        name = f"{package} {importlib.metadata.version(package)}"
+        try:
+            peer(problem.value, problem.locations, problem.weights)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            print(f"{name} is left out: {str(error).splitlines()[0]}\n")
+            continue
+        found[name] = peer
+    return found
 
 
 def largest_error(contestant: Contestant, truths: dict[bool, list[Tensor]]) -> float:

@@ -211,8 +211,9 @@ struct Sample {
     if (p.reference) {
       const A* reference = p.reference + (row.query * level_count + level) * p.reference_size;
       const bool box = p.reference_size == 4;
-      scale_x = box ? reference[2] * w * A(0.5) / row.points : A(1);
-      scale_y = box ? reference[3] * h * A(0.5) / row.points : A(1);
+      const A half = sizeof(A) == 4 ? A(0.5) * levels.per_point : A(0.5) / row.points;
+      scale_x = box ? reference[2] * w * half : A(1);
+      scale_y = box ? reference[3] * h * half : A(1);
       x = reference[0] * w - A(0.5) + scale_x * position[0];
       y = reference[1] * h - A(0.5) + scale_y * position[1];
     } else {
