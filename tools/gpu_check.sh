@@ -11,24 +11,27 @@ wheels=$(realpath "${2:-build/gpu-wheels}")
 work=$(mktemp -d)
 failed=0
 
-# Run a part, with a time limit, and put what it printed under a heading.
+# Run a part within so many seconds and put what it printed under a heading: `table` as it is, `text` the end of it.
 part() {
-  local title=$1 seconds=$2
-  shift 2
+  local title=$1 style=$2 seconds=$3
+  shift 3
   echo "== $title" >&2
   local began=$SECONDS code
-  timeout "$seconds" "$@" >"$work/out" 2>"$work/err"
+  if [ "$(type -t "$1")" = function ]; then
+    "$@" >"$work/out" 2>"$work/err"
+  else
+    timeout "$seconds" "$@" >"$work/out" 2>"$work/err"
+  fi
   code=$?
   {
     printf '\n## %s\n\nexit code %s, %s s\n\n' "$title" "$code" "$((SECONDS - began))"
-    cat "$work/out"
+    if [ "$style" = table ]; then cat "$work/out"; else printf '```\n%s\n```\n' "$(tail -n 60 "$work/out")"; fi
     if [ "$code" -ne 0 ]; then printf '\n```\n%s\n```\n' "$(tail -n 40 "$work/err")"; fi
   } >>"$report"
   [ "$code" -eq 0 ] || { failed=$((failed + 1)); echo "   failed ($code)" >&2; }
 }
-fenced() { echo '```'; "$@" 2>&1 | tail -n "${lines:-40}"; local code=${PIPESTATUS[0]}; echo '```'; return "$code"; }
 
-install() {
+install_all() {
   # A venv of its own over the Python that has torch, so that nothing of the machine's is changed.
   local above
   above=$(python3 -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)') || return
@@ -63,19 +66,20 @@ site=
     "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 } >"$report"
 
-part "Build" 200 install
-lines=60 part "Doctor" 60 fenced "$python" -m dino_d2.doctor
-lines=30 part "Tests of the op" 200 fenced "$python" -m pytest tests/ops -q -p no:cacheprovider
+part "Build" text 200 install_all
+part "Doctor" text 60 "$python" -m dino_d2.doctor
+part "Tests of the op" text 200 "$python" -m pytest tests/ops -q -p no:cacheprovider
 export PYTHONPATH=$work/peer
 for dtype in float32 bfloat16 float16; do
-  part "Encoder, $dtype" 60 "$python" tools/benchmark_op.py --device cuda --dtype "$dtype" --seconds 6
+  part "Encoder, $dtype" table 60 "$python" tools/benchmark_op.py --device cuda --dtype "$dtype" --seconds 6
 done
-part "Encoder, random locations" 60 "$python" tools/benchmark_op.py --device cuda --locations random --seconds 4
-part "Decoder" 60 "$python" tools/benchmark_op.py --device cuda --shape decoder --seconds 4
-part "Training step of DINO-4scale" 90 "$python" tools/profile_step.py --config-file configs/dino_r50_4scale_12ep.yaml --device cuda
+part "Encoder, random locations" table 60 "$python" tools/benchmark_op.py --device cuda --locations random --seconds 4
+part "Decoder" table 60 "$python" tools/benchmark_op.py --device cuda --shape decoder --seconds 4
+part "Training step of DINO-4scale" table 90 "$python" tools/profile_step.py \
+  --config-file configs/dino_r50_4scale_12ep.yaml --device cuda
 sanitized="boxes and float32 and (as_accurate or contiguous)"
 for tool in memcheck racecheck; do
-  part "compute-sanitizer $tool" 60 fenced compute-sanitizer --tool "$tool" --error-exitcode 1 \
+  part "compute-sanitizer $tool" text 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "$python" -m pytest tests/ops/test_ms_deform_attn_fused.py -q -p no:cacheprovider -k "$sanitized"
 done
 

@@ -46,14 +46,15 @@ def main() -> None:
     args = parser.parse_args()
 
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", *args.opts])
+    device = cfg.MODEL.DEVICE
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     batch = make_batch(cfg, args.batch, *args.size, args.objects)
-    on_accelerator = args.device != "cpu"
+    on_accelerator = device != "cpu"
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast(args.device, enabled=cfg.SOLVER.AMP.ENABLED):
+        with torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED):
             loss = sum(model(batch).values())
         optimizer.zero_grad()
         loss.backward()
@@ -69,9 +70,7 @@ def main() -> None:
     with profile(activities=activities) as profiled:
         step()
     height, width = args.size
-    print(
-        f"{args.batch} x {height} x {width}, {args.objects} objects each, {args.device}: {seconds * 1e3:.0f} ms a step"
-    )
+    print(f"{args.batch} x {height} x {width}, {args.objects} objects each, {device}: {seconds * 1e3:.0f} ms a step")
     if on_accelerator:
         print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     order = "self_device_time_total" if on_accelerator else "self_cpu_time_total"
