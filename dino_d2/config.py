@@ -44,6 +44,12 @@ def add_dino_config(cfg: CN) -> None:
     c.DN.REORDER_NEGATIVES = False  # put corners that changed places back in order; the published program does not
     c.DN.MAX_QUERIES = 0  # bound on denoising queries per image, for images full of objects; 0: none
 
+    # Recompute activations in the backward pass: less memory, a forward pass more of that part.
+    c.CHECKPOINT = CN()
+    c.CHECKPOINT.BACKBONE = False  # as a whole (MODEL.SWIN.CHECKPOINT: block by block)
+    c.CHECKPOINT.ENCODER = False  # layer by layer
+    c.CHECKPOINT.DECODER = False  # layer by layer
+
     c.LOSS = CN()
     c.LOSS.CLASS_WEIGHT = 1.0
     c.LOSS.L1_WEIGHT = 5.0
@@ -79,6 +85,11 @@ def add_dino_config(cfg: CN) -> None:
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
     cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # parts in which a process works on its images: less memory, the same gradients
+    cfg.SOLVER.ON_NON_FINITE = "stop"  # stop | skip: what to do after a report of a loss that is infinite or NaN
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save a moving average of the weights
+    cfg.SOLVER.EMA.DECAY = 0.9997  # share that the average keeps at each step; 0.99 for runs of a thousand steps
 
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 

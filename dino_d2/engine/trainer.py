@@ -1,46 +1,104 @@
-"""detectron2's DefaultTrainer with DINO's optimizer, augmentation and precision."""
+"""detectron2's DefaultTrainer with DINO's optimizer, data, steps and averages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.data import DatasetMapper
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
-from torch import nn
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel
 
+from dino_d2.checkpoint.files import SafeCheckpointer
 from dino_d2.data import build_train_augmentation
+from dino_d2.data.loader import TrainingLoader, build_train_loader
 from dino_d2.evaluation import QueryEvaluator
 
-from .mixed_precision import MixedPrecisionTrainer
+from .ema import EMA
 from .optimizer import build_optimizer
+from .step import StepSettings, StepTrainer
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """`model`, wrapped if there are several processes."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(model, [comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False)
 
 
 class DINOTrainer(DefaultTrainer):
-    """Everything that is not named here is detectron2's."""
+    """Everything that is not named here is detectron2's.
+
+    A resumed run goes on exactly: the iteration decides which images come next and which random numbers are drawn.
+    """
 
     def __init__(self, cfg: CfgNode):
-        precision = cfg.SOLVER.AMP.clone()
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.AMP.ENABLED = False  # detectron2's own trainer for it refuses to work without CUDA
-        super().__init__(cfg)
-        if precision.ENABLED:
-            parts = (self._trainer.model, self._trainer.data_loader, self._trainer.optimizer)
-            self._trainer = MixedPrecisionTrainer(*parts, dtype=precision.DTYPE)
+        # Not DefaultTrainer's, which knows neither processes without GPUs nor this step; the order is its own.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = StepTrainer(
+            distributed(model), self.build_train_loader(cfg), optimizer, StepSettings.of_config(cfg)
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.ema = EMA(model, cfg.SOLVER.EMA.DECAY, cfg.OUTPUT_DIR) if cfg.SOLVER.EMA.ENABLED else None
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
+        built = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        return [self.ema, *built]  # the average first: the checkpointer saves it
+
+    def evaluate(self) -> dict[str, Any]:
+        """Results of the weights, and of their average under "ema"."""
+        results = dict(self.test(self.cfg, self.model))
+        if self.ema is not None:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "ema"))
+            averaged = self.test(cfg, self.ema.model)
+            if averaged:
+                results["ema"] = averaged
+        self._last_eval_results = results
+        return results
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        self.data_loader.first_batch = self.start_iter
+
+    def resume_from(self, checkpoint: str) -> None:
+        """Go on from that file instead of the last one."""
+        self.checkpointer.load(checkpoint)
+        self.start_iter = self.data_loader.first_batch = self.iter + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seed": self.data_loader.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.data_loader.seed = state_dict["seed"]
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        mapper = DatasetMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
-        return build_detection_train_loader(cfg, mapper=mapper)
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
+        return build_train_loader(cfg, DatasetMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)]))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -18,6 +18,7 @@ from dino_d2.modeling import build
 from dino_d2.modeling.criterion import SetCriterion
 from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
+from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.structures import Predictions, Targets
 
@@ -34,6 +35,7 @@ class DINO(nn.Module):
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         max_detections: per image.
         nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
+        recompute_backbone: keep no activations of it, make them again in the backward pass.
         assumptions: what weights must agree with; saved and checked with them.
     """
 
@@ -53,6 +55,7 @@ class DINO(nn.Module):
         pixel_std: Sequence[float],
         max_detections: int,
         nms_threshold: float,
+        recompute_backbone: bool,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -64,6 +67,7 @@ class DINO(nn.Module):
         self.decoder = decoder
         self.criterion = criterion
         self.max_detections, self.nms_threshold = max_detections, nms_threshold
+        self.recompute_backbone = recompute_backbone
         self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -85,6 +89,7 @@ class DINO(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
+            "recompute_backbone": cfg.MODEL.DINO.CHECKPOINT.BACKBONE,
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -116,7 +121,7 @@ class DINO(nn.Module):
             `pred_boxes`, `scores`, `pred_classes`, best first.
         """
         images, padding_mask = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        features = call(self.backbone, images.tensor, recompute=self.recompute_backbone)
         memory = self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
         selection = self.query_selection(memory)
         if not self.training:

@@ -30,7 +30,9 @@ def build_encoder(cfg: CfgNode) -> DeformableEncoder:
     c = cfg.MODEL.DINO
     layers = [EncoderLayer(_deformable_attention(cfg), _ffn(cfg)) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
-    return DeformableEncoder(layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET)
+    return DeformableEncoder(
+        layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER
+    )
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:
@@ -57,7 +59,8 @@ def build_decoder(cfg: CfgNode) -> DINODecoder:
         for _ in range(c.DEC_LAYERS)
     ]
     _xavier(layers)
-    decoder = DINODecoder(layers, c.HIDDEN_DIM, c.NUM_CLASSES, BOX_REFINEMENTS[choice], c.SHARE_HEADS)
+    refine = BOX_REFINEMENTS[choice]
+    decoder = DINODecoder(layers, c.HIDDEN_DIM, c.NUM_CLASSES, refine, c.SHARE_HEADS, c.CHECKPOINT.DECODER)
     _xavier([decoder.query_position])
     return decoder
 

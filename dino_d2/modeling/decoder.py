@@ -12,7 +12,7 @@ from dino_d2.structures import Memory, Predictions, Queries
 
 from .box_refinement import Refinement
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import MLP, FeedForward, box_head
+from .layers import MLP, FeedForward, box_head, call
 from .position_encoding import anchor_embedding
 
 PRIOR_PROBABILITY = 0.01  # of any class before training (focal loss, arXiv 1708.02002, section 4.1)
@@ -65,6 +65,7 @@ class DINODecoder(nn.Module):
         num_classes: K.
         refine: `look_forward_twice` or `look_forward_once`.
         share_heads: one class and one box head for all layers, as published; else one of each per layer.
+        recompute: keep no activations of a layer, make them again in the backward pass.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class DINODecoder(nn.Module):
         num_classes: int,
         refine: Callable[[Tensor, Tensor, Tensor, Tensor], Refinement],
         share_heads: bool,
+        recompute: bool = False,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -83,7 +85,7 @@ class DINODecoder(nn.Module):
         num_heads = 1 if share_heads else len(layers)
         self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(num_heads))
         self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(num_heads))
-        self.refine = refine
+        self.refine, self.recompute = refine, recompute
 
     def forward(self, queries: Queries, memory: Memory, attention_mask: Tensor | None = None) -> list[Predictions]:
         """The predictions of every layer, first to last. `attention_mask`: see :class:`DecoderLayer`."""
@@ -93,7 +95,7 @@ class DINODecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             anchor_on_levels = anchor[:, :, None] * level_scale
             position = self.query_position(anchor_embedding(anchor_on_levels[:, :, 0], content.shape[-1] // 2))
-            content = layer(content, position, anchor_on_levels, memory, attention_mask)
+            content = call(layer, content, position, anchor_on_levels, memory, attention_mask, recompute=self.recompute)
             normed = self.norm(content)
             head = i % len(self.box_heads)  # a shared head is the only one
             delta, normed_delta = self.box_heads[head](torch.stack([content, normed])).unbind()

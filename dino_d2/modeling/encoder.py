@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dino_d2.structures import Memory
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import FeedForward
+from .layers import FeedForward, call
 from .position_encoding import pixel_embedding
 
 
@@ -41,15 +41,22 @@ class DeformableEncoder(nn.Module):
         embed_dim: C.
         num_levels: L.
         temperature, offset: of the sine embedding of the pixels.
+        recompute: keep no activations of a layer, make them again in the backward pass.
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], embed_dim: int, num_levels: int, temperature: float, offset: float
+        self,
+        layers: Sequence[EncoderLayer],
+        embed_dim: int,
+        num_levels: int,
+        temperature: float,
+        offset: float,
+        recompute: bool = False,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
-        self.temperature, self.offset = temperature, offset
+        self.temperature, self.offset, self.recompute = temperature, offset, recompute
 
     def forward(self, features: Sequence[Tensor], padding_mask: Tensor) -> Memory:
         """
@@ -72,7 +79,7 @@ class DeformableEncoder(nn.Module):
         position = _flatten(position)
         reference = memory.token_centres()[:, :, None] * memory.valid_ratios[:, None]
         for layer in self.layers:
-            memory = layer(memory, position, reference)
+            memory = call(layer, memory, position, reference, recompute=self.recompute)
         return memory
 
 

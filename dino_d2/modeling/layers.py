@@ -1,9 +1,13 @@
-"""The two small blocks that several modules are made of."""
+"""The two small blocks that several modules are made of, and how a module is called without keeping activations."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MLP(nn.Module):
@@ -41,3 +45,10 @@ def box_head(embed_dim: int) -> MLP:
     nn.init.zeros_(head.layers[-1].weight)
     nn.init.zeros_(head.layers[-1].bias)
     return head
+
+
+def call(module: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """`module(*inputs)`; with `recompute` its activations are not kept but made again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)

@@ -13,6 +13,8 @@ from dino_d2.structures import Pairs, Predictions, Targets
 
 from .losses import FOCAL_ALPHA, FOCAL_GAMMA
 
+BAD = 1e6  # the cost of a pair that has none
+
 
 class HungarianMatcher:
     """Finds, for each image, the assignment of least cost.
@@ -28,16 +30,11 @@ class HungarianMatcher:
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
         """Match several predictions (layers) of one batch; the costs of all of them travel to the host at once.
 
-        Raises:
-            FloatingPointError: a prediction is NaN or infinite.
+        A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
+        would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
         """
         blocks = [self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)]
-        on_host = torch.cat([block.flatten() for block in blocks]).cpu()
-        if not on_host.isfinite().all():
-            raise FloatingPointError(
-                "The model predicts NaN or infinite numbers, so its queries cannot be matched to objects: training "
-                "has diverged. Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or resume from an earlier checkpoint."
-            )
+        on_host = torch.cat([block.flatten() for block in blocks]).nan_to_num(BAD, BAD, BAD).cpu()
         costs = [
             part.view(block.shape).numpy()
             for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)

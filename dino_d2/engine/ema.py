@@ -1,0 +1,43 @@
+"""The exponential moving average of the weights, kept, evaluated and saved beside them."""
+
+from __future__ import annotations
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dino_d2.checkpoint.files import write_checkpoint
+
+FINAL = "model_final_ema.pth"
+
+
+class EMA(HookBase):
+    """After each step, average = decay * average + (1 - decay) * weights; buffers are copied.
+
+    The average is part of the trainer's state; when training ends, its weights are saved as `model_final_ema.pth`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, output_dir: str):
+        """`model`: what is trained, without the wrapper of data parallelism."""
+        self.source = model
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+        self.output_dir = output_dir
+
+    @property
+    def model(self) -> nn.Module:
+        """A model with the averaged weights, to be evaluated."""
+        return self.average.module
+
+    def after_step(self) -> None:
+        self.average.update_parameters(self.source)
+
+    def after_train(self) -> None:
+        if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
+            write_checkpoint({"model": self.model.state_dict()}, self.output_dir, FINAL)
+
+    def state_dict(self) -> dict:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average.load_state_dict(state)

@@ -1,0 +1,186 @@
+"""Nothing lost: exact resume after a kill, whole checkpoints, folders of other runs."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetMapper
+
+from dino_d2 import load_config
+from dino_d2.checkpoint import files
+from dino_d2.data import build_train_augmentation, register_datasets
+from dino_d2.data.loader import GroupedBatches, build_train_loader
+from dino_d2.engine import DINOTrainer
+from tests.synthetic import config_values, write_rectangles
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
+SMALL = ["INPUT.MIN_SIZE_TRAIN", "[48,64]", "INPUT.COLOR_JITTER", "0.3", "SOLVER.EMA.ENABLED", "True"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_rectangles(tmp_path_factory.mktemp("resume"), count=6, size=64)
+
+
+def train_net(data: tuple[Path, Path], output: Path, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
+    values = config_values(data, output, "resume_rectangles")
+    return [sys.executable, "tools/train_net.py", "--config-file", str(RECIPE), *options, *values, *SMALL, *arguments]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_killed_run_goes_on_bit_for_bit(data: tuple[Path, Path], tmp_path: Path) -> None:
+    length = ("SOLVER.MAX_ITER", "8", "SOLVER.STEPS", "(6,)", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "0")
+    whole = run(train_net(data, tmp_path / "whole", *length))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    killed = tmp_path / "killed"
+    command = train_net(data, killed, *length, "DATALOADER.NUM_WORKERS", "1")
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (killed / "last_checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (killed / "last_checkpoint").read_text() == "model_0000002.pth"
+    resumed = run(train_net(data, killed, *length, options=("--resume",)))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "Starting training from iteration 3" in resumed.stdout
+
+    ours, theirs = (torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("killed", "whole"))
+    assert list(differing(ours, theirs)) == []
+
+
+def differing(ours: object, theirs: object, path: str = ""):
+    """Paths in nested dicts and lists where two states are not the same."""
+    if isinstance(ours, dict):
+        if ours.keys() != theirs.keys():
+            yield path
+        for key in ours.keys() & theirs.keys():
+            yield from differing(ours[key], theirs[key], f"{path}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        for i, (x, y) in enumerate(itertools.zip_longest(ours, theirs)):
+            yield from differing(x, y, f"{path}.{i}")
+    elif isinstance(ours, torch.Tensor):
+        if not torch.equal(ours, theirs):
+            yield path
+    elif ours != theirs:
+        yield path
+
+
+def make_loader(data: tuple[Path, Path], workers: int, seed: int, first: int):
+    cfg = load_config(str(RECIPE), config_values(data, Path("unused"), "resume_loader"))
+    cfg.merge_from_list([*SMALL, "SEED", str(seed), "DATALOADER.NUM_WORKERS", str(workers)])
+    register_datasets(cfg)
+    loader = build_train_loader(cfg, DatasetMapper(cfg, True, augmentations=[build_train_augmentation(cfg)]))
+    loader.first_batch = first
+    return loader
+
+
+def test_loader_goes_on_at_any_batch_with_any_number_of_workers(data: tuple[Path, Path]) -> None:
+    batches = list(itertools.islice(make_loader(data, workers=0, seed=5, first=0), 8))
+    later = list(itertools.islice(make_loader(data, workers=2, seed=5, first=4), 4))
+    for expected, found in zip(batches[4:], later, strict=True):
+        assert [x["image_id"] for x in found] == [x["image_id"] for x in expected]
+        assert all(torch.equal(x["image"], y["image"]) for x, y in zip(found, expected, strict=True))
+    other = list(itertools.islice(make_loader(data, workers=0, seed=6, first=0), 8))
+    assert any(
+        not torch.equal(x["image"], y["image"]) if x["image"].shape == y["image"].shape else True
+        for a, b in zip(batches, other, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_loading_in_this_process_leaves_its_random_numbers_alone(data: tuple[Path, Path]) -> None:
+    batches = iter(make_loader(data, workers=0, seed=5, first=0))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    next(batches)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_batches_hold_one_shape_and_every_sample_once() -> None:
+    groups = [0, 1, 1, 0, 0, 1]
+    batches = list(GroupedBatches(range(6), groups, batch_size=3, first=0))
+    assert batches == [[(1, 1), (2, 2), (5, 5)], [(0, 0), (3, 3), (4, 4)]] or batches == [
+        [(0, 0), (3, 3), (4, 4)],
+        [(1, 1), (2, 2), (5, 5)],
+    ]
+    assert list(GroupedBatches(range(6), groups, batch_size=3, first=1)) == batches[1:]
+
+
+def trainer_for(data: tuple[Path, Path], output: Path, *overrides: str) -> DINOTrainer:
+    values = config_values(data, output, f"resume_{output.name}")
+    cfg = load_config(str(RECIPE), [*values, *SMALL, "TEST.EVAL_PERIOD", "0", *overrides])
+    register_datasets(cfg)
+    return DINOTrainer(cfg)
+
+
+def test_full_disk_leaves_what_was_there(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(data, tmp_path, "SOLVER.MAX_ITER", "1")
+    trainer.checkpointer.save("model_0000000")
+    before = (tmp_path / "model_0000000.pth").read_bytes()
+
+    def no_space(content: dict, file) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.torch, "save", no_space)
+    with pytest.raises(OSError, match=r"model_0000000\.pth could not be written .* MiB free .*No space left"):
+        trainer.checkpointer.save("model_0000000")
+    assert (tmp_path / "model_0000000.pth").read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_truncated_checkpoint_is_reported_and_the_one_before_is_used_when_asked(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trainer = trainer_for(data, tmp_path, "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2")
+    trainer.train()
+    last = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    again = trainer_for(data, tmp_path, "SOLVER.MAX_ITER", "4")
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged") as error:
+        again.resume_or_load(resume=True)
+    earlier = re.search(r"--resume-from (\S+)", str(error.value))[1]
+    again.resume_from(earlier)
+    assert Path(earlier).name == "model_0000003.pth"
+    assert again.start_iter == again.data_loader.first_batch == 4
+
+
+def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path], tmp_path: Path) -> None:
+    short = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()")
+    assert run(train_net(data, tmp_path, *short)).returncode == 0
+    held = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "log.txt"}
+
+    again = run(train_net(data, tmp_path, *short))
+    assert again.returncode != 0
+    assert f"{tmp_path} holds a run. --resume goes on with it" in again.stderr
+
+    other = run(train_net(data, tmp_path, *short, "MODEL.DINO.NUM_QUERIES", "30", options=("--resume",)))
+    assert other.returncode != 0
+    assert "MODEL.DINO.NUM_QUERIES was 20, is 30" in other.stderr
+
+    nothing = run(train_net(data, tmp_path / "empty", *short, options=("--resume",)))
+    assert nothing.returncode != 0
+    assert "holds no run" in nothing.stderr
+    assert {path: path.read_bytes() for path in held} == held
+    assert "iteration" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
