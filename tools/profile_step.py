@@ -8,17 +8,21 @@ tools/profile_step.py --config-file configs/dino_r50_4scale_12ep.yaml --device c
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile
 
 from dino_d2.config import load_config
 from dino_d2.engine import build_optimizer
+from dino_d2.engine.step import StepSettings, StepTrainer
 
 
 def make_batch(cfg: CfgNode, count: int, height: int, width: int, objects: int) -> list[dict]:
@@ -34,6 +38,19 @@ def make_batch(cfg: CfgNode, count: int, height: int, width: int, objects: int) 
     return batch
 
 
+class SameBatch:
+    """A loader that gives one batch again and again."""
+
+    seed = 0
+
+    def __init__(self, batch: list[dict]):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        while True:
+            yield self.batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
@@ -46,33 +63,37 @@ def main() -> None:
     args = parser.parse_args()
 
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", *args.opts])
-    device = cfg.MODEL.DEVICE
+    on_accelerator = cfg.MODEL.DEVICE != "cpu"
     model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
     batch = make_batch(cfg, args.batch, *args.size, args.objects)
-    on_accelerator = device != "cpu"
+    trainer = StepTrainer(model, SameBatch(batch), build_optimizer(cfg, model), StepSettings.of_config(cfg))
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED):
-            loss = sum(model(batch).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        trainer.run_step()
         if on_accelerator:
             torch.accelerator.synchronize()
         return time.perf_counter() - start
 
+    with EventStorage():
+        report(args, step, on_accelerator)
+
+
+def report(args: argparse.Namespace, step: Callable[[], float], on_accelerator: bool) -> None:
     for _ in range(2):
         step()
     seconds = statistics.median(step() for _ in range(args.steps))
+    if on_accelerator:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the whole process
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_accelerator else [])
     with profile(activities=activities) as profiled:
         step()
     height, width = args.size
+    device = "accelerator" if on_accelerator else "cpu"
     print(f"{args.batch} x {height} x {width}, {args.objects} objects each, {device}: {seconds * 1e3:.0f} ms a step")
-    if on_accelerator:
-        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(f"\npeak memory {memory / 2**30:.2f} GiB")
     order = "self_device_time_total" if on_accelerator else "self_cpu_time_total"
     print(f"\n```\n{profiled.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)}\n```")
 
