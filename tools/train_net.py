@@ -14,10 +14,10 @@ import argparse
 import sys
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 
+from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
@@ -35,7 +35,8 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     if args.eval_only:
         model = DINOTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = DINOCheckpointer(model, cfg.OUTPUT_DIR, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return DINOTrainer.test(cfg, model)
     trainer = DINOTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

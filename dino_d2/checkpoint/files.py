@@ -5,9 +5,37 @@ from __future__ import annotations
 import argparse
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# What a pickle of NumPy arrays in plain containers is made of (detectron2's model zoo).
+ARRAYS = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ARRAYS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_arrays_only(path: str | Path) -> None:
+    """Read a .pkl file without running anything but the making of arrays.
+
+    Raises:
+        pickle.UnpicklingError: it holds anything else, which is named.
+    """
+    with open(path, "rb") as file:
+        _ArraysOnly(file, encoding="latin1").load()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

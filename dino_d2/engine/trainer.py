@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from torch import nn
 
+from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import build_train_augmentation
 from dino_d2.evaluation import QueryEvaluator
 
@@ -32,6 +33,16 @@ class DINOTrainer(DefaultTrainer):
         if precision.ENABLED:
             parts = (self._trainer.model, self._trainer.data_loader, self._trainer.optimizer)
             self._trainer = MixedPrecisionTrainer(*parts, dtype=precision.DTYPE)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # The hooks keep the checkpointer that they find, which up to here is detectron2's.
+        self.checkpointer = DINOCheckpointer(
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            trust_files=self.cfg.MODEL.TRUST_WEIGHTS,
+            **self.checkpointer.checkpointables,
+        )
+        return super().build_hooks()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
