@@ -65,6 +65,7 @@ def class_rows(model: DINO) -> Tensor:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one head", "a head per layer"])
 def test_each_class_is_found_as_before(shared: bool, detector: Callable, tmp_path: Path) -> None:
+    """Queries are learned here: those that the encoder chooses change with the new classes, which it scores too."""
     old = detector(*OLD, SHARE_HEADS=shared, QUERY_SELECTION="static")
     path = saved(old, tmp_path)
     new = detector(*NEW, SHARE_HEADS=shared, QUERY_SELECTION="static")
