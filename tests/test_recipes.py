@@ -20,6 +20,14 @@ NAMES = sorted(
     if path.parent != CONFIGS / "demo"  # smaller, and tested by the demo itself
 )
 LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep"))]
+COMPLETE = [name for name in NAMES if "Base-" not in name]
+FINE_TUNED = {  # recipe: what it starts from
+    "finetune_small": "dino_r50.pth",
+    **{
+        f"objects365/{model}_coco_18ep": f"output/objects365/{model}_26ep/model_final.pth"
+        for model in ("dino_r50_4scale", "dino_swinl_5scale")
+    },
+}
 SMALL = [  # what keeps a step short: nothing in it comes from a recipe
     "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False,
     "MODEL.DINO.NUM_QUERIES", 30, "MODEL.DINO.DIM_FEEDFORWARD", 64,
@@ -44,16 +52,20 @@ def differences(name: str, other: str) -> dict[str, object]:
     return {key: value for key, value in leaves(recipe(name)).items() if value != theirs[key]}
 
 
-def image_with_two_objects() -> dict:
+def image_with_two_objects(num_classes: int) -> dict:
     boxes = torch.tensor([[4.0, 8.0, 30.0, 40.0], [20.0, 20.0, 60.0, 50.0]])
-    instances = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 79]))
+    instances = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, num_classes - 1]))
     return {"image": torch.randint(256, (3, 64, 64), dtype=torch.uint8), "instances": instances}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in LONGER])
+SLOW_AGAIN = [name for name in NAMES if name.startswith("objects365/dino_swinl")]  # dino_swinl_5scale_12ep's model
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in [*LONGER, *SLOW_AGAIN]])
 def test_recipe_trains_a_step_and_predicts(name: str) -> None:
-    model = build_model(recipe(name, *SMALL))
-    image = image_with_two_objects()
+    cfg = recipe(name, *SMALL)
+    model = build_model(cfg)
+    image = image_with_two_objects(cfg.MODEL.DINO.NUM_CLASSES)
     losses = model.train()([image])
     assert losses
     assert all(loss.isfinite() for loss in losses.values())
@@ -85,17 +97,24 @@ def test_longer_recipe_changes_the_schedule_only(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "Base-DINO" not in name])
+@pytest.mark.parametrize("name", COMPLETE)
 def test_recipe_writes_to_a_folder_of_its_own_name(name: str) -> None:
     assert f"output/{name}" == recipe(name).OUTPUT_DIR
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "Base-DINO" not in name])
+@pytest.mark.parametrize("name", [name for name in COMPLETE if name not in FINE_TUNED])
 def test_weights_are_of_the_backbone_in_the_recipe(name: str) -> None:
     cfg = recipe(name)
     is_r50 = cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone" and cfg.MODEL.RESNETS.DEPTH == 50
     expected = "detectron2://ImageNetPretrained/torchvision/R-50.pkl" if is_r50 else ""
     assert expected == cfg.MODEL.WEIGHTS
+
+
+@pytest.mark.parametrize(("name", "weights"), FINE_TUNED.items())
+def test_fine_tuning_starts_from_a_detector(name: str, weights: str) -> None:
+    assert weights == recipe(name).MODEL.WEIGHTS
+    if name.startswith("objects365/"):
+        assert weights == recipe(name.replace("coco_18ep", "26ep")).OUTPUT_DIR + "/model_final.pth"
 
 
 PUBLISHED = {
@@ -184,3 +203,43 @@ def test_ablations_add_one_idea_at_a_time() -> None:
         {denoising: "dn"},
         {},
     ]
+
+
+OBJECTS365 = {  # what pre-training changes, whatever the model
+    "MODEL.DINO.NUM_CLASSES": 365,
+    "DATASETS.COCO_FORMAT": [
+        ["objects365_train", "datasets/objects365/zhiyuan_objv2_train.json", "datasets/objects365/train"],
+        ["objects365_val", "datasets/objects365/zhiyuan_objv2_val.json", "datasets/objects365/val"],
+    ],
+    "DATASETS.TRAIN": ("objects365_train",),
+    "DATASETS.TEST": ("objects365_val",),
+    "SOLVER.IMS_PER_BATCH": 64,
+    "SOLVER.MAX_ITER": 26 * (1742289 // 64),
+    "SOLVER.STEPS": (24 * (1742289 // 64),),
+    "SOLVER.CHECKPOINT_PERIOD": 1742289 // 64,
+    "SOLVER.AMP.ENABLED": True,
+    "TEST.EVAL_PERIOD": 0,
+}
+LARGER = {  # what COCO after it changes
+    "INPUT.MIN_SIZE_TRAIN": tuple(size * 3 // 2 for size in range(480, 801, 32)),
+    "INPUT.MAX_SIZE_TRAIN": 2000,
+    "INPUT.MIN_SIZE_TEST": 1200,
+    "INPUT.MAX_SIZE_TEST": 2000,
+    "INPUT.CROP.SIZE": [576, 900],
+    "INPUT.CROP.RESIZE_FIRST": [600, 750, 900],
+    "SOLVER.MAX_ITER": 18 * EPOCH,
+    "SOLVER.STEPS": (8 * EPOCH,),
+    "SOLVER.AMP.ENABLED": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "dn"), [("dino_r50_4scale", {}), ("dino_swinl_5scale", {"MODEL.DINO.DN.NUMBER": 1000})]
+)
+def test_objects365_and_coco_after_it_change_the_data_and_the_schedule_only(model: str, dn: dict) -> None:
+    before = differences(f"objects365/{model}_26ep", f"{model}_12ep")
+    assert len(before.pop("MODEL.DINO.CLASS_NAMES")) == 365  # test_classes.py looks at each
+    assert before == OBJECTS365 | dn | {"OUTPUT_DIR": f"output/objects365/{model}_26ep"}
+    name = f"objects365/{model}_coco_18ep"
+    after = differences(name, f"{model}_12ep")
+    assert after == LARGER | dn | {"OUTPUT_DIR": f"output/{name}", "MODEL.WEIGHTS": FINE_TUNED[name]}

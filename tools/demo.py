@@ -24,6 +24,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from dino_d2 import load_config
+from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import class_names
 from dino_d2.tiles import predict_in_tiles
 
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
 def setup(args: argparse.Namespace) -> CfgNode:
     if not Path(args.weights).is_file():
         sys.exit(f"--weights {args.weights}: there is no such file")
-    return load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
+    return load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", ""])  # not by detectron2's checkpointer
 
 
 def main() -> None:
@@ -87,6 +88,8 @@ def main() -> None:
     cfg = setup(args)
     names = class_names(cfg)
     predictor = DefaultPredictor(cfg)
+    checkpointer = DINOCheckpointer(predictor.model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
+    checkpointer.load(args.weights)
     args.output.mkdir(parents=True, exist_ok=True)
     for path in map(Path, args.input):
         image = read_image(str(path), "BGR")

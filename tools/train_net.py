@@ -17,11 +17,11 @@ import sys
 
 import torch
 import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 
+from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     if args.eval_only:
         model = DINOTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = DINOCheckpointer(model, cfg.OUTPUT_DIR, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return DINOTrainer.test(cfg, model)
     trainer = DINOTrainer(cfg)
     if args.resume_from:

@@ -2,7 +2,16 @@
 
 from .assumptions import Assumptions
 from .backbone import from_backbone
+from .checkpointer import DINOCheckpointer
 from .convert import Conversion, from_published, to_published
 from .files import read_state_dict
 
-__all__ = ["Assumptions", "Conversion", "from_backbone", "from_published", "read_state_dict", "to_published"]
+__all__ = [
+    "Assumptions",
+    "Conversion",
+    "DINOCheckpointer",
+    "from_backbone",
+    "from_published",
+    "read_state_dict",
+    "to_published",
+]

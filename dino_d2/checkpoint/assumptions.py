@@ -13,6 +13,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from dino_d2.data import class_names
+
 CAPACITY = 1 << 16  # bytes; the names of the 1203 classes of LVIS take a third of it
 EXTRA_STATE = "_extra_state"
 
@@ -37,9 +39,14 @@ class Assumptions:
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
+        """Names of the classes: the config's, else those of its data set if it has as many as the model.
+
+        Raises:
+            ValueError: class names of another number, or the same twice.
+        """
         c = cfg.MODEL.DINO
         return cls(
-            class_names=tuple(c.CLASS_NAMES),
+            class_names=_class_names(cfg),
             share_heads=c.SHARE_HEADS,
             position_temperature=float(c.POS_TEMPERATURE),
             position_offset=float(c.POS_OFFSET),
@@ -66,8 +73,9 @@ class Assumptions:
     def contradictions(self, other: Assumptions) -> list[str]:
         """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change.
 
-        Classes of another number are none: their rows have another shape, and the checkpointer says that it leaves
-        them out. As many classes with other names would be scrambled in silence.
+        Classes of another number are none: their rows have another shape, and detectron2's checkpointer says that it
+        leaves them out. As many classes with other names would be scrambled in silence. `DINOCheckpointer` has
+        copied rows by name before this is asked.
         """
         lines = []
         for field in fields(self):
@@ -88,6 +96,18 @@ CONFIG_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
 }
+
+
+def _class_names(cfg: CfgNode) -> tuple[str, ...]:
+    names, number = tuple(class_names(cfg)), cfg.MODEL.DINO.NUM_CLASSES
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if cfg.MODEL.DINO.CLASS_NAMES and (len(names) != number or twice):
+        raise ValueError(
+            f"MODEL.DINO.CLASS_NAMES has {len(names)} names"
+            + (f" ({', '.join(twice)} more than once)" if twice else "")
+            + f", MODEL.DINO.NUM_CLASSES is {number}: each class needs a name of its own, or none has one"
+        )
+    return names if len(names) == number and not twice else ()
 
 
 def _short(value: object) -> str:

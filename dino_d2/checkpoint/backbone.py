@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -53,5 +54,5 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
             lines.append(f"left over: {name}")
     if lines:
         raise ConversionError("These backbone weights do not fit the config:\n  " + "\n  ".join(lines))
-    result[EXTRA_STATE] = model.assumptions.to_tensor()
+    result[EXTRA_STATE] = replace(model.assumptions, class_names=()).to_tensor()  # good for any classes
     return Conversion(result, notes)

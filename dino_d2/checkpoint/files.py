@@ -10,8 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
+
+# What a pickle of NumPy arrays in plain containers is made of (detectron2's model zoo).
+ARRAYS = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ARRAYS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_arrays_only(path: str | Path) -> None:
+    """Read a .pkl file without running anything but the making of arrays.
+
+    Raises:
+        pickle.UnpicklingError: it holds anything else, which is named.
+    """
+    with open(path, "rb") as file:
+        _ArraysOnly(file, encoding="latin1").load()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -54,25 +80,3 @@ def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(f"{path} could not be written ({free:.0f} MiB free in its folder): {error}") from error
-
-
-class SafeCheckpointer(DetectionCheckpointer):
-    """detectron2's, which never leaves half a file, and says what to do about one."""
-
-    def save(self, name: str, **kwargs: Any) -> None:
-        if not self.save_dir or not self.save_to_disk:
-            return
-        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        write_checkpoint({"model": self.model.state_dict(), **parts, **kwargs}, self.save_dir, f"{name}.pth")
-        self.logger.info("Saved %s", Path(self.save_dir, f"{name}.pth"))
-        self.tag_last_checkpoint(f"{name}.pth")
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            return super()._load_file(filename)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            self._parsed_url_during_load = None  # or the next load would fail
-            others = sorted(Path(filename).parent.glob("model_*.pth"), key=lambda path: path.stat().st_mtime)
-            earlier = [str(path) for path in others if path != Path(filename) and not path.stem.endswith("_ema")]
-            advice = f"To go on from the one before: --resume-from {earlier[-1]}" if earlier else "There is no other."
-            raise ValueError(f"{filename} is damaged or no checkpoint ({error}). {advice}") from error

@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_d2.checkpoint.files import SafeCheckpointer
+from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import build_train_augmentation
 from dino_d2.data.loader import TrainingLoader, build_train_loader
 from dino_d2.evaluation import QueryEvaluator
@@ -53,7 +53,9 @@ class DINOTrainer(DefaultTrainer):
             distributed(model), self.build_train_loader(cfg), optimizer, StepSettings.of_config(cfg)
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = DINOCheckpointer(
+            self.model, cfg.OUTPUT_DIR, trust_files=cfg.MODEL.TRUST_WEIGHTS, trainer=weakref.proxy(self)
+        )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.ema = EMA(model, cfg.SOLVER.EMA.DECAY, cfg.OUTPUT_DIR) if cfg.SOLVER.EMA.ENABLED else None
         self.register_hooks(self.build_hooks())

@@ -15,6 +15,7 @@ from dino_d2 import load_config
 from dino_d2.checkpoint import from_backbone
 from dino_d2.checkpoint.backbone import is_backbone
 from dino_d2.checkpoint.convert import ConversionError
+from dino_d2.meta_arch import DINO
 from tests.checkpoint.test_convert import resnet_config
 
 SWIN = str(Path(__file__).resolve().parents[2] / "configs" / "dino_swint_4scale_12ep.yaml")
@@ -56,6 +57,14 @@ def test_swin(shifted: bool) -> None:
         tokens = theirs.layers[2](theirs.layers[1](theirs.layers[0](theirs.patch_embed(image))))
         expected = F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_backbone_is_a_start_for_any_classes() -> None:
+    def named(*names: str) -> DINO:
+        return build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", str(list(names))))
+
+    conversion = from_backbone(torchvision.models.resnet18().state_dict(), named("cat", "dog"))
+    named("sun", "moon").load_state_dict(conversion.state, strict=False)
 
 
 def test_what_does_not_fit_is_listed() -> None:

@@ -240,7 +240,8 @@ def test_weights_of_other_classes_can_be_fine_tuned(tmp_path: Path) -> None:
 
 
 def test_assumptions_survive_the_byte_tensor() -> None:
-    assumptions = Assumptions.of_config(resnet_config("MODEL.DINO.CLASS_NAMES", "['Straße', '犬']"))
+    names = ("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", "['Straße', '犬']")
+    assumptions = Assumptions.of_config(resnet_config(*names))
     assert Assumptions.from_tensor(assumptions.to_tensor()) == assumptions
 
 

@@ -45,6 +45,19 @@ def test_photographs_are_predicted_drawn_and_listed(tmp_path: Path) -> None:
     assert {thing["class"] for thing in objects} <= {"red", "blue"}
 
 
+def test_weights_without_a_class_are_refused(tmp_path: Path) -> None:
+    data = write_rectangles(tmp_path / "data", count=1, size=64)
+    values = config_values(data, tmp_path / "out", "demo_green")
+    model = DINOTrainer.build_model(load_config(str(RECIPE), values))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    result = run_demo(
+        "--weights", str(tmp_path / "weights.pth"), "--input", str(data[1] / "1.png"), "--output", str(tmp_path),
+        *values, "MODEL.DINO.CLASS_NAMES", "['red', 'green']",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "newly initialised (1): green" in result.stderr
+
+
 def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     result = run_demo("--weights", str(weights), "--input", "no_photo.jpg", "--output", str(tmp_path))

@@ -1,0 +1,183 @@
+"""detectron2's checkpointer for DINO: classes by name, no code run, and no file of another model taken in silence."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from .assumptions import EXTRA_STATE, Assumptions
+from .backbone import COMPUTED
+from .classes import CLASS_BIAS, CLASS_ROWS, match_classes
+from .files import check_arrays_only, write_checkpoint
+
+LOADABLE = (
+    "What can be loaded: checkpoints that tools/train_net.py wrote; what tools/convert_checkpoint.py makes of "
+    "published DINO weights (the authors', detrex's, MMDetection's) or of a backbone; detectron2's ImageNet backbones."
+)
+# With a backbone alone at least this much of it is in the file, and at least this much of the file is it: what is left
+# over is an ImageNet classifier then, not another detector or a deeper backbone.
+BACKBONE_SHARE = 0.9
+OPTIONAL = (EXTRA_STATE, *COMPUTED, "running_mean", "running_var")  # names that do not count: a file may lack them
+
+
+class DINOCheckpointer(DetectionCheckpointer):
+    """Loads what :class:`DetectionCheckpointer` loads, and
+
+    - copies the rows of classes by name where weights are for other classes, and says which;
+    - refuses files that could run code;
+    - refuses files that hold another model;
+    - writes whole files or none, and says what to do about a damaged one.
+
+    With the optimizer or any other of the `checkpointables` training is resumed: then the classes must be the same.
+
+    Args:
+        model: a DINO, also one that is wrapped for several processes.
+        save_dir: where checkpoints are written and the last one is looked for.
+        trust_files: load files that could run code.
+        for_evaluation: refuse weights that lack a class of the model, whose scores would be random.
+        others: see detectron2; `checkpointables` among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        trust_files: bool = False,
+        for_evaluation: bool = False,
+        **others: Any,
+    ):
+        super().__init__(model, save_dir, **others)
+        self.trust_files, self.for_evaluation = trust_files, for_evaluation
+        self._path, self._resumes = "", False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """See fvcore; the file appears whole or not at all (`write_checkpoint`)."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        write_checkpoint({"model": self.model.state_dict(), **parts, **kwargs}, self.save_dir, f"{name}.pth")
+        self.logger.info("Saved %s", Path(self.save_dir, f"{name}.pth"))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
+        """See fvcore.
+
+        Raises:
+            ValueError: a file that could run code, that holds another model or weights that contradict the config.
+        """
+        self._path = path
+        self._resumes = bool(self.checkpointables if checkpointables is None else checkpointables)
+        return super().load(path, checkpointables)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if filename.endswith(".pkl") and not self.trust_files:
+                check_arrays_only(filename)
+            return super()._load_file(filename)
+        except pickle.UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on with advice for people who call torch.load
+            reason = f"it asks for {asked[1]}" if asked else str(error)
+            raise ValueError(
+                f"{self._path} is no file of mere weights, and loading it could run code: {reason}\n"
+                "Weights published with their authors' settings: tools/convert_checkpoint.py reads them without "
+                "running anything. A file whose makers you trust: MODEL.TRUST_WEIGHTS True."
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            self._parsed_url_during_load = None  # or the next load would fail
+            raise ValueError(f"{filename} is damaged or no checkpoint ({error}). {self._advice(filename)}") from error
+
+    def _advice(self, damaged: str) -> str:
+        others = sorted(Path(damaged).parent.glob("model_*.pth"), key=lambda path: path.stat().st_mtime)
+        earlier = [str(path) for path in others if path != Path(damaged) and not path.stem.endswith("_ema")]
+        if not self._resumes or not earlier:
+            return "There is no other in its folder." if self._resumes else "Fetch or copy it again."
+        return f"To go on from the one before: --resume-from {earlier[-1]}"
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=not self.trust_files)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        state = checkpoint["model"]
+        names = list(state)
+        if not all(isinstance(value, (Tensor, np.ndarray)) for value in state.values()):
+            raise self._other_model(0, names)
+        self._convert_ndarray_to_tensor(state)
+        consume_prefix_in_state_dict_if_present(state, "module.")
+        self._fit_classes(state)
+        incompatible = super()._load_model(checkpoint)
+
+        found = self._own_names() - set(incompatible.missing_keys)
+        if not self._is_this_model(found, names):
+            raise self._other_model(len(found), names)
+        return incompatible
+
+    def _own_names(self) -> set[str]:
+        return {name for name in self.model.state_dict() if not name.endswith(OPTIONAL)}
+
+    def _is_this_model(self, found: set[str], names: Sequence[str]) -> bool:
+        """Whether most of the detector was found in a file with these names, or its whole backbone and little else."""
+        own = self._own_names()
+        backbone = {name for name in own if name.startswith("backbone.")}
+        used = len(found) / max(1, sum(not name.endswith(OPTIONAL) for name in names))
+        is_detector = 2 * len(found - backbone) >= len(own - backbone)
+        return is_detector or (len(found & backbone) >= BACKBONE_SHARE * len(backbone) and used >= BACKBONE_SHARE)
+
+    def _other_model(self, found: int, names: Sequence[str]) -> ValueError:
+        return ValueError(
+            f"{self._path} holds another model: {found} of the {len(self._own_names())} parameters of this one were "
+            f"found in it. The names there are {', '.join(map(str, names[:5]))}{', …' if names[5:] else ''}\n"
+            + LOADABLE
+        )
+
+    def _fit_classes(self, state: dict[str, Tensor]) -> None:
+        """Bring the class rows of `state` into the model's number and order, in place."""
+        if CLASS_BIAS not in state:
+            if self.for_evaluation:
+                raise ValueError(f"{self._path} has no class heads, so there is nothing to evaluate.\n{LOADABLE}")
+            return
+        assumed = Assumptions.from_tensor(state[EXTRA_STATE]) if EXTRA_STATE in state else None
+        number, own_number = len(state[CLASS_BIAS]), self.model.decoder.num_classes
+        if assumed and len(assumed.class_names) == number and self.model.assumptions.class_names:
+            self._copy_by_name(state, assumed)
+        elif number != own_number:
+            problem = (
+                f"{self._path} is for {number} classes, the model has {own_number}, and without the names of both they "
+                "cannot be matched. MODEL.DINO.CLASS_NAMES names the classes of the model; set when weights are "
+                "converted or trained, it names theirs."
+            )
+            if self._resumes or self.for_evaluation:
+                raise ValueError(problem)
+            for name in [name for name in state if CLASS_ROWS.fullmatch(name)]:
+                del state[name]
+            self.logger.warning(f"{problem} Newly initialised: all {own_number} classes.")
+
+    def _copy_by_name(self, state: dict[str, Tensor], assumed: Assumptions) -> None:
+        ours = self.model.assumptions.class_names
+        match = match_classes(assumed.class_names, ours)
+        if match.theirs == match.ours:
+            return
+        table = f"Classes of {self._path} and of the model:\n{match.table()}"
+        if self._resumes:
+            raise ValueError(
+                f"Training cannot be resumed with other classes, since the optimizer knows the old ones. {table}\n"
+                "Set MODEL.DINO.CLASS_NAMES as it was, or start a new training from these weights (MODEL.WEIGHTS, "
+                "another OUTPUT_DIR, no --resume), which copies them by name."
+            )
+        if self.for_evaluation and match.new:
+            raise ValueError(f"Classes that the weights do not have cannot be evaluated. {table}")
+        for name, own in self.model.state_dict().items():
+            if CLASS_ROWS.fullmatch(name) and name in state and state[name].shape[1:] == own.shape[1:]:
+                state[name] = match.copy_rows(state[name], own)
+        state[EXTRA_STATE] = replace(assumed, class_names=ours).to_tensor()
+        self.logger.info(table)
