@@ -21,6 +21,8 @@ from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.structures import Predictions, Targets
 
+from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
+
 
 @META_ARCH_REGISTRY.register()
 class DINO(nn.Module):
@@ -34,6 +36,7 @@ class DINO(nn.Module):
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         max_detections: per image.
         nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
+        test_time_augmentation: in evaluation, for each image; None: every image is looked at once.
         assumptions: what weights must agree with; saved and checked with them.
     """
 
@@ -53,6 +56,7 @@ class DINO(nn.Module):
         pixel_std: Sequence[float],
         max_detections: int,
         nms_threshold: float,
+        test_time_augmentation: TestTimeAugmentation | None,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -64,6 +68,7 @@ class DINO(nn.Module):
         self.decoder = decoder
         self.criterion = criterion
         self.max_detections, self.nms_threshold = max_detections, nms_threshold
+        self.test_time_augmentation = test_time_augmentation
         self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -85,6 +90,7 @@ class DINO(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
+            "test_time_augmentation": build_test_time_augmentation(cfg),
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -115,6 +121,12 @@ class DINO(nn.Module):
             In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
             `pred_boxes`, `scores`, `pred_classes`, best first.
         """
+        if self.training or self.test_time_augmentation is None:
+            return self.one_pass(batched_inputs)
+        return [self.test_time_augmentation(self.one_pass, x) for x in batched_inputs]
+
+    def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """`forward` without test-time augmentation."""
         images, padding_mask = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         memory = self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
