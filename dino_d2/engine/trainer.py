@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from torch import nn
 
-from dino_d2.data import build_train_augmentation
+from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
 from dino_d2.evaluation import QueryEvaluator
 
 from .mixed_precision import MixedPrecisionTrainer
@@ -39,8 +39,13 @@ class DINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        mapper = DatasetMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
+        mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
         return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        mapper = ImageMapper(cfg, is_train=False, augmentations=[build_test_augmentation(cfg)])
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -143,7 +143,19 @@ class DINO(nn.Module):
         return self.criterion(layers, selection.proposals, denoising, targets)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
-        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it."""
+        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
+
+        Raises:
+            ValueError: an image with another number of channels than `pixel_mean`.
+        """
+        channels = len(self.pixel_mean)
+        for x in batched_inputs:
+            if x["image"].dim() != 3 or len(x["image"]) != channels:
+                name, shape = x.get("file_name", "an image"), tuple(x["image"].shape)
+                raise ValueError(
+                    f"{name} has the shape {shape}; it must be ({channels}, height, width). dino_d2.data.read_image "
+                    "reads grey and transparent pictures so"
+                )
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors(images)
         mask = torch.ones(batch.tensor.shape[0], *batch.tensor.shape[-2:], dtype=torch.bool, device=self.device)
