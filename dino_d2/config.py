@@ -86,6 +86,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU above which detections of one class in two copies are one object
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 
+    cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used
+
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     """detectron2's defaults, DINO's, those of a file, then `overrides` (KEY VALUE KEY VALUE …).

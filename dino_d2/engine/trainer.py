@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
@@ -18,6 +19,7 @@ from dino_d2.evaluation import QueryEvaluator
 
 from .mixed_precision import MixedPrecisionTrainer
 from .optimizer import build_optimizer
+from .writers import ProgressPrinter, WandbWriter
 
 
 class DINOTrainer(DefaultTrainer):
@@ -46,6 +48,12 @@ class DINOTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
         mapper = ImageMapper(cfg, is_train=False, augmentations=[build_test_augmentation(cfg)])
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    def build_writers(self) -> list[EventWriter]:
+        """A line for people first: it records what the others write."""
+        _, *others = super().build_writers()
+        line = ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH, self.model, self.optimizer)
+        return [line, *others, *([WandbWriter(self.cfg)] if self.cfg.WANDB_PROJECT else [])]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
