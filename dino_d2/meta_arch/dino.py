@@ -145,6 +145,8 @@ class DINO(nn.Module):
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
 
+        Every image takes the memory of one that is as high as the highest and as wide as the widest of the batch.
+
         Raises:
             ValueError: an image with another number of channels than `pixel_mean`.
         """

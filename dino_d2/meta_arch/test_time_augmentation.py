@@ -19,9 +19,9 @@ class TestTimeAugmentation:
     """One image in several sizes, each also flipped; one result.
 
     Merged by suppression within a class: of two detections that overlap more than `nms_threshold`, the one with the
-    higher score stays. So an object that is seen at one size only keeps its score, and scores mean what they mean
-    without augmentation; averaging over the copies (weighted box fusion) would lower both. DINO finds an object once in
-    each copy, so that what is dropped are the other copies' boxes of it; the threshold is high to spare neighbours.
+    higher score stays. So every score is one that the model gave, and an object that shows at one size only keeps its
+    own; averaging over the copies (weighted box fusion) would lower it. DINO finds an object once in each copy, so that
+    what is dropped are mostly the other copies' boxes of it; the threshold is high to spare neighbours.
 
     Copies are looked at one by one: memory is that of the largest one, and none is padded.
 
@@ -30,8 +30,6 @@ class TestTimeAugmentation:
         nms_threshold: IoU.
         max_detections: of the merged result.
     """
-
-    __test__ = False  # no test case, whatever its name says to pytest
 
     def __init__(self, make_copies: DatasetMapperTTA, nms_threshold: float, max_detections: int):
         if not make_copies.min_sizes:
@@ -53,7 +51,7 @@ class TestTimeAugmentation:
         copies = self.make_copies({"image": pixels, "height": height, "width": width})
         found = []
         for copy in copies:
-            (result,) = detect([{"image": copy["image"]}])
+            (result,) = detect([{"image": copy["image"]}])  # without "height" and "width": in pixels of the copy
             boxes = result["instances"].pred_boxes.tensor
             there = copy["transforms"].inverse().apply_box(boxes.cpu().numpy())
             instances = Instances((height, width), **result["instances"].get_fields())
@@ -67,10 +65,9 @@ class TestTimeAugmentation:
         if len(found) == 1:
             return found[0]
         together = Instances.cat(list(found))
-        keep = batched_nms(
-            together.pred_boxes.tensor, together.scores, together.pred_classes, self.nms_threshold
-        )  # best first
-        return together[keep[: self.max_detections]]
+        boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
+        best_first = batched_nms(boxes, scores, classes, self.nms_threshold)
+        return together[best_first[: self.max_detections]]
 
 
 def build_test_time_augmentation(cfg: CfgNode) -> TestTimeAugmentation | None:
