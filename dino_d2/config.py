@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -93,20 +95,48 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save a moving average of the weights
     cfg.SOLVER.EMA.DECAY = 0.9997  # share that the average keeps at each step; 0.99 for runs of a thousand steps
 
+    # TEST.AUG is detectron2's test-time augmentation: sizes, flip. docs/evaluation.md
+    cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU above which detections of one class in two copies are one object
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
+
+    cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     """detectron2's defaults, DINO's, those of a file, then `overrides` (KEY VALUE KEY VALUE …).
 
     A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
+
+    Raises:
+        ValueError: a key that does not exist; it names the nearest one that does.
     """
     cfg = get_cfg()
     add_dino_config(cfg)
     default_device = cfg.MODEL.DEVICE
+    in_file = _keys(cfg.load_yaml_with_base(config_file, allow_unsafe=True))
+    _refuse_unknown(in_file, cfg, f"{config_file} (or the _BASE_ of it)")
+    _refuse_unknown(overrides[::2], cfg, "the overrides")
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The full names of all values in nested dictionaries."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _refuse_unknown(keys: Iterable[str], cfg: CN, origin: str) -> None:
+    known = set(_keys(cfg))
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "dino_d2/config.py and detectron2's config list all keys"
+            raise ValueError(f"{key} in {origin} is no config key; {hint}")

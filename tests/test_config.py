@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-from dino_d2 import add_dino_config
+from dino_d2 import add_dino_config, load_config
+
+RECIPE = Path(__file__).parent.parent / "configs" / "dino_r50_4scale_12ep.yaml"
 
 
 @pytest.fixture
@@ -78,3 +82,27 @@ def test_setting_that_cannot_work_is_refused_by_name(changes: dict, named: str, 
     cfg = tiny_config(**changes)
     with pytest.raises(ValueError, match=named):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("MODEL.DINO.NUM_CLASES", "MODEL.DINO.NUM_CLASSES"),
+        ("NUM_QUERIES", "MODEL.DINO.NUM_QUERIES"),
+        ("MODLE.DEVICE", "MODEL.DEVICE"),
+    ],
+)
+def test_key_that_does_not_exist_is_named_with_its_place_and_the_nearest_one(
+    key: str, near: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} in the overrides is no config key; did you mean {near}\?"):
+        load_config(str(RECIPE), ["MODEL.DEVICE", "cpu", key, "3"])
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(key.split("."))]
+    (tmp_path / "mine.yaml").write_text("\n".join([f"_BASE_: {RECIPE}", *lines]) + " 3\n")
+    with pytest.raises(ValueError, match=rf"^{key} in \S*mine\.yaml .*did you mean {near}\?"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
+def test_key_that_resembles_none_is_refused_too() -> None:
+    with pytest.raises(ValueError, match=r"^zzz in the overrides is no config key; dino_d2/config\.py"):
+        load_config(str(RECIPE), ["zzz", "3"])

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
@@ -25,7 +24,7 @@ from PIL import Image
 
 from dino_d2 import load_config
 from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.data import class_names
+from dino_d2.data import build_test_augmentation, class_names, read_image
 from dino_d2.tiles import predict_in_tiles
 
 OVERLAP = 0.25  # of neighbouring tiles
@@ -90,15 +89,24 @@ def main() -> None:
     predictor = DefaultPredictor(cfg)
     checkpointer = DINOCheckpointer(predictor.model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
     checkpointer.load(args.weights)
+    predictor.aug = build_test_augmentation(cfg)  # detectron2's own fails on very long pictures
     args.output.mkdir(parents=True, exist_ok=True)
+    unreadable = 0
     for path in map(Path, args.input):
-        image = read_image(str(path), "BGR")
+        try:
+            image = read_image(path, "BGR")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            unreadable += 1
+            continue
         instances = detect(predictor, image, args.tile)
         instances = instances[instances.scores > args.score_threshold]
         picture = args.output / f"{path.stem}.png"
         Image.fromarray(draw(image, instances, names)).save(picture)
         picture.with_suffix(".json").write_text(json.dumps(as_json(instances, names), indent=1))
         print(f"{path}: {len(instances)} objects -> {picture}")
+    if unreadable:
+        sys.exit(f"--input: {unreadable} of {len(args.input)} photographs could not be read")
 
 
 if __name__ == "__main__":

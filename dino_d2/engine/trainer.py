@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.data import build_train_augmentation
+from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
 from dino_d2.data.loader import TrainingLoader, build_train_loader
 from dino_d2.evaluation import QueryEvaluator
 
 from .ema import EMA
 from .optimizer import build_optimizer
 from .step import StepSettings, StepTrainer
+from .writers import ProgressPrinter, WandbWriter
 
 
 def distributed(model: nn.Module) -> nn.Module:
@@ -100,7 +102,19 @@ class DINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
-        return build_train_loader(cfg, DatasetMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)]))
+        mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
+        return build_train_loader(cfg, mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        mapper = ImageMapper(cfg, is_train=False, augmentations=[build_test_augmentation(cfg)])
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    def build_writers(self) -> list[EventWriter]:
+        """A line for people first: it records what the others write."""
+        _, *others = super().build_writers()
+        line = ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH, self.model, self.optimizer)
+        return [line, *others, *([WandbWriter(self.cfg)] if self.cfg.WANDB_PROJECT else [])]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -63,7 +63,7 @@ class QueryEvaluator(DatasetEvaluator):
 
     Raises:
         TypeError: the model has no decoder to watch.
-        ValueError: an image of the data set has no "image_id".
+        ValueError: an image of the data set has no "image_id", or the model augments its images.
     """
 
     def __init__(self, dataset_name: str, model: nn.Module, k: int = 100, score_threshold: float = 0.3):
@@ -72,6 +72,10 @@ class QueryEvaluator(DatasetEvaluator):
             raise TypeError(
                 f"{type(self._model).__name__} has no decoder whose queries could be measured: "
                 "set TEST.QUERY_METRICS to False for models other than DINO"
+            )
+        if getattr(self._model, "test_time_augmentation", None) is not None:
+            raise ValueError(
+                "TEST.QUERY_METRICS measures the queries of one pass, TEST.AUG.ENABLED makes several: switch one off"
             )
         self._dataset_name = dataset_name
         self._k, self._score_threshold = k, score_threshold

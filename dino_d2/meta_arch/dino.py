@@ -22,6 +22,8 @@ from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.structures import Predictions, Targets
 
+from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
+
 
 @META_ARCH_REGISTRY.register()
 class DINO(nn.Module):
@@ -36,6 +38,7 @@ class DINO(nn.Module):
         max_detections: per image.
         nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
         recompute_backbone: keep no activations of it, make them again in the backward pass.
+        test_time_augmentation: in evaluation, for each image; None: every image is looked at once.
         assumptions: what weights must agree with; saved and checked with them.
     """
 
@@ -56,6 +59,7 @@ class DINO(nn.Module):
         max_detections: int,
         nms_threshold: float,
         recompute_backbone: bool,
+        test_time_augmentation: TestTimeAugmentation | None,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -68,6 +72,7 @@ class DINO(nn.Module):
         self.criterion = criterion
         self.max_detections, self.nms_threshold = max_detections, nms_threshold
         self.recompute_backbone = recompute_backbone
+        self.test_time_augmentation = test_time_augmentation
         self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -90,6 +95,7 @@ class DINO(nn.Module):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
             "recompute_backbone": cfg.MODEL.DINO.CHECKPOINT.BACKBONE,
+            "test_time_augmentation": build_test_time_augmentation(cfg),
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -120,6 +126,12 @@ class DINO(nn.Module):
             In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
             `pred_boxes`, `scores`, `pred_classes`, best first.
         """
+        if self.training or self.test_time_augmentation is None:
+            return self.one_pass(batched_inputs)
+        return [self.test_time_augmentation(self.one_pass, x) for x in batched_inputs]
+
+    def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """`forward` without test-time augmentation."""
         images, padding_mask = self.preprocess_image(batched_inputs)
         features = call(self.backbone, images.tensor, recompute=self.recompute_backbone)
         memory = self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
@@ -136,7 +148,21 @@ class DINO(nn.Module):
         return self.criterion(layers, selection.proposals, denoising, targets)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
-        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it."""
+        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
+
+        Every image takes the memory of one that is as high as the highest and as wide as the widest of the batch.
+
+        Raises:
+            ValueError: an image with another number of channels than `pixel_mean`.
+        """
+        channels = len(self.pixel_mean)
+        for x in batched_inputs:
+            if x["image"].dim() != 3 or len(x["image"]) != channels:
+                name, shape = x.get("file_name", "an image"), tuple(x["image"].shape)
+                raise ValueError(
+                    f"{name} has the shape {shape}; it must be ({channels}, height, width). dino_d2.data.read_image "
+                    "reads grey and transparent pictures so"
+                )
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors(images)
         mask = torch.ones(batch.tensor.shape[0], *batch.tensor.shape[-2:], dtype=torch.bool, device=self.device)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -32,6 +33,21 @@ def test_crops_change_the_shape_half_of_the_time(tiny_cfg: CfgNode) -> None:
     assert any(abs(ratio - 4 / 3) > 0.05 for ratio in ratios)
     tiny_cfg.INPUT.CROP.PROBABILITY = 0.0
     assert all(abs(width / height - 4 / 3) < 0.02 for height, width in sizes(tiny_cfg, 480, 640))
+
+
+def test_line_of_pixels_does_not_become_a_giant_before_it_is_cropped(
+    tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_cfg.INPUT.CROP.PROBABILITY = 1.0
+    seen, get_transform = [], T.RandomCrop.get_transform
+
+    def watch(self: T.RandomCrop, image: np.ndarray) -> T.Transform:
+        seen.append(image.shape)
+        return get_transform(self, image)
+
+    monkeypatch.setattr(T.RandomCrop, "get_transform", watch)
+    sizes(tiny_cfg, 20, 20_000, draws=2)
+    assert seen == [(10, 10_000, 3)] * 2
 
 
 def test_mapper_of_detectron2_uses_it_and_boxes_follow_the_picture(tiny_cfg: CfgNode, tmp_path) -> None:

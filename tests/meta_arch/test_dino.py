@@ -107,7 +107,7 @@ def test_image_with_150_objects_trains(tiny_cfg: CfgNode) -> None:
     assert_every_parameter_is_trained(model)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (33, 47), (1, 70)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (33, 47), (1, 1333)])
 def test_small_and_odd_images_train_and_predict(height: int, width: int, tiny_cfg: CfgNode) -> None:
     model = build_model(tiny_cfg)
     losses = train_step(model, make_input(height, width, 1))
@@ -162,6 +162,13 @@ def test_class_that_the_model_does_not_have_is_refused(label: int, tiny_cfg: Cfg
     image["instances"].gt_classes[1] = label
     with pytest.raises(ValueError, match=rf"some\.jpg has objects of class .*{label}.*MODEL\.DINO\.NUM_CLASSES is 5"):
         build_model(tiny_cfg).train()([image])
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (4, 64, 64), (64, 64)])
+def test_image_without_three_channels_is_refused(shape: tuple[int, ...], tiny_cfg: CfgNode) -> None:
+    image = {"image": torch.zeros(shape), "file_name": "some.png"}
+    with pytest.raises(ValueError, match=r"some\.png has the shape .* must be \(3, height, width\)"):
+        predict(build_model(tiny_cfg), image)
 
 
 def test_targets_are_relative_centres_and_sizes(tiny_cfg: CfgNode) -> None:

@@ -234,7 +234,8 @@ def test_switched_off_has_no_queries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objects", "max_queries", "groups", "slots"), [(3, 100, 16, 3), (150, 40, 1, 20), (150, 41, 1, 20), (2, 3, 1, 1)]
+    ("objects", "max_queries", "groups", "slots"),
+    [(3, 100, 16, 3), (150, 40, 1, 20), (1000, 400, 1, 200), (150, 41, 1, 20), (2, 3, 1, 1)],
 )
 def test_cap_first_takes_groups_then_objects(objects: int, max_queries: int, groups: int, slots: int) -> None:
     queries = make_denoising(max_queries=max_queries)(make_targets(objects, 1))

@@ -28,14 +28,22 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_photographs_are_predicted_drawn_and_listed(tmp_path: Path) -> None:
-    data = write_rectangles(tmp_path / "data", count=1, size=150)
-    values = config_values(data, tmp_path / "out", "demo_rectangles")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with weights and a picture, and the config values of the model."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_rectangles(folder / "data", count=1, size=150)
+    values = config_values(data, folder / "out", "demo_rectangles")
     model = DINOTrainer.build_model(load_config(str(RECIPE), values))
-    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
-    photo = data[1] / "1.png"
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    return folder, values
+
+
+def test_photographs_are_predicted_drawn_and_listed(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, values = trained
+    photo = folder / "data" / "images" / "1.png"
     result = run_demo(
-        "--weights", str(tmp_path / "weights.pth"), "--input", str(photo), "--output", str(tmp_path / "found"),
+        "--weights", str(folder / "weights.pth"), "--input", str(photo), "--output", str(tmp_path / "found"),
         "--score-threshold", "0.0", "--tile", "100", *values,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -56,6 +64,34 @@ def test_weights_without_a_class_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode != 0
     assert "newly initialised (1): green" in result.stderr
+
+
+def test_pictures_of_every_kind_are_predicted_and_a_damaged_one_is_named(
+    trained: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, values = trained
+    exif = Image.Exif()
+    exif[274] = 6
+    noise = Image.effect_noise((60, 40), 50)
+    noise.save(tmp_path / "damaged.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "damaged.png").read_bytes()[:300])
+    noise.save(tmp_path / "grey.png")
+    noise.convert("RGBA").save(tmp_path / "transparent.png")
+    noise.convert("CMYK").save(tmp_path / "print.jpg")
+    noise.save(tmp_path / "upright.jpg", exif=exif)
+    Image.fromarray(np.asarray(noise).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    Image.new("RGB", (20_000, 5)).save(tmp_path / "line.png")
+    sizes = {"grey": (60, 40), "transparent": (60, 40), "print": (60, 40), "upright": (40, 60), "deep": (60, 40)}
+    sizes |= {"pixel": (1, 1), "line": (20_000, 5)}
+    photos = [str(path) for path in sorted(tmp_path.glob("*.*"))]
+    result = run_demo(
+        "--weights", str(folder / "weights.pth"), "--input", *photos, "--output", str(tmp_path / "found"), *values
+    )
+    assert result.returncode == 1
+    assert "damaged.png cannot be read as a picture" in result.stderr
+    assert f"1 of {len(photos)} photographs could not be read" in result.stderr
+    assert {path.stem: Image.open(path).size for path in (tmp_path / "found").glob("*.png")} == sizes
 
 
 def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> None:

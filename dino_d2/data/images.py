@@ -1,0 +1,46 @@
+"""Reading pictures: detectron2's function, and what it gets wrong or leaves unsaid."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+DEEP_MODES = ("I", "F")  # how PIL's names of pixels with more than 8 bits begin; converting those clips at 255
+
+
+def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
+    """A picture as it should be seen: grey, palette, alpha and CMYK converted, turned as its EXIF data say.
+
+    Of pixels with 16 bits the upper 8 are taken, as PIL does by itself with colours. Transparency is ignored.
+
+    Args:
+        path: of a file in any format that PIL reads.
+        image_format: "BGR" or "RGB".
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: the file is no picture, is damaged, or its pixels have no known range; it is named.
+        FileNotFoundError: there is no such file.
+    """
+    path = str(path)
+    try:
+        with PathManager.open(path, "rb") as file:
+            mode = Image.open(file).mode
+        if not mode.startswith(DEEP_MODES):
+            return detection_utils.read_image(path, image_format)
+        grey = detection_utils.read_image(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise all kinds
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
+        raise ValueError(
+            f"{path} has pixels of unknown range (PIL's mode {mode}): save it with 8 or 16 bits per colour"
+        )
+    return detection_utils.convert_PIL_to_numpy(Image.fromarray((grey // 256).astype(np.uint8)), image_format)

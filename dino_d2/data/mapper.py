@@ -1,0 +1,60 @@
+"""From a record of a data set to an input of the model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
+
+from .images import read_image
+
+
+class ImageMapper(DatasetMapper):
+    """detectron2's, for boxes alone; what cannot be read or makes no sense is an error that names the picture."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            dataset_dict: a record in detectron2's format. It is not changed.
+
+        Returns:
+            it with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
+
+        Raises:
+            ValueError: a picture that cannot be read or has another size than the record says, an annotation whose
+                box is not four numbers or whose category is no number.
+        """
+        record = copy.deepcopy(dataset_dict)
+        pixels = read_image(record["file_name"], self.image_format)
+        detection_utils.check_image_size(record, pixels)
+        augmented = T.AugInput(pixels)
+        transforms = self.augmentations(augmented)
+        record["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            check_annotations(record)
+            self._transform_annotations(record, transforms, augmented.image.shape[:2])
+        return record
+
+
+def check_annotations(record: dict[str, Any]) -> None:
+    """Refuse what would be trained on wrongly or fail without a name.
+
+    Raises:
+        ValueError: it names the picture, the annotation and the value.
+    """
+    for number, annotation in enumerate(record["annotations"], start=1):
+        box, category = annotation.get("bbox"), annotation.get("category_id")
+        where = f"{record['file_name']}, annotation {number}"
+        is_list = isinstance(box, list | tuple | np.ndarray) and len(box) == 4
+        if not is_list or not all(isinstance(side, Real) and math.isfinite(side) for side in box):
+            raise ValueError(f'{where}: "bbox" is {box!r}; it must be a list of four numbers')
+        if not isinstance(category, Integral):
+            raise ValueError(f'{where}: "category_id" is {category!r}; it must be a whole number')

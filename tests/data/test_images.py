@@ -1,0 +1,79 @@
+"""Pictures of every kind that people have."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_d2.data import read_image
+
+GREY = np.linspace(0, 255, 6 * 8).astype(np.uint8).reshape(6, 8)
+
+
+def saved(pixels: np.ndarray | Image.Image, path: Path, **options: object) -> Path:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_every_mode_becomes_three_channels_of_8_bits(mode: str, tmp_path: Path) -> None:
+    image = read_image(saved(Image.fromarray(GREY).convert(mode), tmp_path / "picture.png"), "BGR")
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, np.dstack([GREY] * 3))
+
+
+def test_print_colours_are_converted(tmp_path: Path) -> None:
+    red = Image.new("CMYK", (5, 4), (0, 255, 255, 0))
+    image = read_image(saved(red, tmp_path / "print.tif"), "RGB")
+    assert image.shape == (4, 5, 3)
+    assert (image == [255, 0, 0]).all()
+
+
+def test_channels_have_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    path = saved(Image.new("RGB", (2, 2), (1, 2, 3)), tmp_path / "colour.png")
+    assert read_image(path, "RGB")[0, 0].tolist() == [1, 2, 3]
+    assert read_image(path, "BGR")[0, 0].tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("dtype", "ending"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")])
+def test_16_bits_are_scaled_not_clipped(dtype: type, ending: str, tmp_path: Path) -> None:
+    deep = GREY.astype(dtype) * 257  # 255 -> 65535
+    image = read_image(saved(deep, tmp_path / f"deep.{ending}"), "BGR")
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, np.dstack([GREY] * 3))
+
+
+@pytest.mark.parametrize(
+    "pixels", [GREY.astype(np.float32) / 255, GREY.astype(np.int32) * 1000, GREY.astype(np.int32) - 1]
+)
+def test_pixels_of_unknown_range_are_refused(pixels: np.ndarray, tmp_path: Path) -> None:
+    path = saved(pixels, tmp_path / "measured.tif")
+    with pytest.raises(ValueError, match=r"measured\.tif has pixels of unknown range .* 8 or 16 bits"):
+        read_image(path, "BGR")
+
+
+def test_picture_is_turned_as_its_exif_data_say(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright: turn clockwise
+    path = saved(Image.fromarray(GREY), tmp_path / "upright.png", exif=exif)
+    assert np.array_equal(read_image(path, "RGB")[:, :, 0], np.rot90(GREY, -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "no picture", "empty"])
+def test_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jpg"
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, kind if kind in ("PNG", "JPEG") else "PNG")
+    path.write_bytes({"no picture": b"hello", "empty": b""}.get(kind, whole.getvalue()[:700]))
+    with pytest.raises(ValueError, match=r"damaged\.jpg cannot be read as a picture: "):
+        read_image(path, "RGB")
+
+
+def test_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        read_image(tmp_path / "none.png", "RGB")
