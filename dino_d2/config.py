@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -83,14 +84,15 @@ def add_dino_config(cfg: CN) -> None:
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 
 
-def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
-    """detectron2's defaults, DINO's, those of a file, then `overrides` (KEY VALUE KEY VALUE …).
+def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Sequence[Any] = ()) -> CN:
+    """detectron2's defaults, DINO's, `defaults`, the file's values, then `overrides`; both are KEY VALUE KEY VALUE ….
 
     A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
     """
     cfg = get_cfg()
     add_dino_config(cfg)
     default_device = cfg.MODEL.DEVICE
+    cfg.merge_from_list(list(defaults))
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
