@@ -268,22 +268,22 @@ def _check_objects_per_image(
             cases[EMPTY_IMAGE].append(image["file_name"])
     if denoising is None:
         return
-    limits = {
-        denoising.number: _info(
-            f"images of more than {denoising.number} objects (MODEL.DINO.DN.NUMBER)",
-            "a batch with one of them gets a single group of denoising queries",
-        )
-    }
-    if not denoising.max_queries:
-        limits[MANY_OBJECTS] = MANY_QUERIES
-    else:
+    one_group = _info(
+        f"images of more than {denoising.number} objects (MODEL.DINO.DN.NUMBER)",
+        "a batch with one of them gets a single group of denoising queries",
+    )
+    limits = [(denoising.number, one_group)]
+    if denoising.max_queries:
         most = denoising.max_queries // denoising.parts
-        limits[most] = _info(
+        some_denoised = _info(
             f"images of more than {most} objects (MODEL.DINO.DN.MAX_QUERIES)",
             "at each step a random choice of their objects is denoised",
         )
+        limits.append((most, some_denoised))
+    else:
+        limits.append((MANY_OBJECTS, MANY_QUERIES))
     for number, count in counts.most_common():  # the fullest first
-        for limit, kind in limits.items():
+        for limit, kind in limits:
             if count > limit:
                 cases[kind].append(f"{images[number]['file_name']}: {count}")
 
