@@ -102,8 +102,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used
 
 
-def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
-    """detectron2's defaults, DINO's, those of a file, then `overrides` (KEY VALUE KEY VALUE …).
+def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Sequence[Any] = ()) -> CN:
+    """detectron2's defaults, DINO's, `defaults`, the file's values, then `overrides`; both are KEY VALUE KEY VALUE ….
 
     A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
 
@@ -116,6 +116,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     in_file = _keys(cfg.load_yaml_with_base(config_file, allow_unsafe=True))
     _refuse_unknown(in_file, cfg, f"{config_file} (or the _BASE_ of it)")
     _refuse_unknown(overrides[::2], cfg, "the overrides")
+    cfg.merge_from_list(list(defaults))
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():

@@ -6,6 +6,11 @@
     tools/train_net.py --config-file CONFIG --resume
     torchrun --nproc-per-node 8 tools/train_net.py --config-file CONFIG
 
+Your own data in COCO's format (docs/data.md); classes and their names come from the files:
+
+    tools/train_net.py --config-file CONFIG --train-json train.json --train-images train \
+        --val-json val.json --val-images val
+
 Any config value can be given at the end: SOLVER.IMS_PER_BATCH 4. Without a GPU it runs on the CPU.
 """
 
@@ -14,6 +19,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,18 +29,46 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 
 from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.config import load_config
-from dino_d2.data import register_datasets
+from dino_d2.data import CocoFiles, load_config_for_files, register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.engine.run_folder import check_run_folder
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """detectron2's options and `train`, `val`: the :class:`CocoFiles` that were given, or None."""
+    parser = default_argument_parser(__doc__)
+    parser.add_argument("--train-json", type=Path, metavar="FILE", help="annotations to train on, in COCO's format")
+    parser.add_argument("--train-images", type=Path, metavar="FOLDER", help="with the photographs of --train-json")
+    parser.add_argument("--val-json", type=Path, metavar="FILE", help="annotations to evaluate on; none: no evaluation")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="with the photographs of --val-json")
+    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this file of the run, not its last one")
+    args = parser.parse_args(arguments)
+    for which in ("train", "val"):
+        annotations, images = getattr(args, f"{which}_json"), getattr(args, f"{which}_images")
+        if (annotations is None) != (images is None):
+            parser.error(f"--{which}-json and --{which}-images belong together: give both")
+        setattr(args, which, CocoFiles(annotations, images) if annotations else None)
+    if args.val and not args.train and not args.eval_only:
+        parser.error("--val-json without --train-json: give both, or --eval-only")
+    if args.train and not args.val and args.eval_only:
+        parser.error("--eval-only with --train-json: what is evaluated is --val-json and --val-images")
+    if not args.config_file:
+        parser.error("--config-file is missing; the recipes are in configs/")
+    available = torch.cuda.device_count()
+    if args.num_gpus > max(available, 1):
+        parser.error(f"--num-gpus {args.num_gpus}: this machine has {available}")
+    return args
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = load_config(args.config_file, args.opts)
-    register_datasets(cfg)
+    try:
+        cfg = load_config_for_files(args.config_file, args.opts, args.train, args.val)
+        register_datasets(cfg)
+        if comm.is_main_process() and not args.eval_only:
+            check_run_folder(cfg, args.resume or bool(args.resume_from))
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_net.py: {error}")
     cfg.freeze()
-    if comm.is_main_process() and not args.eval_only:
-        check_run_folder(cfg, args.resume or bool(args.resume_from))
     comm.synchronize()
     default_setup(cfg, args)
     return cfg
@@ -67,9 +102,6 @@ def run(args: argparse.Namespace) -> None:
         finally:
             dist.destroy_process_group()
         return
-    available = torch.cuda.device_count()
-    if args.num_gpus > max(available, 1):
-        sys.exit(f"--num-gpus {args.num_gpus}: this machine has {available}")
     launch(
         main,
         args.num_gpus,
@@ -81,9 +113,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(__doc__)
-    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this file of the run, not its last one")
-    arguments = parser.parse_args()
-    if not arguments.config_file:
-        sys.exit("--config-file is missing; the recipes are in configs/")
-    run(arguments)
+    run(parse())

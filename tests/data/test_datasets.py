@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dino_d2 import load_config
-from dino_d2.data import class_names, register_datasets
+from dino_d2.data import CocoFiles, class_names, load_config_for_files, register_datasets
+from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from tests.synthetic import config_values, write_rectangles
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml")
@@ -48,3 +51,117 @@ def test_names_in_the_config_come_first() -> None:
 
 def test_without_a_registered_data_set_there_are_no_names() -> None:
     assert class_names(load_config(RECIPE, ["DATASETS.TRAIN", "('x',)", "DATASETS.TEST", "()"])) == []
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> Iterator[tuple[CocoFiles, CocoFiles]]:
+    train = CocoFiles(*write_rectangles(tmp_path / "train", count=3, size=64))
+    val = CocoFiles(*write_rectangles(tmp_path / "val", count=2, size=64))
+    yield train, val
+    for name in {TRAIN_NAME, VAL_NAME} & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def set_categories(files: CocoFiles, categories: object) -> None:
+    content = json.loads(files.annotations.read_text())
+    files.annotations.write_text(json.dumps(content | {"categories": categories}))
+
+
+def test_files_become_data_sets_with_their_classes(two_sets: tuple[CocoFiles, CocoFiles]) -> None:
+    train, val = two_sets
+    # In another order than that of the ids, and with a gap: classes are numbered by id.
+    set_categories(train, [{"id": 7, "name": "red"}, {"id": 2, "name": "blue"}, {"id": 1, "name": "a thing"}])
+    set_categories(val, [{"id": 1, "name": "a thing"}, {"id": 2, "name": "blue"}, {"id": 7, "name": "red"}])
+    cfg = load_config_for_files(RECIPE, [], train, val)
+    register_datasets(cfg)
+    assert cfg.MODEL.DINO.NUM_CLASSES == 3
+    assert cfg.MODEL.DINO.CLASS_NAMES == ["a thing", "blue", "red"] == class_names(cfg)
+    assert (len(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])), len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))) == (3, 2)
+    assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == cfg.MODEL.DINO.CLASS_NAMES
+    assert cfg.TEST.EVAL_PERIOD > 0
+
+
+def test_without_validation_files_nothing_is_evaluated(two_sets: tuple[CocoFiles, CocoFiles]) -> None:
+    cfg = load_config_for_files(RECIPE, [], two_sets[0], None)
+    assert (len(cfg.DATASETS.TRAIN), len(cfg.DATASETS.TEST), cfg.TEST.EVAL_PERIOD) == (1, 0, 0)
+    cfg = load_config_for_files(RECIPE, [], None, two_sets[1])
+    assert (len(cfg.DATASETS.TRAIN), len(cfg.DATASETS.TEST), cfg.MODEL.DINO.NUM_CLASSES) == (0, 1, 2)
+
+
+def test_without_files_the_config_is_as_it_was() -> None:
+    assert load_config_for_files(RECIPE, ["SEED", "3"], None, None) == load_config(RECIPE, ["SEED", "3"])
+
+
+def test_config_may_repeat_the_classes_of_the_file(two_sets: tuple[CocoFiles, CocoFiles]) -> None:
+    same = ["MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", "['red', 'blue']"]
+    assert load_config_for_files(RECIPE, same, *two_sets).MODEL.DINO.NUM_CLASSES == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            ["MODEL.DINO.NUM_CLASSES", "80"],
+            r"NUM_CLASSES is 80 .*train.annotations\.json make it 2.*leave",
+        ),  # the default
+        (["MODEL.DINO.CLASS_NAMES", "['blue', 'red']"], r"CLASS_NAMES is \['blue', 'red'\].*\['red', 'blue'\]"),
+        (["DATASETS.TRAIN", "('x',)"], r"DATASETS\.TRAIN .* beside"),
+    ],
+)
+def test_overrides_that_contradict_the_file_are_refused(
+    two_sets: tuple[CocoFiles, CocoFiles], override: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config_for_files(RECIPE, override, *two_sets)
+
+
+def test_config_file_that_contradicts_the_data_is_refused(
+    two_sets: tuple[CocoFiles, CocoFiles], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_BASE_: {RECIPE}\nMODEL: {{DINO: {{NUM_CLASSES: 80}}}}\n")
+    with pytest.raises(ValueError, match="NUM_CLASSES is 80 in the config"):
+        load_config_for_files(str(config), [], *two_sets)
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": 1, "name": "red"}, {"id": 2, "name": "green"}], "blue, green are in one of them only"),
+        ([{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}], "red, blue in the one and blue, red in the other"),
+    ],
+)
+def test_different_categories_of_training_and_validation_are_named(
+    two_sets: tuple[CocoFiles, CocoFiles], categories: list[dict], message: str
+) -> None:
+    set_categories(two_sets[1], categories)
+    with pytest.raises(ValueError, match=message):
+        load_config_for_files(RECIPE, [], *two_sets)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", 'no list of objects named "images"'),
+        ('{"images": [], "annotations": []}', 'no list of objects named "categories"'),
+        ('{"images": [], "annotations": [], "categories": []}', '"categories" is empty'),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', 'needs an "id".*and a "name"'),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]}',
+            "several categories have the id 1",
+        ),
+    ],
+)
+def test_files_that_are_not_coco_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"bad\.json.*{message}"):
+        load_config_for_files(RECIPE, [], CocoFiles(tmp_path / "bad.json", tmp_path), None)
+
+
+def test_missing_files_and_folders_are_named(two_sets: tuple[CocoFiles, CocoFiles], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json: there is no such annotation file"):
+        load_config_for_files(RECIPE, [], CocoFiles(tmp_path / "none.json", tmp_path), None)
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such image folder"):
+        load_config_for_files(RECIPE, [], CocoFiles(two_sets[0].annotations, tmp_path / "nowhere"), None)

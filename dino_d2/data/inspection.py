@@ -1,0 +1,306 @@
+"""What is wrong, odd or worth knowing in a data set of COCO's format, before hours of training find it out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from dino_d2.modeling.denoising import PlainDenoising
+
+from .datasets import CocoFiles, read_coco
+
+EXAMPLES = 3  # named of each finding
+SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # of images; beyond it they are reported
+MARGIN = 1.0  # pixels by which a box may leave its image: rounding
+MANY_OBJECTS = 500  # in one image: then the denoising queries outnumber all others and are worth bounding
+
+Entry = dict[str, Any]  # an image, annotation or category of the file
+
+
+class Severity(Enum):
+    ERROR = "error"  # training would stop, or learn what is wrong
+    WARNING = "warning"  # training runs, but perhaps not on what was meant
+    INFO = "info"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding: what is the case, and what follows from it or is to be done."""
+
+    severity: Severity
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is the case `count` times, with a few `examples` of it (names or ids)."""
+
+    kind: Kind
+    count: int
+    examples: tuple[str, ...]
+
+
+def _error(what: str, advice: str) -> Kind:
+    return Kind(Severity.ERROR, what, advice)
+
+
+def _warning(what: str, advice: str) -> Kind:
+    return Kind(Severity.WARNING, what, advice)
+
+
+def _info(what: str, advice: str) -> Kind:
+    return Kind(Severity.INFO, what, advice)
+
+
+MISSING_IMAGE = _error("missing images", "file_name is relative to the image folder")
+UNREADABLE_IMAGE = _error("unreadable images", "replace them, or take their entries out")
+OTHER_SIZE = _error(
+    "images of another size than annotated",
+    "the boxes were drawn on another version of the image, or before it was turned (EXIF)",
+)
+BROKEN_IMAGE_ENTRY = _error(
+    "malformed image entries", "each needs id, file_name, width and height; the last two are integers above 0"
+)
+REPEATED_IMAGE_ID = _error("image ids used twice", "give each image an id of its own")
+TINY_IMAGE = _warning(
+    f"images with a side below {SMALLEST_SIDE} pixels", "little of them is left in the coarser feature maps"
+)
+EXTREME_IMAGE = _warning(
+    f"images longer than {LARGEST_SIDE} pixels, or than {LARGEST_ASPECT} times their other side",
+    "resized to what the model sees, their objects nearly vanish: cut them into tiles",
+)
+
+BROKEN_ANNOTATION = _error("annotations without id or image_id", "each needs both")
+REPEATED_ANNOTATION_ID = _error("annotation ids used twice", "give each annotation an id of its own")
+UNKNOWN_CATEGORY = _error("annotations of an unknown category", 'add it to "categories", or take them out')
+NO_BOX = _error("boxes that are not four numbers", "a bbox is [x, y, width, height] in pixels; no NaN, no infinity")
+NEGATIVE_BOX = _error("boxes of negative width or height", "a bbox is [x, y, width, height], not two corners")
+IGNORED = _error('annotations marked "ignore"', 'detectron2 refuses them: mark them "iscrowd", or take them out')
+UNKNOWN_IMAGE = _warning(
+    "annotations of an unknown image", "left out; are ids texts in one place and numbers in the other?"
+)
+NO_POLYGON = _warning(
+    "objects without a valid polygon", 'left out, box and all: remove "segmentation", or give it three points'
+)
+CROWD = _info("crowds (iscrowd)", "not trained on; evaluation forgives detections in them")
+
+ZERO_AREA = _warning("boxes of zero area", "left out")
+OUTSIDE = _warning("boxes outside their image", "left out")
+PARTLY_OUTSIDE = _warning("boxes partly outside their image", "cut at its border")
+DUPLICATE = _warning(
+    "duplicated boxes (same image, class, box)", "the model is taught to find the object twice: keep one of them"
+)
+
+NO_OBJECTS = _error("no usable box in the whole file", "there is nothing to learn")
+EMPTY_IMAGE = _info("images without boxes", "trained on, as pictures without objects")
+EMPTY_CATEGORY = _warning("categories without boxes", "nothing can be learned about them")
+REPEATED_NAME = _warning("category names used twice", "they are different classes to the model")
+ID_GAP = _info("gaps in the category ids", "no harm: classes are numbered from 0, in the order of their ids")
+MANY_QUERIES = _warning(
+    f"images of more than {MANY_OBJECTS} objects",
+    "each makes two denoising queries at least: set MODEL.DINO.DN.MAX_QUERIES, say to 400",
+)
+
+
+class _Cases(defaultdict[Kind, list[str]]):
+    """The cases found so far, of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def findings(self) -> list[Finding]:
+        order = list(Severity)
+        found = [Finding(kind, len(cases), tuple(cases[:EXAMPLES])) for kind, cases in self.items()]
+        return sorted(found, key=lambda finding: order.index(finding.kind.severity))
+
+
+def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[Finding]:
+    """Look for everything named above; what is not the case is no finding. Errors come first.
+
+    Every image is read, as training reads it.
+
+    Args:
+        files: the data set.
+        denoising: the model's, whose capacity is compared with the objects of an image; None: it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: the annotation file cannot be read at all (see :func:`read_coco`).
+    """
+    content = read_coco(files.annotations)
+    categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+    cases = _Cases()
+    images = _sound_images(content["images"], cases)
+    _check_files(files.images, list(images.values()), cases)
+    objects = _sound_objects(content["annotations"], images, categories, cases)
+    _check_boxes(objects, images, cases)
+    _check_categories(objects, categories, cases)
+    _check_objects_per_image(objects, images, denoising, cases)
+    return cases.findings()
+
+
+def training_can_start(findings: Iterable[Finding]) -> bool:
+    """Whether there are no errors among them."""
+    return all(finding.kind.severity is not Severity.ERROR for finding in findings)
+
+
+def _sound_images(entries: list[Entry], cases: _Cases) -> dict[Hashable, Entry]:
+    """The well-formed images by id."""
+    sound: dict[Hashable, Entry] = {}
+    for number, entry in enumerate(entries):
+        name, width, height = entry.get("file_name"), entry.get("width"), entry.get("height")
+        if not (_is_id(entry.get("id")) and isinstance(name, str) and _is_length(width) and _is_length(height)):
+            cases[BROKEN_IMAGE_ENTRY].append(name if isinstance(name, str) else f"entry {number}")
+            continue
+        if entry["id"] in sound:
+            cases[REPEATED_IMAGE_ID].append(f"id {entry['id']}")
+            continue
+        sound[entry["id"]] = entry
+        if min(width, height) < SMALLEST_SIDE:
+            cases[TINY_IMAGE].append(f"{name}: {width} x {height}")
+        if max(width, height) > min(LARGEST_SIDE, LARGEST_ASPECT * min(width, height)):
+            cases[EXTREME_IMAGE].append(f"{name}: {width} x {height}")
+    return sound
+
+
+def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
+    def check(entry: Entry) -> tuple[Kind, str] | None:
+        name = entry["file_name"]
+        if not (folder / name).is_file():
+            return MISSING_IMAGE, name
+        try:
+            height, width = read_image(str(folder / name), "RGB").shape[:2]  # turned as EXIF says
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
+            return UNREADABLE_IMAGE, f"{name}: {error}"
+        if (width, height) != (entry["width"], entry["height"]):
+            return OTHER_SIZE, f"{name}: {width} x {height}, annotated {entry['width']} x {entry['height']}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        for case in filter(None, pool.map(check, images)):
+            kind, example = case
+            cases[kind].append(example)
+
+
+def _sound_objects(
+    entries: list[Entry], images: dict[Hashable, Entry], categories: dict[int, str], cases: _Cases
+) -> list[Entry]:
+    """The annotations that training gets."""
+    sound = []
+    seen: set[Hashable] = set()
+    for number, entry in enumerate(entries):
+        if not (_is_id(entry.get("id")) and _is_id(entry.get("image_id"))):
+            cases[BROKEN_ANNOTATION].append(f"entry {number}")
+            continue
+        name, category, box = f"id {entry['id']}", entry.get("category_id"), entry.get("bbox")
+        if entry["id"] in seen:
+            cases[REPEATED_ANNOTATION_ID].append(name)
+        seen.add(entry["id"])
+        if entry["image_id"] not in images:
+            cases[UNKNOWN_IMAGE].append(f"{name}: image {entry['image_id']}")
+        elif not (_is_id(category) and category in categories):
+            cases[UNKNOWN_CATEGORY].append(f"{name}: category {category}")
+        elif not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite_number, box))):
+            cases[NO_BOX].append(f"{name}: {box}")
+        elif box[2] < 0 or box[3] < 0:
+            cases[NEGATIVE_BOX].append(f"{name}: {box}")
+        elif entry.get("ignore", 0) != 0:
+            cases[IGNORED].append(name)
+        elif _has_no_valid_polygon(entry.get("segmentation")):
+            cases[NO_POLYGON].append(name)
+        elif entry.get("iscrowd", 0) != 0:
+            cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
+        else:
+            sound.append(entry)
+    return sound
+
+
+def _check_boxes(objects: list[Entry], images: dict[Hashable, Entry], cases: _Cases) -> None:
+    seen: set[Hashable] = set()
+    for entry in objects:
+        image = images[entry["image_id"]]
+        x, y, width, height = entry["bbox"]
+        right, bottom = x + width, y + height
+        example = f"id {entry['id']} in {image['file_name']}: {entry['bbox']}"
+        if width == 0 or height == 0:
+            cases[ZERO_AREA].append(example)
+        elif x >= image["width"] or y >= image["height"] or right <= 0 or bottom <= 0:
+            cases[OUTSIDE].append(example)
+        elif min(x, y, image["width"] - right, image["height"] - bottom) < -MARGIN:
+            cases[PARTLY_OUTSIDE].append(example)
+        same = (entry["image_id"], entry["category_id"], *entry["bbox"])
+        if same in seen:
+            cases[DUPLICATE].append(example)
+        seen.add(same)
+
+
+def _check_categories(objects: list[Entry], categories: dict[int, str], cases: _Cases) -> None:
+    used = {entry["category_id"] for entry in objects}
+    for number, name in categories.items():
+        if number not in used:
+            cases[EMPTY_CATEGORY].append(name)
+    for name, count in Counter(categories.values()).items():
+        if count > 1:
+            cases[REPEATED_NAME].append(name)
+    ids = sorted(categories)
+    for low, high in zip([0, *ids], ids, strict=False):
+        if high > low + 1:
+            cases[ID_GAP].append(f"{low + 1} to {high - 1}" if high > low + 2 else str(low + 1))
+
+
+def _check_objects_per_image(
+    objects: list[Entry], images: dict[Hashable, Entry], denoising: PlainDenoising | None, cases: _Cases
+) -> None:
+    counts = Counter(entry["image_id"] for entry in objects)
+    if not objects:
+        cases[NO_OBJECTS].append("none")
+    for number, image in images.items():
+        if number not in counts:
+            cases[EMPTY_IMAGE].append(image["file_name"])
+    if denoising is None:
+        return
+    one_group = _info(
+        f"images of more than {denoising.number} objects (MODEL.DINO.DN.NUMBER)",
+        "a batch with one of them gets a single group of denoising queries",
+    )
+    limits = [(denoising.number, one_group)]
+    if denoising.max_queries:
+        most = denoising.max_queries // denoising.parts
+        some_denoised = _info(
+            f"images of more than {most} objects (MODEL.DINO.DN.MAX_QUERIES)",
+            "at each step a random choice of their objects is denoised",
+        )
+        limits.append((most, some_denoised))
+    else:
+        limits.append((MANY_OBJECTS, MANY_QUERIES))
+    for number, count in counts.most_common():  # the fullest first
+        for limit, kind in limits:
+            if count > limit:
+                cases[kind].append(f"{images[number]['file_name']}: {count}")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_length(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _has_no_valid_polygon(segmentation: object) -> bool:
+    """As detectron2 judges it: no segmentation at all is fine."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
