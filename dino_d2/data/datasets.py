@@ -59,9 +59,9 @@ def load_config_for_files(
     """The config of `dino_d2.load_config`, with the data sets of these files and with their classes.
 
     The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and take the place of
-    `DATASETS.TRAIN` (which stays without `train`) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come from them, in order of category id, as detectron2
-    numbers classes; the config file and `overrides` may repeat them but not say otherwise. Without `val` nothing is
-    evaluated. Without either it is `load_config`.
+    `DATASETS.TRAIN` (which stays without `train`) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come
+    from them, in order of category id, as detectron2 numbers classes; the config file and `overrides` may repeat them
+    but not say otherwise. Without `val` nothing is evaluated. Without either it is `load_config`.
 
     Raises:
         FileNotFoundError: an annotation file or image folder does not exist.
