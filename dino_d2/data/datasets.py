@@ -58,10 +58,10 @@ def load_config_for_files(
 ) -> CfgNode:
     """The config of `dino_d2.load_config`, with the data sets of these files and with their classes.
 
-    The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and all of `DATASETS.TRAIN` and
-    `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come from them, in order of category id, as detectron2
-    numbers classes; the config file and `overrides` may repeat them but not say otherwise. Without `val` nothing is
-    evaluated. Without either it is `load_config`.
+    The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and take the place of
+    `DATASETS.TRAIN` (which stays without `train`) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come
+    from them, in order of category id, as detectron2 numbers classes; the config file and `overrides` may repeat them
+    but not say otherwise. Without `val` nothing is evaluated. Without either it is `load_config`.
 
     Raises:
         FileNotFoundError: an annotation file or image folder does not exist.
@@ -95,7 +95,8 @@ def load_config_for_files(
     entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] not in given]
     entries += [[name, str(files.annotations), str(files.images)] for name, files in given.items()]
     cfg.DATASETS.COCO_FORMAT = entries
-    cfg.DATASETS.TRAIN = (TRAIN_NAME,) if train else ()
+    if train:
+        cfg.DATASETS.TRAIN = (TRAIN_NAME,)
     cfg.DATASETS.TEST = (VAL_NAME,) if val else ()
     if not val:
         cfg.TEST.EVAL_PERIOD = 0

@@ -92,6 +92,9 @@ UNKNOWN_IMAGE = _warning(
 NO_POLYGON = _warning(
     "objects without a valid polygon", 'left out, box and all: remove "segmentation", or give it three points'
 )
+NOT_FOR_EVALUATION = _warning(
+    "annotations without area or iscrowd", "training does without them, but evaluation on this file would stop"
+)
 CROWD = _info("crowds (iscrowd)", "not trained on; evaluation forgives detections in them")
 
 ZERO_AREA = _warning("boxes of zero area", "left out")
@@ -217,10 +220,13 @@ def _sound_objects(
             cases[IGNORED].append(name)
         elif _has_no_valid_polygon(entry.get("segmentation")):
             cases[NO_POLYGON].append(name)
-        elif entry.get("iscrowd", 0) != 0:
-            cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
         else:
-            sound.append(entry)
+            if not {"area", "iscrowd"} <= entry.keys():
+                cases[NOT_FOR_EVALUATION].append(name)
+            if entry.get("iscrowd", 0) != 0:
+                cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
+            else:
+                sound.append(entry)
     return sound
 
 

@@ -17,6 +17,7 @@ from dino_d2.modeling.denoising import ContrastiveDenoising
 
 Content = dict[str, list[dict[str, Any]]]
 SIDE = 64
+FINE = {"area": 600, "iscrowd": 0}
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def files(tmp_path: Path) -> CocoFiles:
     for number in (1, 2):
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": SIDE})
-        annotations.append({"id": number, "image_id": number, "category_id": number, "bbox": [4, 4, 20, 30]})
+        annotations.append({"id": number, "image_id": number, "category_id": number, "bbox": [4, 4, 20, 30]} | FINE)
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "data.json").write_text(json.dumps(content))
@@ -55,7 +56,7 @@ def test_nothing_is_found_in_a_sound_data_set(files: CocoFiles) -> None:
 
 def more(box: list, **others: Any) -> Callable[[Content], None]:
     """Adds an object to the first picture."""
-    return lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": box} | others)
+    return lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": box} | FINE | others)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def more(box: list, **others: Any) -> Callable[[Content], None]:
         (more([1, -9, 5, 5]), inspection.OUTSIDE, "id 9 in 1.png"),
         (more([4, 4, 20, 30]), inspection.DUPLICATE, "id 9 in 1.png"),
         (more([1, 1, 5, 5], iscrowd=1), inspection.CROWD, "id 9"),
+        (lambda c: c["annotations"][0].pop("area"), inspection.NOT_FOR_EVALUATION, "id 1"),
         (more([1, 1, 5, 5], ignore=1), inspection.IGNORED, "id 9"),
         (more([1, 1, 5, 5], segmentation=[[1, 1, 2, 2]]), inspection.NO_POLYGON, "id 9"),
         (more([1, 1, 5, 5], image_id=77), inspection.UNKNOWN_IMAGE, "image 77"),
@@ -145,7 +147,7 @@ def test_tiny_and_extreme_pictures(files: CocoFiles) -> None:
 def test_more_objects_than_denoising_has_room_for(files: CocoFiles) -> None:
     def edit(content: Content) -> None:
         content["annotations"] += [
-            {"id": 10 + i, "image_id": 1, "category_id": 1, "bbox": [i, 0, 5, 5]} for i in range(5)
+            {"id": 10 + i, "image_id": 1, "category_id": 1, "bbox": [i, 0, 5, 5]} | FINE for i in range(5)
         ]
 
     change(files, edit)  # six objects in the first picture
@@ -180,7 +182,7 @@ def test_file_without_a_box_cannot_be_trained_on(files: CocoFiles) -> None:
 def test_errors_come_first_and_examples_are_few(files: CocoFiles) -> None:
     def edit(content: Content) -> None:
         content["categories"] += [{"id": i, "name": str(i)} for i in range(3, 9)]
-        content["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": "none"})
+        content["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": "none"} | FINE)
 
     change(files, edit)
     findings = inspect_dataset(files, None)
