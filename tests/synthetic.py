@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
@@ -81,3 +83,15 @@ def config_values(data: tuple[Path, Path], output: Path, name: str) -> list[str]
         "SEED": 1,
     }
     return [str(part) for item in values.items() for part in item]
+
+
+def make_batch(counts: list[int]) -> list[dict]:
+    """Inputs for training: random images of 64 x 64 with so many objects of two classes."""
+    batch = []
+    for count in counts:
+        instances = Instances((64, 64))
+        corner = torch.rand(count, 2) * 30
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + 5 + torch.rand(count, 2) * 25], dim=1))
+        instances.gt_classes = torch.randint(2, (count,))
+        batch.append({"image": torch.rand(3, 64, 64) * 255, "instances": instances})
+    return batch

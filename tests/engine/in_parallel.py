@@ -12,13 +12,15 @@ from detectron2.utils import comm
 from dino_d2.engine.step import StepSettings, StepTrainer
 from dino_d2.engine.trainer import distributed
 from dino_d2.modeling.criterion import boxes_per_process
-from tests.engine.test_distributed import Loader, make_batch, make_model
+from tests.engine.test_distributed import Loader, make_model
+from tests.synthetic import make_batch
 
 CASES = {"objects": [3, 1, 2, 5], "a process without any": [4, 2, 0, 0], "nothing at all": [0, 0, 0, 0]}
 
 
 def gradients(counts: list[int], parts: int, folder: Path) -> dict[str, torch.Tensor]:
     """Of one batch, of which each process takes its share."""
+    torch.manual_seed(1)
     batch = make_batch(counts)
     share = len(batch) // comm.get_world_size()
     mine = batch[comm.get_rank() * share : (comm.get_rank() + 1) * share]

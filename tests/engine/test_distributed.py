@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dino_d2 import load_config
@@ -23,19 +22,6 @@ RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
 
 class Loader:
     seed = 0
-
-
-def make_batch(counts: list[int]) -> list[dict]:
-    """Images of one size with so many objects."""
-    torch.manual_seed(1)
-    batch = []
-    for count in counts:
-        instances = Instances((64, 64))
-        corner = torch.rand(count, 2) * 30
-        instances.gt_boxes = Boxes(torch.cat([corner, corner + 5 + torch.rand(count, 2) * 25], dim=1))
-        instances.gt_classes = torch.randint(2, (count,))
-        batch.append({"image": torch.rand(3, 64, 64) * 255, "instances": instances})
-    return batch
 
 
 def make_model(folder: Path) -> nn.Module:
@@ -129,3 +115,28 @@ def test_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> Non
     result = torchrun(str(script))
     assert result.returncode != 0
     assert "of process 1" in result.stderr
+
+
+def test_detectron2_launches_the_processes_too(tmp_path: Path) -> None:
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    values = [*config_values(data, tmp_path / "run", "launched"), "INPUT.MIN_SIZE_TRAIN", "[64]"]
+    values += ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATASETS.TEST", "()"]
+    script = tmp_path / "launched.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "from detectron2.engine import launch\n"
+        "from train_net import main, parse\n"
+        "if __name__ == '__main__':\n"
+        "    launch(main, 2, dist_url='auto', args=(parse(sys.argv[1:]),))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script), "--config-file", str(RECIPE), *values],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "model_final.pth").exists()

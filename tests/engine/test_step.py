@@ -9,14 +9,13 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dino_d2 import load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.engine.step import StepSettings, StepTrainer
-from tests.synthetic import config_values, write_rectangles
+from tests.synthetic import config_values, make_batch, write_rectangles
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml"
 
@@ -31,18 +30,6 @@ def config(data: tuple[Path, Path], output: Path, *overrides: str) -> CfgNode:
     cfg = load_config(str(RECIPE), [*values, "INPUT.MIN_SIZE_TRAIN", "[64]", *overrides])
     register_datasets(cfg)
     return cfg
-
-
-def make_batch(counts: list[int]) -> list[dict]:
-    """Images of one size with so many objects."""
-    batch = []
-    for count in counts:
-        instances = Instances((64, 64))
-        corner = torch.rand(count, 2) * 30
-        instances.gt_boxes = Boxes(torch.cat([corner, corner + 5 + torch.rand(count, 2) * 25], dim=1))
-        instances.gt_classes = torch.randint(2, (count,))
-        batch.append({"image": torch.rand(3, 64, 64) * 255, "instances": instances})
-    return batch
 
 
 class Loader:

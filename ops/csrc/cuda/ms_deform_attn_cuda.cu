@@ -81,7 +81,8 @@ struct Arguments {
         sizes(sizes_of(value, levels, positions, weights, accumulate)) {
     STD_TORCH_CHECK(levels.size() <= kMostLevels, "the CUDA kernels take at most ", kMostLevels, " levels, not ",
                     levels.size());
-    STD_TORCH_CHECK(sizes.heads * sizes.channels < (int64_t(1) << 31), "more than 2^31 channels");
+    // Tokens are at most 2^31 bytes apart in the widest type.
+    STD_TORCH_CHECK(sizes.heads * sizes.channels < (int64_t(1) << 28), "more than 2^28 channels of all heads");
     check_same_device(value, positions, "sampling positions");
     check_same_device(value, weights, "attention weights");
     if (!any_reference) return;
