@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.engine.hooks import PeriodicCheckpointer
 
 from dino_d2 import load_config
@@ -84,7 +83,7 @@ def test_evaluation_of_classes_that_the_weights_lack_is_refused(
     weights = ["MODEL.WEIGHTS", str(trained[0] / "model_final.pth")]
     options = ["--config-file", RECIPE, "--eval-only", *trained[1], *weights, *green]
     with pytest.raises(ValueError, match=r"newly initialised \(1\): green"):
-        train_net.main(default_argument_parser().parse_args(options))
+        train_net.main(train_net.parse(options))
 
 
 def test_only_a_config_that_says_so_trusts_files(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
