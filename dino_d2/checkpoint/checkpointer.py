@@ -78,7 +78,10 @@ class DINOCheckpointer(DetectionCheckpointer):
         """
         self._path = path
         self._resumes = bool(self.checkpointables if checkpointables is None else checkpointables)
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        finally:
+            self._parsed_url_during_load = None  # detectron2 leaves it after an error, and refuses to load again
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -94,7 +97,6 @@ class DINOCheckpointer(DetectionCheckpointer):
                 "running anything. A file whose makers you trust: MODEL.TRUST_WEIGHTS True."
             ) from error
         except (RuntimeError, EOFError) as error:
-            self._parsed_url_during_load = None  # or the next load would fail
             raise ValueError(f"{filename} is damaged or no checkpoint ({error}). {self._advice(filename)}") from error
 
     def _advice(self, damaged: str) -> str:

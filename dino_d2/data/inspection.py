@@ -11,12 +11,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
-from PIL import Image
-
 from dino_d2.modeling.denoising import PlainDenoising
 
 from .datasets import CocoFiles, read_coco
+from .images import read_image
 
 EXAMPLES = 3  # named of each finding
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # of images; beyond it they are reported
@@ -181,8 +179,8 @@ def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
         if not (folder / name).is_file():
             return MISSING_IMAGE, name
         try:
-            height, width = read_image(str(folder / name), "RGB").shape[:2]  # turned as EXIF says
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
+            height, width = read_image(folder / name, "RGB").shape[:2]  # turned as EXIF says
+        except ValueError as error:
             return UNREADABLE_IMAGE, f"{name}: {error}"
         if (width, height) != (entry["width"], entry["height"]):
             return OTHER_SIZE, f"{name}: {width} x {height}, annotated {entry['width']} x {entry['height']}"

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 CONFIG = "config.yaml"  # written there by detectron2's default_setup
 LAST = "last_checkpoint"
 # What must stay as it was for a run to go on; of MODEL everything but these.
-FIXED = ("SEED", "DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH", "SOLVER.OPTIMIZER", "DATALOADER.SAMPLER_TRAIN")
+FIXED = ("SEED", "DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH", "DATALOADER.SAMPLER_TRAIN")
 FREE_OF_MODEL = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.DINO.OP", "MODEL.DINO.CHECKPOINT")
 
 
