@@ -35,7 +35,7 @@ struct Tiles {
 // Sums in 64-bit integers, which come out the same in whatever order they are made: what is added is multiplied by
 // `scale` first, a power of two such that no sum can overflow.
 struct FixedPoint {
-  long long* sums;      // like grad_value; null: sums are floating point
+  long long* sums;      // like grad_value, filled with zeros
   const double* scale;  // on the device
 };
 
