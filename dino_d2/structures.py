@@ -72,6 +72,23 @@ class Predictions:
             Predictions(self.logits[:, first:], self.boxes[:, first:]),
         )
 
+    def best(self, count: int) -> Detections:
+        """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
+        classes = self.logits.shape[2]
+        pairs = self.logits.sigmoid().flatten(1)
+        scores, index = pairs.topk(min(count, pairs.shape[1]))
+        query = (index // classes)[..., None].expand(-1, -1, 4)
+        return Detections(scores, self.boxes.gather(1, query), index % classes)
+
+
+@dataclass
+class Detections:
+    """What is found in each image, best first: `scores` (B, n), `boxes` (B, n, 4), `classes` (B, n) int64."""
+
+    scores: Tensor
+    boxes: Tensor
+    classes: Tensor
+
 
 @dataclass
 class Pairs:

@@ -20,7 +20,7 @@ from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
-from dino_d2.structures import Predictions, Targets
+from dino_d2.structures import Memory, Predictions, Targets
 
 from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
 
@@ -133,19 +133,27 @@ class DINO(nn.Module):
     def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """`forward` without test-time augmentation."""
         images, padding_mask = self.preprocess_image(batched_inputs)
-        features = call(self.backbone, images.tensor, recompute=self.recompute_backbone)
-        memory = self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
-        selection = self.query_selection(memory)
         if not self.training:
-            predictions = self.decoder(selection.queries, memory)[-1]
-            return self.postprocess(predictions, batched_inputs, images.image_sizes)
+            return self.postprocess(self.predict(images.tensor, padding_mask), batched_inputs, images.image_sizes)
 
+        memory = self.encode(images.tensor, padding_mask)
+        selection = self.query_selection(memory)
         targets = self.prepare_targets(batched_inputs)
         denoising = self.denoising(targets)
         queries = denoising.followed_by(selection.queries)
         mask = denoising.attention_mask(selection.queries.content.shape[1])
         layers = self.decoder(queries, memory, mask)
         return self.criterion(layers, selection.proposals, denoising, targets)
+
+    def encode(self, images: Tensor, padding_mask: Tensor) -> Memory:
+        """Normalised images (B, 3, H, W) and their padding (B, H, W), True on it -> refined tokens."""
+        features = call(self.backbone, images, recompute=self.recompute_backbone)
+        return self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
+
+    def predict(self, images: Tensor, padding_mask: Tensor) -> Predictions:
+        """The last layer's predictions, without denoising; arguments as in :meth:`encode`."""
+        memory = self.encode(images, padding_mask)
+        return self.decoder(self.query_selection(memory).queries, memory)[-1]
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
@@ -165,10 +173,8 @@ class DINO(nn.Module):
                 )
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors(images)
-        mask = torch.ones(batch.tensor.shape[0], *batch.tensor.shape[-2:], dtype=torch.bool, device=self.device)
-        for image_mask, (height, width) in zip(mask, batch.image_sizes, strict=True):
-            image_mask[:height, :width] = False
-        return batch, mask
+        sizes = torch.stack([torch.as_tensor(size, device=self.device) for size in batch.image_sizes])
+        return batch, padding_of(sizes, *batch.tensor.shape[-2:])
 
     def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Targets]:
         """The objects of each image, boxes relative to it.
@@ -202,18 +208,24 @@ class DINO(nn.Module):
     ) -> list[dict[str, Instances]]:
         """The best (query, class) pairs of each image as Instances of the wanted size."""
         results = []
-        for logits, boxes, x, (height, width) in zip(
-            predictions.logits, predictions.boxes, batched_inputs, image_sizes, strict=True
+        best = predictions.best(self.max_detections)
+        for scores, boxes, classes, x, (height, width) in zip(
+            best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
-            scores, index = logits.sigmoid().flatten().topk(min(self.max_detections, logits.numel()))
-            boxes = cxcywh_to_xyxy(boxes[index // logits.shape[1]]) * boxes.new_tensor([width, height, width, height])
+            boxes = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
             instances = Instances((height, width))
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores
-            instances.pred_classes = index % logits.shape[1]
+            instances.pred_classes = classes
             if self.nms_threshold < 1:
-                keep = batched_nms(boxes, scores, instances.pred_classes, self.nms_threshold)
-                instances = instances[keep]
+                instances = instances[batched_nms(boxes, scores, classes, self.nms_threshold)]
             wanted = (x.get("height", height), x.get("width", width))
             results.append({"instances": detector_postprocess(instances, *wanted)})
         return results
+
+
+def padding_of(sizes: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width) bool, True outside the image: `sizes` (B, 2) are the images' heights and widths."""
+    below = torch.arange(height, device=sizes.device)[:, None] >= sizes[:, 0, None, None]
+    right = torch.arange(width, device=sizes.device) >= sizes[:, 1, None, None]
+    return below | right

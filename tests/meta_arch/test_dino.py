@@ -242,7 +242,7 @@ def test_prediction_is_that_of_its_query_and_class(tiny_cfg: CfgNode) -> None:
     model = build_model(tiny_cfg)
     logits, boxes = torch.full((1, 20, 5), -5.0), torch.full((1, 20, 4), 0.5)
     logits[0, 7, 3], boxes[0, 7] = 4.0, torch.tensor([0.25, 0.5, 0.5, 0.5])
-    predictions = type("", (), {"logits": logits, "boxes": boxes})
+    predictions = Predictions(logits, boxes)
     ((result,),) = (r.values() for r in model.postprocess(predictions, [make_input(80, 40)], [(80, 40)]))
     assert result.pred_classes[0] == 3
     assert result.scores[0].item() == pytest.approx(torch.tensor(4.0).sigmoid().item())
