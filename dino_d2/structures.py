@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .constants import constant
+
 
 @dataclass
 class Targets:
@@ -24,26 +26,41 @@ class Memory:
     """The feature levels as one sequence of N tokens, level by level in raster order.
 
     tokens: (B, N, C).
-    padding_mask: (B, N) bool, True where a token lies on padding.
+    padding_mask: (B, N) bool, True where a token lies on padding; None: no image is padded.
     spatial_shapes: (height, width) of each of the L levels, on the host.
     valid_ratios: (B, L, 2), the unpadded share of each level's width and height, in (0, 1].
     """
 
     tokens: Tensor
-    padding_mask: Tensor
+    padding_mask: Tensor | None
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Tensor
 
     def token_centres(self) -> Tensor:
-        """Centre of every token, (B, N, 2) as (x, y) relative to the unpadded image: above 1 on padding."""
+        """Centre of every token as (x, y) relative to the unpadded image, (B, N, 2): above 1 on padding. Without
+        padding (1, N, 2)."""
         ratios = self.valid_ratios
-        centres = []
-        for level, (height, width) in enumerate(self.spatial_shapes):
-            y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
-            x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
-            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-            centres.append(grid / (ratios[:, None, level] * ratios.new_tensor((width, height))))
-        return torch.cat(centres, dim=1)
+        centres = centres_on_map(self.spatial_shapes, ratios.dtype, ratios.device)
+        if self.padding_mask is None:
+            return centres[None]
+        sizes = [height * width for height, width in self.spatial_shapes]
+        levels = zip(centres.split(sizes), ratios.unbind(1), strict=True)
+        return torch.cat([level / ratio[:, None] for level, ratio in levels], dim=1)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """(B, N, channels), zero on padding."""
+        return x if self.padding_mask is None else x.masked_fill(self.padding_mask[..., None], 0)
+
+
+@constant
+def centres_on_map(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Centre of every pixel of L maps as (x, y) in [0, 1] of its map, level by level in raster order: (N, 2)."""
+    centres = []
+    for height, width in spatial_shapes:
+        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
+    return torch.cat(centres)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dino_d2.checkpoint.assumptions import Assumptions
 from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dino_d2.modeling import build
+from dino_d2.modeling.backbone.frozen_norm import fold_frozen_norms
 from dino_d2.modeling.criterion import SetCriterion
 from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
@@ -63,8 +64,10 @@ class DINO(nn.Module):
         assumptions: Assumptions,
     ):
         super().__init__()
-        self.backbone, self.in_features = backbone, tuple(in_features)
-        self.neck = neck
+        fold_frozen_norms(backbone)
+        self.backbone = backbone.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        self.in_features = tuple(in_features)
+        self.neck = neck.to(memory_format=torch.channels_last)
         self.encoder = encoder
         self.query_selection = query_selection
         self.denoising = denoising
@@ -145,18 +148,20 @@ class DINO(nn.Module):
         layers = self.decoder(queries, memory, mask)
         return self.criterion(layers, selection.proposals, denoising, targets)
 
-    def encode(self, images: Tensor, padding_mask: Tensor) -> Memory:
-        """Normalised images (B, 3, H, W) and their padding (B, H, W), True on it -> refined tokens."""
+    def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
+        """Normalised images (B, 3, H, W) and their padding (B, H, W), True on it or None -> refined tokens."""
+        images = images.contiguous(memory_format=torch.channels_last)
         features = call(self.backbone, images, recompute=self.recompute_backbone)
         return self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
 
-    def predict(self, images: Tensor, padding_mask: Tensor) -> Predictions:
+    def predict(self, images: Tensor, padding_mask: Tensor | None) -> Predictions:
         """The last layer's predictions, without denoising; arguments as in :meth:`encode`."""
         memory = self.encode(images, padding_mask)
         return self.decoder(self.query_selection(memory).queries, memory)[-1]
 
-    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
+    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor | None]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
+        None where no image is padded.
 
         Every image takes the memory of one that is as high as the highest and as wide as the widest of the batch.
 
@@ -173,8 +178,9 @@ class DINO(nn.Module):
                 )
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors(images)
-        sizes = torch.stack([torch.as_tensor(size, device=self.device) for size in batch.image_sizes])
-        return batch, padding_of(sizes, *batch.tensor.shape[-2:])
+        if all(image.shape == batch.tensor.shape[1:] for image in images):
+            return batch, None
+        return batch, padding_of(torch.tensor(batch.image_sizes, device=self.device), *batch.tensor.shape[-2:])
 
     def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Targets]:
         """The objects of each image, boxes relative to it.

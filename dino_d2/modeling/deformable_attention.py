@@ -69,7 +69,7 @@ class MultiScaleDeformableAttention(nn.Module):
             (B, Q, C).
         """
         shape = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask[..., None], 0)
+        value = memory.without_padding(self.value_proj(memory.tokens))
         output = self.op(
             value.unflatten(-1, (self.num_heads, -1)),
             memory.spatial_shapes,

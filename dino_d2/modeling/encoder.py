@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_d2.constants import constant
 from dino_d2.structures import Memory
 
 from .deformable_attention import MultiScaleDeformableAttention
@@ -58,36 +59,61 @@ class DeformableEncoder(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         self.temperature, self.offset, self.recompute = temperature, offset, recompute
 
-    def forward(self, features: Sequence[Tensor], padding_mask: Tensor) -> Memory:
+    def forward(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> Memory:
         """
         Args:
             features: L maps (B, C, h, w).
-            padding_mask: (B, H, W) bool over the padded images, True on padding.
+            padding_mask: (B, H, W) bool over the padded images, True on padding; None: no image is padded.
         """
-        dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry is never below float32
-        masks = [_resize_mask(padding_mask, feature.shape[-2:]) for feature in features]
-        position = [
-            pixel_embedding(mask, feature.shape[1], self.temperature, self.offset, dtype) + level_embed[:, None, None]
-            for mask, feature, level_embed in zip(masks, features, self.level_embed, strict=True)
-        ]
-        memory = Memory(
-            tokens=_flatten(features),
-            padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            spatial_shapes=tuple((feature.shape[-2], feature.shape[-1]) for feature in features),
-            valid_ratios=torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1),
-        )
-        position = _flatten(position)
+        memory, position = self.lay_out(features, padding_mask)
         reference = memory.token_centres()[:, :, None] * memory.valid_ratios[:, None]
         for layer in self.layers:
             memory = call(layer, memory, position, reference, recompute=self.recompute)
         return memory
+
+    def lay_out(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
+        """The maps as tokens, and the embedding of each token's position and level, (B, N, C)."""
+        dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry is never below float32
+        batch, channels = features[0].shape[:2]
+        device = features[0].device
+        shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
+        if padding_mask is None:
+            on_tokens, valid_ratios = None, torch.ones(batch, len(shapes), 2, dtype=dtype, device=device)
+            position = position_on_map(shapes, channels, self.temperature, self.offset, dtype, device)[None]
+        else:
+            masks = [_resize_mask(padding_mask, shape) for shape in shapes]
+            on_tokens = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+            valid_ratios = torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
+            position = _embed(masks, channels, self.temperature, self.offset, dtype)
+        sizes = [height * width for height, width in shapes]
+        levels = zip(position.split(sizes, dim=1), self.level_embed, strict=True)
+        position = torch.cat([level + embed for level, embed in levels], dim=1)
+        return Memory(_flatten(features), on_tokens, shapes, valid_ratios), position.expand(batch, -1, -1)
+
+
+@constant
+def position_on_map(
+    spatial_shapes: tuple[tuple[int, int], ...],
+    channels: int,
+    temperature: float,
+    offset: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Sine embedding of every pixel of L maps without padding: (N, channels). See :func:`pixel_embedding`."""
+    masks = [torch.zeros(1, *shape, dtype=torch.bool, device=device) for shape in spatial_shapes]
+    return _embed(masks, channels, temperature, offset, dtype)[0]
+
+
+def _embed(masks: Sequence[Tensor], *how: object) -> Tensor:
+    return _flatten([pixel_embedding(mask, *how) for mask in masks])
 
 
 def _flatten(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
 
 
-def _resize_mask(mask: Tensor, size: torch.Size) -> Tensor:
+def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].bool()
 
 

@@ -38,9 +38,11 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
             for level, (height, width) in enumerate(memory.spatial_shapes)
         ]
     )
-    box = torch.cat([centre, size.expand_as(centre)], dim=-1)
+    box = torch.cat([centre, size.expand_as(centre)], dim=-1).expand(len(memory.tokens), -1, -1)
     low, high = VALID_RANGE
-    valid = ((box > low) & (box < high)).all(-1) & ~memory.padding_mask
+    valid = ((box > low) & (box < high)).all(-1)
+    if memory.padding_mask is not None:
+        valid = valid & ~memory.padding_mask
     return torch.logit(box).masked_fill(~valid[..., None], torch.inf), valid
 
 

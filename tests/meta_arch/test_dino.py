@@ -181,6 +181,12 @@ def test_targets_are_relative_centres_and_sizes(tiny_cfg: CfgNode) -> None:
 # --- evaluation
 
 
+def test_images_of_one_size_have_no_mask(tiny_cfg: CfgNode) -> None:
+    images, mask = build_model(tiny_cfg).preprocess_image([make_input(40, 64), make_input(40, 64)])
+    assert images.tensor.shape == (2, 3, 40, 64)
+    assert mask is None
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_images_are_normalised_padded_with_zeros_and_masked(training: bool, tiny_cfg: CfgNode) -> None:
     model = build_model(tiny_cfg).train(training)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import nn
 
 from dino_d2 import add_dino_config
 from dino_d2.modeling.backbone import TimmBackbone
+from dino_d2.modeling.backbone.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
 
 
 def config(name: str) -> CfgNode:
@@ -109,3 +112,56 @@ def test_swin_is_built_from_config_and_trains(checkpoint: bool) -> None:
     loss = sum(feature.square().sum() for feature in backbone(torch.rand(1, 3, 32, 32)).values())
     loss.backward()
     assert backbone.patch_embed.proj.weight.grad.any()
+
+
+# --- frozen norms
+
+
+def frozen_resnet() -> tuple[nn.Module, nn.Module]:
+    """As detectron2 builds it, with norms that do something; and the same with norms folded."""
+    cfg = config("build_resnet_backbone")
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.BACKBONE.FREEZE_AT = 18, 64, 2
+    plain = build_backbone(cfg).double()
+    for module in plain.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in (module.weight, module.running_var):
+                buffer.uniform_(0.5, 1.5)
+            for buffer in (module.bias, module.running_mean):
+                buffer.normal_(0, 0.5)
+    folded = deepcopy(plain)
+    fold_frozen_norms(folded)
+    return plain, folded
+
+
+def test_folded_norms_give_the_same_maps_and_gradients() -> None:
+    plain, folded = frozen_resnet()
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    maps = [backbone(image)["res4"] for backbone in (plain, folded)]
+    torch.testing.assert_close(maps[1], maps[0])
+    weights = torch.randn_like(maps[0])
+    for map_ in maps:
+        (map_ * weights).sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), folded.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad)
+
+
+def test_folding_leaves_the_names_and_no_norm_is_run_by_itself() -> None:
+    plain, folded = frozen_resnet()
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    runs = []
+    for module in folded.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.register_forward_hook(lambda *_: runs.append(1))
+    folded(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert not runs
+
+
+def test_trained_norms_are_not_folded() -> None:
+    cfg = config("build_resnet_backbone")
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.BACKBONE.FREEZE_AT = 18, 64, 0
+    backbone = build_backbone(cfg)
+    fold_frozen_norms(backbone)
+    assert not any(isinstance(module, ConvWithFrozenNorm) for module in backbone.modules())

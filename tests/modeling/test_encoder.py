@@ -71,6 +71,19 @@ def test_padded_image_gives_the_tokens_of_the_image_alone(num_layers: int) -> No
         torch.testing.assert_close(ours[..., : expected.shape[2], : expected.shape[3]], expected)
 
 
+@pytest.mark.parametrize("size", [(32, 64), (40, 72)])
+def test_no_mask_says_what_an_empty_mask_says(size: tuple[int, int]) -> None:
+    encoder = make_encoder(2)
+    features = make_features(*size, batch=2)
+    masked = encoder(features, torch.zeros(2, *size, dtype=torch.bool))
+    for _ in range(2):  # the second time from what was kept
+        unmasked = encoder(features, None)
+        assert unmasked.padding_mask is None
+        torch.testing.assert_close(unmasked.tokens, masked.tokens)
+        torch.testing.assert_close(unmasked.valid_ratios, masked.valid_ratios)
+        torch.testing.assert_close(unmasked.token_centres().expand(2, -1, -1), masked.token_centres())
+
+
 def test_position_and_level_reach_the_attention() -> None:
     encoder = make_encoder(1)
     features, mask = make_features(32, 32), mask_of((32, 32), (32, 32))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import timm
-import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -44,7 +43,6 @@ class TimmBackbone(Backbone):
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
             self.train()
-        self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         # Some transformers of timm give (B, h, w, channels).
         self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.body.feature_info
@@ -56,7 +54,7 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
-        maps = self.body(x.contiguous(memory_format=torch.channels_last))
+        maps = self.body(x)
         if self.channels_last_maps:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
         return dict(zip(self._out_features, maps, strict=True))
