@@ -74,7 +74,8 @@ class StepTrainer(SimpleTrainer):
         self.optimizer.zero_grad()
         losses = self._accumulate(batch)
         self.after_backward()
-        if not self._all_finite(losses):
+        losses, all_finite = self._read(losses)
+        if not all_finite:
             self._report(batch, losses)
             return
         self._write_metrics(losses, data_time)
@@ -104,12 +105,17 @@ class StepTrainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         return losses
 
-    def _all_finite(self, losses: dict[str, Tensor]) -> bool:
-        """Whether the losses of all processes are: they must agree on what to do."""
-        bad = sum(losses.values()).isfinite().logical_not().float()
+    def _read(self, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """The losses on the host, and whether those of all processes are finite: they must agree on what to do.
+
+        All in one transfer: after the matcher's, the only time that a step waits for its device.
+        """
+        values = torch.stack(list(losses.values()))
+        bad = values.sum().isfinite().logical_not().to(values)
         if comm.get_world_size() > 1:
             dist.all_reduce(bad)
-        return bad.item() == 0
+        *on_host, bad = torch.cat([values, bad[None]]).cpu().unbind()
+        return dict(zip(losses, on_host, strict=True)), not bad
 
     def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

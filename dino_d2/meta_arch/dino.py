@@ -176,11 +176,12 @@ class DINO(nn.Module):
                     f"{name} has the shape {shape}; it must be ({channels}, height, width). dino_d2.data.read_image "
                     "reads grey and transparent pictures so"
                 )
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        batch = ImageList.from_tensors(images)
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        batch = ImageList.from_tensors([(image - self.pixel_mean) / self.pixel_std for image in images])
         if all(image.shape == batch.tensor.shape[1:] for image in images):
             return batch, None
-        return batch, padding_of(torch.tensor(batch.image_sizes, device=self.device), *batch.tensor.shape[-2:])
+        sizes = torch.tensor(batch.image_sizes).to(self.device, non_blocking=True)
+        return batch, padding_of(sizes, *batch.tensor.shape[-2:])
 
     def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Targets]:
         """The objects of each image, boxes relative to it.
@@ -189,22 +190,23 @@ class DINO(nn.Module):
             ValueError: an image without "instances", or a class that the model does not have.
         """
         num_classes = self.decoder.num_classes
-        targets = []
+        labels, boxes = [], []
         for x in batched_inputs:
             name = x.get("file_name", "an image")
             if "instances" not in x:
                 raise ValueError(f'{name} has no "instances": in training every input needs them, empty ones too')
-            classes, boxes = x["instances"].gt_classes, x["instances"].gt_boxes.tensor
+            classes, corners = x["instances"].gt_classes, x["instances"].gt_boxes.tensor.to(self.pixel_mean.dtype)
             if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
                 raise ValueError(
                     f"{name} has objects of class {int(classes.max())} (lowest {int(classes.min())}), but "
                     f"MODEL.DINO.NUM_CLASSES is {num_classes}: classes count from 0 to {num_classes - 1}"
                 )
             height, width = x["image"].shape[-2:]
-            boxes = boxes.to(self.device, self.pixel_mean.dtype)
-            boxes = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-            targets.append(Targets(classes.to(self.device), boxes))
-        return targets
+            labels.append(classes)
+            boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
+        counts = [len(x) for x in labels]
+        labels, boxes = (torch.cat(x).to(self.device, non_blocking=True).split(counts) for x in (labels, boxes))
+        return [Targets(*of_image) for of_image in zip(labels, boxes, strict=True)]
 
     def postprocess(
         self,
@@ -218,7 +220,8 @@ class DINO(nn.Module):
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
-            boxes = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+            size = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+            boxes = cxcywh_to_xyxy(boxes) * size.to(self.device, non_blocking=True)
             instances = Instances((height, width))
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores

@@ -84,7 +84,7 @@ class SetCriterion:
 
 def boxes_per_process(count: int, like: Tensor) -> Tensor:
     """Number of boxes of an average process, at least 1."""
-    total = like.new_tensor(float(count))
+    total = like.new_full((), count)
     if comm.get_world_size() > 1:
         dist.all_reduce(total)
     return (total / comm.get_world_size()).clamp(min=1)

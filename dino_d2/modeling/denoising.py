@@ -90,7 +90,7 @@ class PlainDenoising(nn.Module):
             groups = min(groups, self.max_queries // (slots * self.parts))
         group_size = slots * self.parts
 
-        image, slot, target = (x.to(device) for x in _objects(targets, slots))
+        image, slot, target = _objects(targets, slots).to(device, non_blocking=True).unbind()
         labels = torch.cat([t.labels for t in targets])[target].expand(groups, self.parts, -1)
         boxes = torch.cat([t.boxes for t in targets])[target].expand(groups, self.parts, -1, -1)
         # Part p of a group moves its boxes by p to p + 1 half sides.
@@ -138,14 +138,12 @@ class NoDenoising(nn.Module):
         )
 
 
-def _objects(targets: Sequence[Targets], slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, slot and batch-wide number of every object that gets a slot; too many: a random choice of them."""
-    image, slot, target = [], [], []
+def _objects(targets: Sequence[Targets], slots: int) -> Tensor:
+    """Image, slot and batch-wide number (3, M) of every object that gets a slot; too many: a random choice of them."""
+    objects = []
     first = 0
     for i, t in enumerate(targets):
         kept = torch.arange(len(t)) if len(t) <= slots else torch.randperm(len(t))[:slots]
-        image.append(torch.full_like(kept, i))
-        slot.append(torch.arange(len(kept)))
-        target.append(first + kept)
+        objects.append(torch.stack([torch.full_like(kept, i), torch.arange(len(kept)), first + kept]))
         first += len(t)
-    return torch.cat(image), torch.cat(slot), torch.cat(target)
+    return torch.cat(objects, dim=1)

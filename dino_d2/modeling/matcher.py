@@ -28,7 +28,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
-        """Match several predictions (layers) of one batch; the costs of all of them travel to the host at once.
+        """Match several predictions (layers) of one batch; all costs travel to the host at once, all pairs back.
 
         A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
         would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
@@ -39,9 +39,10 @@ class HungarianMatcher:
             part.view(block.shape).numpy()
             for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)
         ]
-        device = blocks[0].device
         step = len(targets)
-        return [_pairs(costs[i : i + step], device) for i in range(0, len(costs), step)]
+        pairs = [_pairs(costs[i : i + step]) for i in range(0, len(costs), step)]
+        on_device = torch.cat(pairs, dim=1).to(blocks[0].device, non_blocking=True)
+        return [Pairs(*part.unbind()) for part in on_device.split([part.shape[1] for part in pairs], dim=1)]
 
     def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
         """Cost of every query with every object: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
@@ -53,15 +54,12 @@ class HungarianMatcher:
         return self.class_weight * (positive - negative) + self.l1_weight * distance - self.giou_weight * overlap
 
 
-def _pairs(costs: list, device: torch.device) -> Pairs:
-    """Solve one block (Q, n) per image."""
-    image, query, target = [], [], []
+def _pairs(costs: list) -> Tensor:
+    """Solve one block (Q, n) per image: image, query and batch-wide number of the object of each pair, (3, M)."""
+    pairs = []
     first = 0
     for i, cost in enumerate(costs):
-        rows, columns = (torch.as_tensor(index, dtype=torch.int64) for index in linear_sum_assignment(cost))
-        image.append(torch.full_like(rows, i))
-        query.append(rows)
-        target.append(first + columns)
+        query, target = (torch.as_tensor(index, dtype=torch.int64) for index in linear_sum_assignment(cost))
+        pairs.append(torch.stack([torch.full_like(query, i), query, first + target]))
         first += cost.shape[1]
-    indices = torch.stack([torch.cat(image), torch.cat(query), torch.cat(target)]).to(device)
-    return Pairs(*indices.unbind())
+    return torch.cat(pairs, dim=1)
