@@ -97,6 +97,9 @@ def add_dino_config(cfg: CN) -> None:
 
     # TEST.AUG is detectron2's test-time augmentation: sizes, flip. docs/evaluation.md
     cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU above which detections of one class in two copies are one object
+    cfg.TEST.AMP = CN()  # evaluation and prediction in mixed precision
+    cfg.TEST.AMP.ENABLED = False
+    cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 
     cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used

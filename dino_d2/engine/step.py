@@ -16,13 +16,13 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dino_d2.autocast import autocast, autocast_of_config
 from dino_d2.modeling.criterion import boxes_per_process
 from dino_d2.randomness import seed_from
 
 from .non_finite import is_finite, write_report
 
 STEPS = 1  # first number of the keys of the random numbers that a step draws (dino_d2.data.loader has DATA)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 ON_NON_FINITE = ("stop", "skip")
 
 
@@ -39,13 +39,11 @@ class StepSettings:
     @classmethod
     def of_config(cls, cfg: CfgNode) -> StepSettings:
         s = cfg.SOLVER
-        return cls(s.ACCUMULATION_STEPS, s.AMP.DTYPE if s.AMP.ENABLED else None, s.ON_NON_FINITE, cfg.OUTPUT_DIR)
+        return cls(s.ACCUMULATION_STEPS, autocast_of_config("SOLVER.AMP", s.AMP), s.ON_NON_FINITE, cfg.OUTPUT_DIR)
 
     def __post_init__(self) -> None:
         if self.parts < 1:
             raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {self.parts}; it must be at least 1")
-        if self.autocast is not None and self.autocast not in DTYPES:
-            raise ValueError(f"SOLVER.AMP.DTYPE is {self.autocast!r}; it must be one of {', '.join(DTYPES)}")
         if self.on_non_finite not in ON_NON_FINITE:
             raise ValueError(f"SOLVER.ON_NON_FINITE is {self.on_non_finite!r}; it must be stop or skip")
 
@@ -86,10 +84,6 @@ class StepTrainer(SimpleTrainer):
     def _seed(self) -> None:
         seed_from(self.data_loader.seed, STEPS, comm.get_rank(), self.iter)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = self.settings.autocast
-        return torch.autocast(self.device.type, DTYPES.get(dtype), enabled=dtype is not None)
-
     def _accumulate(self, batch: list[dict]) -> dict[str, Tensor]:
         """Gradients of the whole batch, part by part; the losses of the whole batch, detached."""
         parts = split(batch, self.settings.parts)
@@ -98,7 +92,7 @@ class StepTrainer(SimpleTrainer):
         for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
             waits = isinstance(self.model, DistributedDataParallel) and number + 1 < len(parts)
             with self.model.no_sync() if waits else nullcontext():  # gradients meet once, with the last part
-                with self._autocast():
+                with autocast(self.device.type, self.settings.autocast):
                     of_part = {name: loss * share for name, loss in self.model(part).items()}
                 self.grad_scaler.scale(sum(of_part.values())).backward()
             for name, loss in of_part.items():
@@ -120,7 +114,7 @@ class StepTrainer(SimpleTrainer):
     def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self._seed()  # so that the same numbers are drawn again
-        with self._autocast():
+        with autocast(self.device.type, self.settings.autocast):
             path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses)
         message = f"the loss of iteration {self.iter} is not finite; images, losses and the first module: {path}"
         advice = (

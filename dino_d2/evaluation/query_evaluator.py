@@ -73,7 +73,7 @@ class QueryEvaluator(DatasetEvaluator):
                 f"{type(self._model).__name__} has no decoder whose queries could be measured: "
                 "set TEST.QUERY_METRICS to False for models other than DINO"
             )
-        if getattr(self._model, "test_time_augmentation", None) is not None:
+        if self._model.inference.test_time_augmentation is not None:
             raise ValueError(
                 "TEST.QUERY_METRICS measures the queries of one pass, TEST.AUG.ENABLED makes several: switch one off"
             )

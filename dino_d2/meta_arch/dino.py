@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, de
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from dino_d2.autocast import autocast, autocast_of_config
 from dino_d2.checkpoint.assumptions import Assumptions
 from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dino_d2.modeling import build
@@ -26,6 +28,27 @@ from dino_d2.structures import Memory, Predictions, Targets
 from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
 
 
+@dataclass
+class InferenceSettings:
+    """max_detections: per image. nms_threshold: IoU above which the worse of two detections of one class is dropped;
+    1 keeps all. autocast: name of the dtype of products and convolutions, None: that of the weights.
+    test_time_augmentation: for each image; None: every image is looked at once."""
+
+    max_detections: int
+    nms_threshold: float
+    autocast: str | None
+    test_time_augmentation: TestTimeAugmentation | None
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> InferenceSettings:
+        return cls(
+            cfg.TEST.DETECTIONS_PER_IMAGE,
+            cfg.MODEL.DINO.NMS_THRESHOLD,
+            autocast_of_config("TEST.AMP", cfg.TEST.AMP),
+            build_test_time_augmentation(cfg),
+        )
+
+
 @META_ARCH_REGISTRY.register()
 class DINO(nn.Module):
     """Images in; weighted losses (training) or Instances (evaluation) out.
@@ -36,10 +59,8 @@ class DINO(nn.Module):
         denoising: makes the denoising queries; used in training only.
         criterion: makes the losses.
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
-        max_detections: per image.
-        nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
         recompute_backbone: keep no activations of it, make them again in the backward pass.
-        test_time_augmentation: in evaluation, for each image; None: every image is looked at once.
+        inference: how evaluation goes.
         assumptions: what weights must agree with; saved and checked with them.
     """
 
@@ -57,10 +78,8 @@ class DINO(nn.Module):
         criterion: SetCriterion,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
-        max_detections: int,
-        nms_threshold: float,
         recompute_backbone: bool,
-        test_time_augmentation: TestTimeAugmentation | None,
+        inference: InferenceSettings,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -73,9 +92,8 @@ class DINO(nn.Module):
         self.denoising = denoising
         self.decoder = decoder
         self.criterion = criterion
-        self.max_detections, self.nms_threshold = max_detections, nms_threshold
         self.recompute_backbone = recompute_backbone
-        self.test_time_augmentation = test_time_augmentation
+        self.inference = inference
         self.assumptions = assumptions
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -95,10 +113,8 @@ class DINO(nn.Module):
             "criterion": build.build_criterion(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
             "recompute_backbone": cfg.MODEL.DINO.CHECKPOINT.BACKBONE,
-            "test_time_augmentation": build_test_time_augmentation(cfg),
+            "inference": InferenceSettings.of_config(cfg),
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -129,15 +145,17 @@ class DINO(nn.Module):
             In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
             `pred_boxes`, `scores`, `pred_classes`, best first.
         """
-        if self.training or self.test_time_augmentation is None:
+        if self.training or self.inference.test_time_augmentation is None:
             return self.one_pass(batched_inputs)
-        return [self.test_time_augmentation(self.one_pass, x) for x in batched_inputs]
+        return [self.inference.test_time_augmentation(self.one_pass, x) for x in batched_inputs]
 
     def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """`forward` without test-time augmentation."""
         images, padding_mask = self.preprocess_image(batched_inputs)
         if not self.training:
-            return self.postprocess(self.predict(images.tensor, padding_mask), batched_inputs, images.image_sizes)
+            with autocast(self.device.type, self.inference.autocast):
+                predictions = self.predict(images.tensor, padding_mask)
+            return self.postprocess(predictions, batched_inputs, images.image_sizes)
 
         memory = self.encode(images.tensor, padding_mask)
         selection = self.query_selection(memory)
@@ -216,7 +234,7 @@ class DINO(nn.Module):
     ) -> list[dict[str, Instances]]:
         """The best (query, class) pairs of each image as Instances of the wanted size."""
         results = []
-        best = predictions.best(self.max_detections)
+        best = predictions.best(self.inference.max_detections)
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
@@ -226,8 +244,8 @@ class DINO(nn.Module):
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores
             instances.pred_classes = classes
-            if self.nms_threshold < 1:
-                instances = instances[batched_nms(boxes, scores, classes, self.nms_threshold)]
+            if self.inference.nms_threshold < 1:
+                instances = instances[batched_nms(boxes, scores, classes, self.inference.nms_threshold)]
             wanted = (x.get("height", height), x.get("width", width))
             results.append({"instances": detector_postprocess(instances, *wanted)})
         return results

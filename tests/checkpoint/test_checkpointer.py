@@ -50,7 +50,7 @@ def saved(model: DINO, folder: Path) -> str:
 
 def found(model: DINO, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Scores and boxes of each class, every query's, in the order of the boxes: scores may be all but equal."""
-    model.max_detections = model.decoder.num_classes * 20
+    model.inference.max_detections = model.decoder.num_classes * 20
     with torch.no_grad():
         instances = model.eval()([IMAGE])[0]["instances"]
     instances = instances[(instances.pred_boxes.tensor @ torch.tensor([1.0, 2, 3, 5])).argsort()]

@@ -20,6 +20,7 @@ from dino_d2 import DINO, load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.evaluation import QueryEvaluator, predictions_per_object
+from dino_d2.meta_arch.dino import InferenceSettings
 from dino_d2.modeling.matcher import HungarianMatcher
 from dino_d2.structures import Predictions, Queries
 from tests.synthetic import config_values, write_rectangles
@@ -40,7 +41,8 @@ class PlantedModel(nn.Module):
     """Says what it is told to: per image id the anchors (Q, 4) and, per layer, Q triples (box, class, score)."""
 
     postprocess = DINO.postprocess
-    max_detections, nms_threshold = 300, 1.0
+    inference = InferenceSettings(300, 1.0, autocast=None, test_time_augmentation=None)
+    device = torch.device("cpu")
 
     def __init__(self, plan: dict[int, tuple[list, list[list]]]):
         super().__init__()

@@ -210,7 +210,7 @@ def test_results_are_the_best_of_all_classes_best_first(tiny_cfg: CfgNode) -> No
     assert (result.scores.diff() <= 0).all()
     assert ((result.scores > 0) & (result.scores < 1)).all()
     assert ((result.pred_classes >= 0) & (result.pred_classes < 5)).all()
-    model.max_detections = 10**6
+    model.inference.max_detections = 10**6
     (everything,) = predict(model, image)
     assert len(everything) == 20 * 5
     assert_same(everything[:30], result)
@@ -262,6 +262,30 @@ def test_results_have_the_wanted_size(tiny_cfg: CfgNode) -> None:
     assert plain.image_size == (64, 96)
     assert scaled.image_size == (128, 288)
     torch.testing.assert_close(scaled.pred_boxes.tensor, plain.pred_boxes.tensor * torch.tensor([3.0, 2.0, 3.0, 2.0]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_evaluation_in_mixed_precision(dtype: str, tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.DINO.QUERY_SELECTION = "static"  # the same queries, however tokens are rounded
+    plain = build_model(tiny_cfg)
+    let_boxes_move(plain)
+    tiny_cfg.TEST.AMP.ENABLED, tiny_cfg.TEST.AMP.DTYPE = True, dtype
+    mixed = build_model(tiny_cfg)
+    mixed.load_state_dict(plain.state_dict())
+    products = []
+    mixed.encoder.layers[0].ffn.linear1.register_forward_hook(lambda module, inputs, out: products.append(out.dtype))
+    image = make_input(64, 96)
+    (expected,), (found,) = predict(plain, image), predict(mixed, image)
+    assert products == [getattr(torch, dtype)]
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=5e-3)
+    assert not torch.equal(found.scores, expected.scores)
+
+
+def test_dtype_that_cannot_be_mixed_is_named(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.TEST.AMP.ENABLED, tiny_cfg.TEST.AMP.DTYPE = True, "float64"
+    with pytest.raises(ValueError, match=r"TEST\.AMP\.DTYPE is 'float64'; it must be one of float16, bfloat16"):
+        build_model(tiny_cfg)
 
 
 # --- batches

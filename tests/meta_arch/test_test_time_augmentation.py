@@ -146,7 +146,7 @@ def test_one_copy_is_the_plain_result(augmented: Callable[..., DINO]) -> None:
     model = augmented([64], flip=False)
     image = {**noise(64, 96), "height": 128, "width": 288}
     (result,) = predict(model, image)
-    model.test_time_augmentation = None
+    model.inference.test_time_augmentation = None
     assert_same(result, predict(model, image)[0])
 
 
@@ -157,7 +157,7 @@ def test_flipped_image_has_the_flipped_result(augmented: Callable[..., DINO]) ->
     (flipped,) = predict(model, {"image": image["image"].flip(-1)})
     left, top, right, bottom = flipped.pred_boxes.tensor.unbind(1)
     flipped.pred_boxes = Boxes(torch.stack([96 - right, top, 96 - left, bottom], dim=1))
-    model.test_time_augmentation = None
+    model.inference.test_time_augmentation = None
     assert not torch.equal(result.scores, predict(model, image)[0].scores)
     assert_same(result, flipped, atol=1e-4)
 
@@ -174,7 +174,7 @@ def test_every_image_of_a_batch_has_its_result(augmented: Callable[..., DINO]) -
     images = [noise(64, 96), noise(80, 70)]
     for image, result in zip(images, predict(model, *images), strict=True):
         assert_same(result, predict(model, image)[0])
-        assert len(result) <= model.max_detections
+        assert len(result) <= model.inference.max_detections
 
 
 def test_default_predictor_uses_it(augmented: Callable[..., DINO], tiny_cfg: CfgNode, tmp_path: Path) -> None:
