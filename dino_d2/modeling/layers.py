@@ -24,7 +24,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu_(layer(x))
+            x = relu(layer(x))
         return self.layers[-1](x)
 
 
@@ -42,8 +42,13 @@ class FeedForward(nn.Module):
         return by_rows(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu_(self.linear1(x)))
+        hidden = self.dropout(relu(self.linear1(x)))
         return self.norm(x + self.dropout(self.linear2(hidden)))
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU, in place where no gradient is wanted (the product of a linear layer is a view: a gradient would pay)."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def box_head(embed_dim: int) -> MLP:
