@@ -85,13 +85,13 @@ def config_values(data: tuple[Path, Path], output: Path, name: str) -> list[str]
     return [str(part) for item in values.items() for part in item]
 
 
-def make_batch(counts: list[int]) -> list[dict]:
-    """Inputs for training: random images of 64 x 64 with so many objects of two classes."""
+def make_batch(counts: list[int], height: int = 64, width: int = 64) -> list[dict]:
+    """Inputs for training: random images with so many small objects of two classes."""
     batch = []
     for count in counts:
-        instances = Instances((64, 64))
+        instances = Instances((height, width))
         corner = torch.rand(count, 2) * 30
         instances.gt_boxes = Boxes(torch.cat([corner, corner + 5 + torch.rand(count, 2) * 25], dim=1))
         instances.gt_classes = torch.randint(2, (count,))
-        batch.append({"image": torch.rand(3, 64, 64) * 255, "instances": instances})
+        batch.append({"image": torch.rand(3, height, width) * 255, "instances": instances})
     return batch
