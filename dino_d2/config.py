@@ -27,7 +27,8 @@ def add_dino_config(cfg: CN) -> None:
     c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
     c.HIDDEN_DIM = 256  # channels of tokens and queries
     c.NHEADS = 8  # of every attention
-    c.ENC_LAYERS = 6
+    c.ENCODER = "deformable"  # deformable | interleaved: all tokens in every layer, or the finest level's rarely
+    c.ENC_LAYERS = 6  # of the interleaved encoder: blocks
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level
@@ -39,6 +40,10 @@ def add_dino_config(cfg: CN) -> None:
     c.NMS_THRESHOLD = 1.0  # IoU above which the worse of two detections of one class is dropped; 1: DINO needs none
     c.POS_TEMPERATURE = 20.0  # of the pixels' sine embedding
     c.POS_OFFSET = 0.0  # of the pixel number in it; -0.5 in the detectron2 port's weights
+
+    c.INTERLEAVED = CN()  # a block of that encoder
+    c.INTERLEAVED.COARSE_UPDATES = 2  # of the coarse levels, before the one of the finest
+    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the feed-forward block of that one
 
     c.DN = CN()
     c.DN.TYPE = "cdn"  # cdn | dn | none: with negatives (section 3.3), without (DN-DETR), off

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dino_d2.checkpoint import DINOCheckpointer
+from dino_d2.checkpoint.assumptions import CAPACITY, Assumptions
 from dino_d2.meta_arch import DINO
 from tests.checkpoint.test_convert import resnet_config
 
@@ -188,6 +191,23 @@ def test_other_contradictions_are_errors_still(detector: Callable, tmp_path: Pat
     path = saved(detector(*OLD), tmp_path)
     with pytest.raises(ValueError, match="POS_TEMPERATURE"):
         DINOCheckpointer(detector("bird", POS_TEMPERATURE=10000.0)).load(path)
+
+
+def test_weights_of_the_other_encoder_are_refused(detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    for checkpointer in (DINOCheckpointer, DetectionCheckpointer):
+        with pytest.raises(ValueError, match=r"MODEL\.DINO\.ENCODER is interleaved, the weights are for deformable"):
+            checkpointer(detector(*OLD, ENCODER="interleaved")).load(path)
+
+
+def test_checkpoint_of_before_there_was_another_encoder_is_of_the_deformable(detector: Callable) -> None:
+    ours = detector(*OLD).assumptions
+    facts = asdict(ours)
+    del facts["encoder"]
+    old = torch.zeros(CAPACITY, dtype=torch.uint8)
+    text = json.dumps(facts).encode()
+    old[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    assert Assumptions.from_tensor(old) == ours
 
 
 def test_detectron2s_own_checkpointer_refuses_other_names(detector: Callable, tmp_path: Path) -> None:

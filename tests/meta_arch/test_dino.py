@@ -25,6 +25,7 @@ VARIANTS = {
     "once and static": {"LOOK_FORWARD": "once", "QUERY_SELECTION": "static"},
     "dn": {"DN__TYPE": "dn"},
     "no denoising": {"DN__TYPE": "none"},
+    "interleaved": {"ENCODER": "interleaved"},
     "a head per layer": {"SHARE_HEADS": False},
     "a head per layer, once": {"SHARE_HEADS": False, "LOOK_FORWARD": "once"},
 }
