@@ -22,7 +22,7 @@ def add_dino_config(cfg: CN) -> None:
     c = cfg.MODEL.DINO = CN()
     c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
     c.CLASS_NAMES = []  # their names in that order, or none: the data set's; saved with the weights
-    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE)
+    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE); may be lowered later
     c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
     c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
     c.HIDDEN_DIM = 256  # channels of tokens and queries

@@ -6,6 +6,7 @@ Lifted into another DETR, this file needs nothing but `structures`: the heads th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,10 @@ class EncoderProposals(nn.Module):
 
 
 class MixedQuerySelection(nn.Module):
-    """Anchors from the best tokens, content learned: the choice of DINO."""
+    """Anchors from the best tokens, content learned: the choice of DINO.
+
+    `num_queries` may be lowered after training: fewer tokens are chosen, and the first content queries serve.
+    """
 
     def __init__(self, num_queries: int, embed_dim: int, proposals: EncoderProposals):
         super().__init__()
@@ -91,6 +95,20 @@ class MixedQuerySelection(nn.Module):
         batch, queries, _ = proposals.boxes.shape
         content = self.content.weight[:queries].expand(batch, -1, -1)
         return Selection(Queries(content, proposals.boxes.detach()), proposals)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Checkpointers that leave out what has another shape would leave the content random, with a warning at most.
+
+        Raises:
+            ValueError: weights of the proposals without those of the content.
+        """
+        if f"{prefix}proposals.project.weight" in state_dict and f"{prefix}content.weight" not in state_dict:
+            raise ValueError(
+                f"The weights have no content queries, or not MODEL.DINO.NUM_QUERIES, {self.num_queries}, of them, so "
+                "that they were left out. dino_d2.checkpoint.DINOCheckpointer takes the first of more; or build the "
+                "model with as many as were trained and lower model.query_selection.num_queries after loading."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class PureQuerySelection(nn.Module):
