@@ -35,6 +35,7 @@ def add_dino_config(cfg: CN) -> None:
     c.OP = "auto"  # auto | compiled | reference: the best there is; refuse to run without kernels; plain PyTorch
     c.DROPOUT = 0.0  # of attention and feed-forward blocks
     c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
+    c.QUERY_SCORE_THRESHOLD = 0.0  # in prediction, no queries of tokens that score less; 0: always NUM_QUERIES
     c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)
     c.SHARE_HEADS = True  # one class and one box head for all decoder layers, or one of each per layer
     c.NMS_THRESHOLD = 1.0  # IoU above which the worse of two detections of one class is dropped; 1: DINO needs none

@@ -20,6 +20,7 @@ from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
+from dino_d2.modeling.query_selection import surest
 from dino_d2.structures import Memory, Predictions, Targets
 
 from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
@@ -36,6 +37,8 @@ class DINO(nn.Module):
         criterion: makes the losses.
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         max_detections: per image.
+        query_score_threshold: queries of tokens that score less are left out in evaluation, so that images have as
+            many as they need, `query_selection.num_queries` at most; 0: all have as many.
         nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
         recompute_backbone: keep no activations of it, make them again in the backward pass.
         test_time_augmentation: in evaluation, for each image; None: every image is looked at once.
@@ -57,6 +60,7 @@ class DINO(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         max_detections: int,
+        query_score_threshold: float,
         nms_threshold: float,
         recompute_backbone: bool,
         test_time_augmentation: TestTimeAugmentation | None,
@@ -71,6 +75,7 @@ class DINO(nn.Module):
         self.decoder = decoder
         self.criterion = criterion
         self.max_detections, self.nms_threshold = max_detections, nms_threshold
+        self.query_score_threshold = query_score_threshold
         self.recompute_backbone = recompute_backbone
         self.test_time_augmentation = test_time_augmentation
         self.assumptions = assumptions
@@ -93,6 +98,7 @@ class DINO(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "query_score_threshold": build.query_score_threshold(cfg),
             "nms_threshold": cfg.MODEL.DINO.NMS_THRESHOLD,
             "recompute_backbone": cfg.MODEL.DINO.CHECKPOINT.BACKBONE,
             "test_time_augmentation": build_test_time_augmentation(cfg),
@@ -153,7 +159,14 @@ class DINO(nn.Module):
     def predict(self, images: Tensor, padding_mask: Tensor) -> Predictions:
         """The last layer's predictions, without denoising; arguments as in :meth:`encode`."""
         memory = self.encode(images, padding_mask)
-        return self.decoder(self.query_selection(memory).queries, memory)[-1]
+        selection = self.query_selection(memory)
+        if self.query_score_threshold == 0:
+            return self.decoder(selection.queries, memory)[-1]
+        queries, own = surest(selection, self.query_score_threshold)
+        # An image must find what it finds alone, though another in its batch has more queries: nobody looks at those.
+        blocked = ~own[:, None].expand(-1, own.shape[1], -1)
+        mask = blocked.repeat_interleave(self.decoder.layers[0].self_attn.num_heads, dim=0)
+        return self.decoder(queries, memory, mask)[-1].only(own)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.

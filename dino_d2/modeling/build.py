@@ -64,6 +64,16 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
     return MixedQuerySelection(c.NUM_QUERIES, c.HIDDEN_DIM, proposals)
 
 
+def query_score_threshold(cfg: CfgNode) -> float:
+    c = cfg.MODEL.DINO
+    key, threshold = "MODEL.DINO.QUERY_SCORE_THRESHOLD", c.QUERY_SCORE_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise ValueError(f"{key} is {threshold}; it must be at least 0, which is off, and below 1")
+    if threshold and c.QUERY_SELECTION == "static":
+        raise ValueError(f"{key} is {threshold}, but MODEL.DINO.QUERY_SELECTION static scores no tokens; set it to 0")
+    return threshold
+
+
 def build_decoder(cfg: CfgNode) -> DINODecoder:
     c = cfg.MODEL.DINO
     choice = _choice("MODEL.DINO.LOOK_FORWARD", c.LOOK_FORWARD, BOX_REFINEMENTS)

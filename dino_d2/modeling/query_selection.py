@@ -45,6 +45,25 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
     return torch.logit(box).masked_fill(~valid[..., None], torch.inf), valid
 
 
+def surest(selection: Selection, threshold: float) -> tuple[Queries, Tensor]:
+    """The queries of tokens that score above a threshold, and at least the best one of each image.
+
+    Reads one number from the device: how many the image with the most has.
+
+    Args:
+        selection: with proposals, best first.
+        threshold: of the best class's sigmoid, in [0, 1).
+
+    Returns:
+        as many queries for every image as for that one; and which of them the image itself has, (B, Q) bool.
+    """
+    own = selection.proposals.logits.max(-1).values.sigmoid() > threshold
+    own[:, 0] = True
+    count = int(own.sum(1).max())
+    queries = selection.queries
+    return Queries(queries.content[:, :count], queries.anchors[:, :count]), own[:, :count]
+
+
 class EncoderProposals(nn.Module):
     """Scores every token and keeps the best, with a class and a box head of its own.
 
