@@ -120,8 +120,9 @@ def test_small_and_odd_images_train_and_predict(height: int, width: int, tiny_cf
     assert result.scores.isfinite().all()
 
 
-def test_losses_fall_on_a_batch_seen_again_and_again(tiny_config) -> None:
-    model = build_model(tiny_config(DN__TYPE="none"))
+@pytest.mark.parametrize("encoder", ["deformable", "interleaved"])
+def test_losses_fall_on_a_batch_seen_again_and_again(encoder: str, tiny_config) -> None:
+    model = build_model(tiny_config(DN__TYPE="none", ENCODER=encoder))
     inputs = [make_input(64, 64, 2), make_input(64, 64, 1)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     history = []
