@@ -22,23 +22,29 @@ def add_dino_config(cfg: CN) -> None:
     c = cfg.MODEL.DINO = CN()
     c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
     c.CLASS_NAMES = []  # their names in that order, or none: the data set's; saved with the weights
-    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE)
+    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE); may be lowered later
     c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
     c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
     c.HIDDEN_DIM = 256  # channels of tokens and queries
     c.NHEADS = 8  # of every attention
-    c.ENC_LAYERS = 6
+    c.ENCODER = "deformable"  # deformable | interleaved: all tokens in every layer, or the finest level's rarely
+    c.ENC_LAYERS = 6  # of the interleaved encoder: blocks
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level
     c.OP = "auto"  # auto | compiled | reference: the best there is; refuse to run without kernels; plain PyTorch
     c.DROPOUT = 0.0  # of attention and feed-forward blocks
     c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
+    c.QUERY_SCORE_THRESHOLD = 0.0  # in prediction, no queries of tokens that score less; 0: always NUM_QUERIES
     c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)
     c.SHARE_HEADS = True  # one class and one box head for all decoder layers, or one of each per layer
     c.NMS_THRESHOLD = 1.0  # IoU above which the worse of two detections of one class is dropped; 1: DINO needs none
     c.POS_TEMPERATURE = 20.0  # of the pixels' sine embedding
     c.POS_OFFSET = 0.0  # of the pixel number in it; -0.5 in the detectron2 port's weights
+
+    c.INTERLEAVED = CN()  # a block of that encoder
+    c.INTERLEAVED.COARSE_UPDATES = 2  # of the coarse levels, before the one of the finest
+    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the feed-forward block of that one
 
     c.DN = CN()
     c.DN.TYPE = "cdn"  # cdn | dn | none: with negatives (section 3.3), without (DN-DETR), off

@@ -89,6 +89,11 @@ class Predictions:
             Predictions(self.logits[:, first:], self.boxes[:, first:]),
         )
 
+    def only(self, chosen: Tensor) -> Predictions:
+        """Those of the chosen queries, (B, Q) bool; the others have score 0 and an empty box, which no result keeps."""
+        others = ~chosen[..., None]
+        return Predictions(self.logits.masked_fill(others, -torch.inf), self.boxes.masked_fill(others, 0))
+
     def best(self, count: int) -> Detections:
         """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
         classes = self.logits.shape[2]

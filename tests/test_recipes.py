@@ -205,6 +205,30 @@ def test_ablations_add_one_idea_at_a_time() -> None:
     ]
 
 
+def test_interleaved_recipe_changes_the_encoder_only() -> None:
+    assert differences("small/dino_r50_4scale_interleaved_12ep", "dino_r50_4scale_12ep") == {
+        "MODEL.DINO.ENCODER": "interleaved",
+        "MODEL.DINO.ENC_LAYERS": 3,
+        "OUTPUT_DIR": "output/small/dino_r50_4scale_interleaved_12ep",
+    }
+
+
+def test_pictures_of_640_pixels_are_the_published_sizes_times_three_fifths() -> None:
+    small, published = recipe("small/dino_r50_640").INPUT, recipe("dino_r50_4scale_12ep").INPUT
+    assert [size * 3 // 5 for size in published.CROP.RESIZE_FIRST] == small.CROP.RESIZE_FIRST
+    assert [size * 3 // 5 for size in published.CROP.SIZE] == small.CROP.SIZE
+    for kind in (min, max):
+        assert kind(small.MIN_SIZE_TRAIN) == kind(published.MIN_SIZE_TRAIN) * 3 // 5
+    assert small.MIN_SIZE_TEST == published.MIN_SIZE_TEST * 3 // 5
+    assert (small.MAX_SIZE_TRAIN, small.MAX_SIZE_TEST) == (640, 640)
+
+
+@pytest.mark.parametrize("name", ["dino_r18_640", "dino_mobilenetv2_640"])
+def test_small_recipes_change_the_model_only(name: str) -> None:
+    changed = differences(f"small/{name}", "small/dino_r50_640")
+    assert {key for key in changed if not key.startswith("MODEL.")} == {"OUTPUT_DIR"}
+
+
 OBJECTS365 = {  # what pre-training changes, whatever the model
     "MODEL.DINO.NUM_CLASSES": 365,
     "DATASETS.COCO_FORMAT": [

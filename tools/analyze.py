@@ -33,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--size {height} {width}: both must be at least 1 pixel")
 
     # Neither weights nor how the backward pass gets its activations change a count of the prediction. Weights would
-    # have to be fetched, and checkpointed blocks cannot be traced.
+    # have to be fetched, and checkpointed blocks cannot be traced. All queries: how many pass a threshold depends on
+    # the picture, and ours is black.
     neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
+    neutral += ["MODEL.DINO.QUERY_SCORE_THRESHOLD", "0.0"]
     cfg = load_config(args.config_file, [*args.opts, *neutral])
     analysis = analyze(build_model(cfg), height, width)
     print(f"{args.config_file}: one image of {height} x {width} pixels\n")

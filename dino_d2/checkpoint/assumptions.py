@@ -27,6 +27,7 @@ class Assumptions:
     share_heads: one class and one box head for all decoder layers.
     position_temperature, position_offset: of the pixels' sine embedding.
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
+    encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
     """
 
     class_names: tuple[str, ...]
@@ -36,6 +37,7 @@ class Assumptions:
     pixel_format: str
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
+    encoder: str = "deformable"
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
@@ -53,6 +55,7 @@ class Assumptions:
             pixel_format=cfg.INPUT.FORMAT,
             pixel_mean=tuple(float(x) for x in cfg.MODEL.PIXEL_MEAN),
             pixel_std=tuple(float(x) for x in cfg.MODEL.PIXEL_STD),
+            encoder=c.ENCODER,
         )
 
     def to_tensor(self) -> Tensor:
@@ -82,6 +85,8 @@ class Assumptions:
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if field.name == "class_names" and len(ours) != len(theirs):
                 continue
+            if field.name == "encoder" and not theirs:
+                continue
             if ours != theirs:
                 lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
         return lines
@@ -95,6 +100,7 @@ CONFIG_KEYS = {
     "pixel_format": "INPUT.FORMAT",
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
+    "encoder": "MODEL.DINO.ENCODER",
 }
 
 

@@ -27,6 +27,8 @@ LOADABLE = (
 # With a backbone alone at least this much of it is in the file, and at least this much of the file is it: what is left
 # over is an ImageNet classifier then, not another detector or a deeper backbone.
 BACKBONE_SHARE = 0.9
+# Learned by the query: what it starts from and, of static queries, where.
+CONTENT, ANCHORS = "query_selection.content.weight", "query_selection.anchor_logits.weight"
 OPTIONAL = (EXTRA_STATE, *COMPUTED, "running_mean", "running_var")  # names that do not count: a file may lack them
 
 
@@ -34,6 +36,7 @@ class DINOCheckpointer(DetectionCheckpointer):
     """Loads what :class:`DetectionCheckpointer` loads, and
 
     - copies the rows of classes by name where weights are for other classes, and says which;
+    - takes the first content queries where weights have more of them than the model;
     - refuses files that could run code;
     - refuses files that hold another model;
     - writes whole files or none, and says what to do about a damaged one.
@@ -44,7 +47,7 @@ class DINOCheckpointer(DetectionCheckpointer):
         model: a DINO, also one that is wrapped for several processes.
         save_dir: where checkpoints are written and the last one is looked for.
         trust_files: load files that could run code.
-        for_evaluation: refuse weights that lack a class of the model, whose scores would be random.
+        for_evaluation: refuse weights that lack a class or a query of the model, which would be random.
         others: see detectron2; `checkpointables` among them.
     """
 
@@ -117,6 +120,7 @@ class DINOCheckpointer(DetectionCheckpointer):
         self._convert_ndarray_to_tensor(state)
         consume_prefix_in_state_dict_if_present(state, "module.")
         self._fit_classes(state)
+        self._fit_queries(state)
         incompatible = super()._load_model(checkpoint)
 
         found = self._own_names() - set(incompatible.missing_keys)
@@ -183,3 +187,32 @@ class DINOCheckpointer(DetectionCheckpointer):
                 state[name] = match.copy_rows(state[name], own)
         state[EXTRA_STATE] = replace(assumed, class_names=ours).to_tensor()
         self.logger.info(table)
+
+    def _fit_queries(self, state: dict[str, Tensor]) -> None:
+        """Bring the content queries of `state` into the model's number, in place: all of them were trained alike."""
+        own = self.model.state_dict()
+        if CLASS_BIAS not in state or CONTENT not in own:  # a backbone alone; a model whose queries learn nothing
+            return
+        content = state.get(CONTENT, own[CONTENT][:0])
+        count, own_count = len(content), len(own[CONTENT])
+        if count == own_count or content.shape[1:] != own[CONTENT].shape[1:]:
+            return
+        problem = f"{self._path} has {count} content queries, MODEL.DINO.NUM_QUERIES is {own_count}"
+        if self._resumes:
+            raise ValueError(
+                f"{problem}. Training is resumed with as many, since the optimizer knows each; with fewer, start a new "
+                "training from these weights (MODEL.WEIGHTS, another OUTPUT_DIR, no --resume)."
+            )
+        if ANCHORS in own:
+            raise ValueError(
+                f"{problem}. Static queries have learned where to look, each its part of the picture: none may be left "
+                f"out or added. Set MODEL.DINO.NUM_QUERIES {count}."
+            )
+        if count > own_count:
+            state[CONTENT] = content[:own_count]
+            self.logger.info(f"{problem}: the first {own_count} are taken.")
+        elif self.for_evaluation:
+            raise ValueError(f"{problem}: the others would be random. Set it to {count} or fewer.")
+        else:
+            state[CONTENT] = torch.cat([content, own[CONTENT][count:].to(content)])
+            self.logger.warning(f"{problem}. Newly initialised: the last {own_count - count}.")

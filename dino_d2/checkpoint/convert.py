@@ -117,8 +117,11 @@ def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conve
     """The way back: a state dict of `model` under the names of `source` (official).
 
     Raises:
-        ConversionError: names of the state dict that the model does not have, or the other way round.
+        ConversionError: names of the state dict that the model does not have, or the other way round; an encoder that
+            no published program has.
     """
+    if model.assumptions.encoder != "deformable":
+        raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} weights cannot be")
     layout = layout_of(model)
     expected = set(model.state_dict()) - {EXTRA_STATE}
     given = set(state) - {EXTRA_STATE}
@@ -142,7 +145,7 @@ def _assumptions(source: str, model: DINO, state: Mapping[str, Tensor]) -> Assum
     pixel_format, mean, std = PIXELS
     theirs = replace(
         ours, position_temperature=temperature, position_offset=offset, pixel_format=pixel_format,
-        pixel_mean=mean, pixel_std=std,
+        pixel_mean=mean, pixel_std=std, encoder="deformable",
     )  # fmt: skip
     lines = ours.contradictions(theirs)
     if lines:

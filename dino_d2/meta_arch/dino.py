@@ -23,6 +23,7 @@ from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
+from dino_d2.modeling.query_selection import surest
 from dino_d2.structures import Memory, Predictions, Targets
 
 from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
@@ -30,11 +31,18 @@ from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmen
 
 @dataclass
 class InferenceSettings:
-    """max_detections: per image. nms_threshold: IoU above which the worse of two detections of one class is dropped;
-    1 keeps all. autocast: name of the dtype of products and convolutions, None: that of the weights.
-    test_time_augmentation: for each image; None: every image is looked at once."""
+    """How evaluation goes.
+
+    max_detections: per image.
+    query_score_threshold: queries of tokens that score less are left out, so that images have as many as they need,
+        `query_selection.num_queries` at most; 0: all have as many.
+    nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
+    autocast: name of the dtype of products and convolutions, None: that of the weights.
+    test_time_augmentation: for each image; None: every image is looked at once.
+    """
 
     max_detections: int
+    query_score_threshold: float
     nms_threshold: float
     autocast: str | None
     test_time_augmentation: TestTimeAugmentation | None
@@ -43,6 +51,7 @@ class InferenceSettings:
     def of_config(cls, cfg: CfgNode) -> InferenceSettings:
         return cls(
             cfg.TEST.DETECTIONS_PER_IMAGE,
+            build.query_score_threshold(cfg),
             cfg.MODEL.DINO.NMS_THRESHOLD,
             autocast_of_config("TEST.AMP", cfg.TEST.AMP),
             build_test_time_augmentation(cfg),
@@ -175,7 +184,14 @@ class DINO(nn.Module):
     def predict(self, images: Tensor, padding_mask: Tensor | None) -> Predictions:
         """The last layer's predictions, without denoising; arguments as in :meth:`encode`."""
         memory = self.encode(images, padding_mask)
-        return self.decoder(self.query_selection(memory).queries, memory)[-1]
+        selection = self.query_selection(memory)
+        if self.inference.query_score_threshold == 0:
+            return self.decoder(selection.queries, memory)[-1]
+        queries, own = surest(selection, self.inference.query_score_threshold)
+        # An image must find what it finds alone, though another in its batch has more queries: nobody looks at those.
+        blocked = ~own[:, None].expand(-1, own.shape[1], -1)
+        mask = blocked.repeat_interleave(self.decoder.layers[0].self_attn.num_heads, dim=0)
+        return self.decoder(queries, memory, mask)[-1].only(own)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor | None]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.

@@ -16,6 +16,7 @@ from .decoder import DecoderLayer, DINODecoder, class_head
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
 from .encoder import DeformableEncoder, EncoderLayer
+from .interleaved_encoder import InterleavedBlock
 from .layers import FeedForward, box_head
 from .matcher import HungarianMatcher
 from .neck import ChannelMapper
@@ -28,11 +29,27 @@ def build_neck(cfg: CfgNode, in_channels: Sequence[int]) -> ChannelMapper:
 
 def build_encoder(cfg: CfgNode) -> DeformableEncoder:
     c = cfg.MODEL.DINO
-    layers = [EncoderLayer(_deformable_attention(cfg), _ffn(cfg)) for _ in range(c.ENC_LAYERS)]
+    if _choice("MODEL.DINO.ENCODER", c.ENCODER, ("deformable", "interleaved")) == "deformable":
+        layers = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.ENC_LAYERS)]
+    else:
+        layers = [_interleaved_block(cfg) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
     return DeformableEncoder(
         layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER
     )
+
+
+def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:
+    return EncoderLayer(_deformable_attention(cfg), _ffn(cfg, dim_feedforward))
+
+
+def _interleaved_block(cfg: CfgNode) -> InterleavedBlock:
+    c = cfg.MODEL.DINO
+    if c.NUM_FEATURE_LEVELS < 2:
+        raise ValueError("MODEL.DINO.ENCODER interleaved needs a finest level and coarser ones, but "
+                         f"MODEL.DINO.NUM_FEATURE_LEVELS is {c.NUM_FEATURE_LEVELS}; one level: deformable")  # fmt: skip
+    coarse = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.INTERLEAVED.COARSE_UPDATES)]
+    return InterleavedBlock(coarse, _encoder_layer(cfg, c.INTERLEAVED.FINEST_FEEDFORWARD))
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:
@@ -47,6 +64,16 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
     return MixedQuerySelection(c.NUM_QUERIES, c.HIDDEN_DIM, proposals)
 
 
+def query_score_threshold(cfg: CfgNode) -> float:
+    c = cfg.MODEL.DINO
+    key, threshold = "MODEL.DINO.QUERY_SCORE_THRESHOLD", c.QUERY_SCORE_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise ValueError(f"{key} is {threshold}; it must be at least 0, which is off, and below 1")
+    if threshold and c.QUERY_SELECTION == "static":
+        raise ValueError(f"{key} is {threshold}, but MODEL.DINO.QUERY_SELECTION static scores no tokens; set it to 0")
+    return threshold
+
+
 def build_decoder(cfg: CfgNode) -> DINODecoder:
     c = cfg.MODEL.DINO
     choice = _choice("MODEL.DINO.LOOK_FORWARD", c.LOOK_FORWARD, BOX_REFINEMENTS)
@@ -54,7 +81,7 @@ def build_decoder(cfg: CfgNode) -> DINODecoder:
         DecoderLayer(
             nn.MultiheadAttention(c.HIDDEN_DIM, c.NHEADS, dropout=c.DROPOUT, batch_first=True),
             _deformable_attention(cfg),
-            _ffn(cfg),
+            _ffn(cfg, c.DIM_FEEDFORWARD),
         )
         for _ in range(c.DEC_LAYERS)
     ]
@@ -97,8 +124,8 @@ def _deformable_attention(cfg: CfgNode) -> MultiScaleDeformableAttention:
     return MultiScaleDeformableAttention(c.HIDDEN_DIM, c.NHEADS, c.NUM_FEATURE_LEVELS, c.NUM_POINTS, op)
 
 
-def _ffn(cfg: CfgNode) -> FeedForward:
-    return FeedForward(cfg.MODEL.DINO.HIDDEN_DIM, cfg.MODEL.DINO.DIM_FEEDFORWARD, cfg.MODEL.DINO.DROPOUT)
+def _ffn(cfg: CfgNode, hidden_dim: int) -> FeedForward:
+    return FeedForward(cfg.MODEL.DINO.HIDDEN_DIM, hidden_dim, cfg.MODEL.DINO.DROPOUT)
 
 
 def _xavier(modules: Sequence[nn.Module]) -> None:

@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         Args:
             content, position: (B, Q, C).
             reference: (B, Q, L, 4), the anchors in [0, 1] of each padded level.
-            attention_mask: (Q, Q) bool, True = blocked; None: everybody sees everybody.
+            attention_mask: (Q, Q) or (B * heads, Q, Q) bool, True = blocked; None: everybody sees everybody.
         """
         query = content + position
         attended, _ = self.self_attn(query, query, content, attn_mask=attention_mask, need_weights=False)

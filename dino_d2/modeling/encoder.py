@@ -29,16 +29,19 @@ class EncoderLayer(nn.Module):
         self.ffn = ffn
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
-        tokens = memory.tokens
+        return replace(memory, tokens=self.update(memory.tokens, position, reference, memory))
+
+    def update(self, tokens: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """What becomes of some of the tokens (B, Q, C); position (B, Q, C) and reference (B, Q, L, 2) are theirs."""
         attended = self.self_attn(tokens + position, reference, memory)
-        return replace(memory, tokens=self.ffn(self.self_attn_norm(tokens + self.dropout(attended))))
+        return self.ffn(self.self_attn_norm(tokens + self.dropout(attended)))
 
 
 class DeformableEncoder(nn.Module):
     """Flattens L feature maps into one sequence of N tokens and refines them.
 
     Args:
-        layers: applied in turn.
+        layers: (memory, position, reference) -> memory, applied in turn.
         embed_dim: C.
         num_levels: L.
         temperature, offset: of the sine embedding of the pixels.
@@ -47,7 +50,7 @@ class DeformableEncoder(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[EncoderLayer],
+        layers: Sequence[nn.Module],
         embed_dim: int,
         num_levels: int,
         temperature: float,

@@ -6,6 +6,7 @@ Lifted into another DETR, this file needs nothing but `structures`: the heads th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,25 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
     return torch.logit(box).masked_fill(~valid[..., None], torch.inf), valid
 
 
+def surest(selection: Selection, threshold: float) -> tuple[Queries, Tensor]:
+    """The queries of tokens that score above a threshold, and at least the best one of each image.
+
+    Reads one number from the device: how many the image with the most has.
+
+    Args:
+        selection: with proposals, best first.
+        threshold: of the best class's sigmoid, in [0, 1).
+
+    Returns:
+        as many queries for every image as for that one; and which of them the image itself has, (B, Q) bool.
+    """
+    own = selection.proposals.logits.max(-1).values.sigmoid() > threshold
+    own[:, 0] = True
+    count = int(own.sum(1).max())
+    queries = selection.queries
+    return Queries(queries.content[:, :count], queries.anchors[:, :count]), own[:, :count]
+
+
 class EncoderProposals(nn.Module):
     """Scores every token and keeps the best, with a class and a box head of its own.
 
@@ -79,7 +99,10 @@ class EncoderProposals(nn.Module):
 
 
 class MixedQuerySelection(nn.Module):
-    """Anchors from the best tokens, content learned: the choice of DINO."""
+    """Anchors from the best tokens, content learned: the choice of DINO.
+
+    `num_queries` may be lowered after training: fewer tokens are chosen, and the first content queries serve.
+    """
 
     def __init__(self, num_queries: int, embed_dim: int, proposals: EncoderProposals):
         super().__init__()
@@ -93,6 +116,20 @@ class MixedQuerySelection(nn.Module):
         batch, queries, _ = proposals.boxes.shape
         content = self.content.weight[:queries].expand(batch, -1, -1)
         return Selection(Queries(content, proposals.boxes.detach()), proposals)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Checkpointers that leave out what has another shape would leave the content random, with a warning at most.
+
+        Raises:
+            ValueError: weights of the proposals without those of the content.
+        """
+        if f"{prefix}proposals.project.weight" in state_dict and f"{prefix}content.weight" not in state_dict:
+            raise ValueError(
+                f"The weights have no content queries, or not MODEL.DINO.NUM_QUERIES, {self.num_queries}, of them, so "
+                "that they were left out. dino_d2.checkpoint.DINOCheckpointer takes the first of more; or build the "
+                "model with as many as were trained and lower model.query_selection.num_queries after loading."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class PureQuerySelection(nn.Module):

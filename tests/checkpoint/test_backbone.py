@@ -59,12 +59,14 @@ def test_swin(shifted: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_backbone_is_a_start_for_any_classes() -> None:
-    def named(*names: str) -> DINO:
-        return build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", str(list(names))))
+def test_backbone_is_a_start_for_any_classes_and_encoder() -> None:
+    def named(*names: str, encoder: str = "deformable") -> DINO:
+        values = ["MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", str(list(names)), "MODEL.DINO.ENCODER"]
+        return build_model(resnet_config(*values, encoder))
 
     conversion = from_backbone(torchvision.models.resnet18().state_dict(), named("cat", "dog"))
-    named("sun", "moon").load_state_dict(conversion.state, strict=False)
+    for encoder in ("deformable", "interleaved"):
+        named("sun", "moon", encoder=encoder).load_state_dict(conversion.state, strict=False)
 
 
 def test_what_does_not_fit_is_listed() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dino_d2.checkpoint import DINOCheckpointer
+from dino_d2.checkpoint.assumptions import CAPACITY, Assumptions
 from dino_d2.meta_arch import DINO
 from tests.checkpoint.test_convert import resnet_config
 
@@ -190,6 +193,23 @@ def test_other_contradictions_are_errors_still(detector: Callable, tmp_path: Pat
         DINOCheckpointer(detector("bird", POS_TEMPERATURE=10000.0)).load(path)
 
 
+def test_weights_of_the_other_encoder_are_refused(detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    for checkpointer in (DINOCheckpointer, DetectionCheckpointer):
+        with pytest.raises(ValueError, match=r"MODEL\.DINO\.ENCODER is interleaved, the weights are for deformable"):
+            checkpointer(detector(*OLD, ENCODER="interleaved")).load(path)
+
+
+def test_checkpoint_of_before_there_was_another_encoder_is_of_the_deformable(detector: Callable) -> None:
+    ours = detector(*OLD).assumptions
+    facts = asdict(ours)
+    del facts["encoder"]
+    old = torch.zeros(CAPACITY, dtype=torch.uint8)
+    text = json.dumps(facts).encode()
+    old[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    assert Assumptions.from_tensor(old) == ours
+
+
 def test_detectron2s_own_checkpointer_refuses_other_names(detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD), tmp_path)
     with pytest.raises(ValueError, match="CLASS_NAMES"):
@@ -202,6 +222,73 @@ def test_names_in_front_of_which_data_parallelism_put_its_own(detector: Callable
     torch.save({"model": state}, tmp_path / "parallel.pth")
     DINOCheckpointer(new).load(str(tmp_path / "parallel.pth"))
     assert torch.equal(class_rows(new)[0, 0], class_rows(old)[0, 3])
+
+
+# --- fewer queries, and more
+
+
+def with_queries(model: DINO, count: int) -> Instances:
+    model.query_selection.num_queries = count
+    with torch.no_grad():
+        return model.eval()([IMAGE])[0]["instances"]
+
+
+@pytest.mark.parametrize("for_evaluation", [True, False])
+def test_fewer_queries_are_the_first_and_predict_as_if_lowered_after_loading(
+    for_evaluation: bool, detector: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, fewer = detector(*OLD), detector(*OLD, NUM_QUERIES=7)
+    path = saved(old, tmp_path)
+    with caplog.at_level(logging.INFO):
+        DINOCheckpointer(fewer, for_evaluation=for_evaluation).load(path)
+    assert "has 20 content queries, MODEL.DINO.NUM_QUERIES is 7: the first 7 are taken" in caplog.text
+    assert torch.equal(fewer.query_selection.content.weight, old.query_selection.content.weight[:7])
+    expected, found = with_queries(old, 7), with_queries(fewer, 7)
+    assert len(found) == 7 * len(OLD)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_more_queries_are_an_error_in_evaluation_and_new_in_training(
+    detector: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, more = detector(*OLD), detector(*OLD, NUM_QUERIES=30)
+    path = saved(old, tmp_path)
+    initial = more.query_selection.content.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 30: the others would be random. Set it to 20 or fewer"):
+        DINOCheckpointer(more, for_evaluation=True).load(path)
+    DINOCheckpointer(more).load(path)
+    assert "Newly initialised: the last 10" in caplog.text
+    assert torch.equal(more.query_selection.content.weight[:20], old.query_selection.content.weight)
+    assert torch.equal(more.query_selection.content.weight[20:], initial[20:])
+
+
+def test_training_is_resumed_with_as_many_queries(detector: Callable, tmp_path: Path) -> None:
+    saved(detector(*OLD), tmp_path)
+    checkpointer = DINOCheckpointer(detector(*OLD, NUM_QUERIES=7), str(tmp_path), trainer=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 7\. Training is resumed with as many"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("count", [7, 30])
+def test_static_queries_are_not_a_choice(count: int, detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD, QUERY_SELECTION="static"), tmp_path)
+    with pytest.raises(ValueError, match=r"Static queries have learned where to look(.|\n)*NUM_QUERIES 20\."):
+        DINOCheckpointer(detector(*OLD, QUERY_SELECTION="static", NUM_QUERIES=count)).load(path)
+
+
+@pytest.mark.parametrize("count", [7, 30])
+def test_queries_of_which_nothing_is_learned_may_be_any_number(count: int, detector: Callable, tmp_path: Path) -> None:
+    model = detector(*OLD, QUERY_SELECTION="pure", NUM_QUERIES=count)
+    DINOCheckpointer(model, for_evaluation=True).load(saved(detector(*OLD, QUERY_SELECTION="pure"), tmp_path))
+    assert len(with_queries(model, count)) == count * len(OLD)
+
+
+@pytest.mark.parametrize("count", [7, 30])
+def test_detectron2s_own_checkpointer_leaves_no_query_random(count: int, detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.NUM_QUERIES, {count}, of them, so that they were left out\."):
+        DetectionCheckpointer(detector(*OLD, NUM_QUERIES=count)).load(path)
 
 
 # --- files of other models

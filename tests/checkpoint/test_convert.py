@@ -217,6 +217,14 @@ def test_loading_under_a_config_that_contradicts_the_weights_is_an_error(tmp_pat
             DetectionCheckpointer(other).load(str(tmp_path / "w.pth"))
 
 
+def test_published_programs_have_no_interleaved_encoder() -> None:
+    model = build_model(resnet_config("MODEL.DINO.ENCODER", "interleaved"))
+    with pytest.raises(ConversionError, match=r"MODEL\.DINO\.ENCODER is interleaved, the weights are for deformable"):
+        from_published(published_by("official"), "official", model)
+    with pytest.raises(ConversionError, match=r"MODEL\.DINO\.ENCODER is interleaved, which official weights cannot be"):
+        to_published(model.state_dict(), "official", model)
+
+
 def test_class_names_that_contradict_are_an_error() -> None:
     def named(*names: str) -> nn.Module:
         return build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", str(list(names))))

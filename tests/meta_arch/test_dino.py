@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dino_d2 import DINO, add_dino_config
+from dino_d2.evaluation.recorder import DecoderRecorder
 from dino_d2.modeling.build import build_neck
 from dino_d2.structures import Predictions
 
@@ -25,6 +26,7 @@ VARIANTS = {
     "once and static": {"LOOK_FORWARD": "once", "QUERY_SELECTION": "static"},
     "dn": {"DN__TYPE": "dn"},
     "no denoising": {"DN__TYPE": "none"},
+    "interleaved": {"ENCODER": "interleaved"},
     "a head per layer": {"SHARE_HEADS": False},
     "a head per layer, once": {"SHARE_HEADS": False, "LOOK_FORWARD": "once"},
 }
@@ -118,8 +120,9 @@ def test_small_and_odd_images_train_and_predict(height: int, width: int, tiny_cf
     assert result.scores.isfinite().all()
 
 
-def test_losses_fall_on_a_batch_seen_again_and_again(tiny_config) -> None:
-    model = build_model(tiny_config(DN__TYPE="none"))
+@pytest.mark.parametrize("encoder", ["deformable", "interleaved"])
+def test_losses_fall_on_a_batch_seen_again_and_again(encoder: str, tiny_config) -> None:
+    model = build_model(tiny_config(DN__TYPE="none", ENCODER=encoder))
     inputs = [make_input(64, 64, 2), make_input(64, 64, 1)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     history = []
@@ -343,6 +346,79 @@ def test_padding_does_not_change_detections(selection: str, tiny_config) -> None
     small, large = make_input(64, 128), make_input(256, 192)
     for image, together in zip((small, large), predict(model, small, large), strict=True):
         assert_same(predict(model, image)[0], together, rtol=1e-9, atol=1e-9)
+
+
+# --- queries above a score
+
+
+def with_threshold(config: CfgNode, threshold: float) -> tuple[DINO, DecoderRecorder]:
+    """A model whose tokens score anything from 0 to 1, and what its decoder is given."""
+    config.MODEL.DINO.QUERY_SCORE_THRESHOLD = threshold
+    model = build_model(config).double()
+    let_boxes_move(model)
+    for head in (model.query_selection.proposals.class_head, *model.decoder.class_heads):
+        nn.init.normal_(head.weight, std=0.5)
+    recorder = DecoderRecorder(model.decoder)
+    recorder.attach()
+    return model, recorder
+
+
+def number_of_queries(recorder: DecoderRecorder) -> int:
+    return recorder.take()[0].content.shape[1]
+
+
+@pytest.mark.parametrize("selection", ["mixed", "pure"])
+def test_images_with_another_number_of_queries_are_detected_as_alone(selection: str, tiny_config) -> None:
+    model, recorder = with_threshold(tiny_config(QUERY_SELECTION=selection, NUM_QUERIES=60), 0.9)
+    images = [make_input(64, 96) for _ in range(4)]
+    alone, counts = [], []
+    for image in images:
+        alone += predict(model, image)
+        counts.append(number_of_queries(recorder))
+    assert len(set(counts)) > 1
+    together = predict(model, *images)
+    assert number_of_queries(recorder) == max(counts)
+    for expected, found, count in zip(alone, together, counts, strict=True):
+        assert len(found) == 5 * count
+        assert_same(expected, found, rtol=1e-9, atol=1e-9)
+
+
+def test_queries_are_those_of_tokens_above_the_threshold(tiny_cfg: CfgNode) -> None:
+    model, recorder = with_threshold(tiny_cfg, 0.9)
+    images, mask = model.preprocess_image([make_input(64, 96)])
+    with torch.no_grad():
+        selection = model.eval().query_selection(model.encode(images.tensor, mask))
+        model.predict(images.tensor, mask)
+    above = selection.proposals.logits.max(-1).values.sigmoid()[0] > 0.9
+    queries, _ = recorder.take()
+    assert 1 < above.sum() < 20
+    assert torch.equal(queries.anchors, selection.queries.anchors[:, above])
+    assert torch.equal(queries.content, selection.queries.content[:, above])
+
+
+def test_threshold_leaves_one_query_at_least_and_all_at_most(tiny_cfg: CfgNode) -> None:
+    model, recorder = with_threshold(tiny_cfg, 0.0)
+    image = make_input(64, 96)
+    (everything,) = predict(model, image)
+    assert number_of_queries(recorder) == 20
+    model.inference.query_score_threshold = 1e-9
+    assert_same(predict(model, image)[0], everything, rtol=1e-9, atol=1e-9)
+    assert number_of_queries(recorder) == 20
+    nn.init.constant_(model.query_selection.proposals.class_head.bias, -100)  # all the tokens score next to nothing
+    assert len(predict(model, image)[0]) == 5
+    assert number_of_queries(recorder) == 1
+
+
+def test_training_has_all_queries_whatever_they_score(tiny_config) -> None:
+    model, recorder = with_threshold(tiny_config(DN__TYPE="none"), 0.99)
+    train_step(model, make_input(64, 96, 2))
+    assert number_of_queries(recorder) == 20
+
+
+@pytest.mark.parametrize(("threshold", "selection"), [(-0.1, "mixed"), (1.0, "mixed"), (0.5, "static")])
+def test_threshold_that_cannot_be_is_refused(threshold: float, selection: str, tiny_config) -> None:
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.QUERY_SCORE_THRESHOLD is {threshold}"):
+        build_model(tiny_config(QUERY_SCORE_THRESHOLD=threshold, QUERY_SELECTION=selection))
 
 
 # --- the published recipes

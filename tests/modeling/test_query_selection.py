@@ -123,6 +123,19 @@ def test_static_anchors_and_content_are_learned_and_the_same_for_every_image(mak
 
 
 @pytest.mark.parametrize("kind", ["mixed", "pure"])
+def test_fewer_queries_are_the_first_of_more(kind: str, make_memory) -> None:
+    memory = make_memory()
+    mixed, pure = MixedQuerySelection(6, CHANNELS, make_proposals()).double(), PureQuerySelection(6, make_proposals())
+    selection = mixed if kind == "mixed" else pure
+    six = selection(memory)
+    selection.num_queries = 4
+    four = selection(memory)
+    assert torch.equal(four.queries.content, six.queries.content[:, :4])
+    assert torch.equal(four.queries.anchors, six.queries.anchors[:, :4])
+    assert torch.equal(four.proposals.logits, six.proposals.logits[:, :4])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "pure"])
 def test_fewer_tokens_than_queries_make_fewer_queries(kind: str, make_memory) -> None:
     if kind == "mixed":
         selection = MixedQuerySelection(50, CHANNELS, make_proposals())
