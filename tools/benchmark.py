@@ -168,7 +168,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("infer", "train"), default="infer", help="default infer")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
-        "--size", type=positive, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"), help="800 1333"
+        "--size",
+        type=positive,
+        nargs=2,
+        default=(800, 1333),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of each image (default 800 1333)",
     )
     shape.add_argument(
         "--mixed", action="store_true", help="shapes of COCO at the config's test size, padded to a batch"
@@ -188,9 +193,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--growth", nargs="+", choices=GROWTH, metavar="AXIS", help=f"how cost grows: {', '.join(GROWTH)}"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of the growth")
-    parser.add_argument(
-        "--rounds", type=positive, default=10, help="timed calls of each, after two that are not (default 10)"
-    )
+    parser.add_argument("--rounds", type=positive, default=10, help="timed calls of each (default 10)")
     parser.add_argument("--profile", action="store_true", help="list the operators of the first case, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
     parser.add_argument(
@@ -212,14 +215,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key in keys:
         if key in SAID_OTHERWISE:
             parser.error(f"{key}: say {SAID_OTHERWISE[key]} instead")
+    names = [BASE, *{name for name, _, _ in args.variant}, *(path.name for path in args.onnx)]
+    if len(set(names)) < len(names):
+        parser.error(
+            f"--variant and --onnx: names must differ from each other and from {BASE}, which is the config as it is"
+        )
     if args.onnx and args.mode == "train":
         parser.error("--onnx: exported models do not train; --mode infer")
     if bool(args.growth) != bool(args.plot):
         parser.error("--growth AXIS … and --plot PNG go together")
     if args.growth and (args.mixed or args.variant or args.onnx or len(args.batch) > 1 or len(args.dtype) > 1):
-        parser.error("--growth starts from one case: one --size, one --batch, one --dtype no --variant, no --onnx")
-    if args.growth and args.mode == "infer" and "objects" in args.growth:
-        parser.error("--growth objects: only --mode train sees objects")
+        parser.error("--growth starts from one case: one --size, one --batch, one --dtype, no --variant, no --onnx")
+    if args.growth and "objects" in args.growth and (args.mode == "infer" or args.objects == 0):
+        parser.error("--growth objects: only --mode train sees objects, and --objects must be at least 1")
+    if not Path(args.config_file).is_file():
+        parser.error(f"--config-file {args.config_file}: there is no such file")
     return args
 
 
@@ -243,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.compare:
         print(compare(args.compare))
         return
+    for path in (args.json, args.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of timing
     device = torch.device(args.device)
     workshop = Workshop(args.config_file, args.opts, device)
     cases = cases_of(args)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU: builds dino_d2 there, runs the op's tests, the benchmarks of the op, of inference
 # and of a training step of DINO-4scale, and writes a report in Markdown. It needs Python 3.12 with PyTorch, nvcc, a C++
-# compiler and the folder that `make gpu-wheels` filled elsewhere; no network. Each part has its time limit. Exit code: how many
-# parts failed.
+# compiler and the folder that `make gpu-wheels` filled elsewhere; no network. Each part has its time limit. Exit code:
+# how many parts failed.
 #
 #     tools/gpu_check.sh [REPORT.md] [FOLDER OF WHEELS]
 set -uo pipefail

@@ -207,7 +207,7 @@ def test_growth_starts_from_the_case_that_is_there(tiny_config: Callable[..., Cf
 
 
 def test_growth_is_drawn_and_what_axes_share_is_timed_once(config_file: str, tmp_path: Path) -> None:
-    picture = tmp_path / "growth.png"
+    picture = tmp_path / "new" / "growth.png"
     report = report_of(config_file, "--growth", "queries", "batch", "--plot", str(picture))
     assert [m.case.variant for m in report.measurements] == ["dino_d2", "7 queries", "13 queries", "dino_d2", "dino_d2"]
     assert [m.case.batch for m in report.measurements] == [1, 1, 1, 2, 4]
@@ -291,6 +291,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     ("arguments", "error"),
     [
         (["--mode", "train"], "--config-file is missing"),
+        (["--config-file", "x"], "--config-file x: there is no such file"),
         (["--config-file", "x", "--device", "cuda"], "--device cuda: this machine has none"),
         (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no partner"),
         (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: say --device instead"),
@@ -304,6 +305,8 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "only --mode train sees objects"),
         (["--config-file", "x", "--growth", "size", "--plot", "x.png", "--mixed"], "--growth starts from one case"),
         (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models do not train"),
+        (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must differ"),
+        (["--config-file", "x", "--variant", "dino_d2", "MODEL.DINO.OP", "reference"], "names must differ"),
     ],
 )
 def test_options_that_make_no_sense_are_explained(
