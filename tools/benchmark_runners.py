@@ -238,6 +238,7 @@ def onnx_session(path: Path, device: torch.device) -> Any:
         raise ValueError(f"--onnx {path}: there is no such file; tools/export.py makes it")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; it warns of every constant that it optimises away
     return onnxruntime.InferenceSession(str(path), options, [provider])
 
 
