@@ -29,10 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmark_report import MIXED, Case, Measurement, Report, Seconds, as_markdown, compare, describe_machine, draw
 from benchmark_runners import OnnxInference, Runner, Workshop, make_batch, onnx_session, wait_for
-from dino_d2.engine.step import DTYPES
+from dino_d2.autocast import DTYPES
 
 BASE = "dino_d2"  # the variant that the config describes
-SAID_OTHERWISE = {"MODEL.DEVICE": "--device", "SOLVER.AMP.ENABLED": "--dtype", "SOLVER.AMP.DTYPE": "--dtype"}
+SAID_OTHERWISE = {
+    "MODEL.DEVICE": "--device",
+    **{f"{part}.AMP.{key}": "--dtype" for part in ("SOLVER", "TEST") for key in ("ENABLED", "DTYPE")},
+}
 GROWTH = {  # axis -> what the first case is multiplied by
     "size": (0.5, 0.75, 1),  # each side
     "queries": (1 / 3, 2 / 3, 1),

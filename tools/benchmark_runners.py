@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -19,13 +19,14 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from torch import nn
 
 from benchmark_report import MIXED, Case
+from dino_d2.autocast import DTYPES
 from dino_d2.config import load_config
 from dino_d2.data import build_test_augmentation
 from dino_d2.engine import build_optimizer
-from dino_d2.engine.step import DTYPES, StepSettings, StepTrainer
+from dino_d2.engine.step import StepSettings, StepTrainer
+from dino_d2.meta_arch import DINO
 
 # Heights and widths of pictures of COCO, in an order in which two already differ.
 COCO_SIZES = [(480, 640), (640, 480), (427, 640), (500, 375), (612, 612), (640, 427), (360, 640), (333, 500)]
@@ -124,7 +125,7 @@ def time_stages(call: Callable[[], None], watched: Sequence[Watched], device: to
     return {**clock.seconds, "rest": rest}
 
 
-def stages_of(model: nn.Module) -> list[Watched]:
+def stages_of(model: DINO) -> list[Watched]:
     modules = ("backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
     return [
         Watched(model, "preprocess_image", "preprocess"),
@@ -148,12 +149,13 @@ class Runner(Protocol):
 class Inference:
     """From decoded, resized images in memory to Instances."""
 
-    def __init__(self, model: nn.Module, batch: list[dict[str, Any]], dtype: str):
+    def __init__(self, model: DINO, batch: list[dict[str, Any]], autocast: str | None):
         self.model, self.batch = model.eval(), batch
-        self.autocast = partial(torch.autocast, model.device.type, DTYPES.get(dtype), enabled=dtype in DTYPES)
+        self.settings = replace(model.inference, autocast=autocast)
 
     def call(self) -> None:
-        with torch.no_grad(), self.autocast():
+        self.model.inference = self.settings  # the model is that of other dtypes, too
+        with torch.no_grad():
             self.model(self.batch)
 
     def stages(self) -> dict[str, float]:
@@ -168,7 +170,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DINO,
         optimizer: torch.optim.Optimizer,
         batch: list[dict[str, Any]],
         settings: StepSettings,
@@ -256,12 +258,12 @@ class Workshop:
     def runner(self, case: Case) -> Runner:
         cfg, model, optimizer = self._parts(case.overrides)
         batch = make_batch(cfg, case)
-        if case.mode == "infer":
-            return Inference(model, batch, case.dtype)
         autocast = case.dtype if case.dtype in DTYPES else None
+        if case.mode == "infer":
+            return Inference(model, batch, autocast)
         return TrainingStep(model, optimizer, batch, replace(StepSettings.of_config(cfg), autocast=autocast))
 
-    def _make_parts(self, overrides: str) -> tuple[CfgNode, nn.Module, torch.optim.Optimizer]:
+    def _make_parts(self, overrides: str) -> tuple[CfgNode, DINO, torch.optim.Optimizer]:
         cfg = self.config(overrides)
         torch.manual_seed(0)
         model = build_model(cfg)

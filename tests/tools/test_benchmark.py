@@ -75,6 +75,18 @@ def test_every_stage_of_every_case_is_there(
     assert len(tables) == 2  # one for each dtype, the variants side by side
 
 
+@pytest.mark.parametrize("case", [CASE, TRAINING_CASE])
+def test_dtype_is_that_of_the_products(case: Case, config_file: str) -> None:
+    """Although cases share a model."""
+    workshop = Workshop(config_file, [], CPU)
+    runners = [workshop.runner(replace(case, dtype=dtype)) for dtype in ("float32", "bfloat16")]
+    seen = []
+    runners[0].model.neck.projections[0][0].register_forward_hook(lambda conv, args, out: seen.append(out.dtype))
+    for runner in (*runners, *runners):
+        runner.call()
+    assert seen == [torch.float32, torch.bfloat16] * 2
+
+
 def test_what_was_written_is_read(config_file: str, tmp_path: Path) -> None:
     report = report_of(config_file)
     report.write(tmp_path / "again.json")
@@ -296,6 +308,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no partner"),
         (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: say --device instead"),
         (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: say --dtype"),
+        (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: say --dtype instead"),
         (["--config-file", "x", "--batch", "2", "MODEL.DINO.OP", "reference"], "come right after --config-file"),
         (["--config-file", "x", "--batch", "0"], "'0' is no whole number from 1 on"),
         (["--config-file", "x", "--size", "64", "-3"], "'-3' is no whole number from 1 on"),
