@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: builds dino_d2 there, runs the op's tests, the benchmarks and one training step of
-# DINO-4scale, and writes a report in Markdown. It needs Python 3.12 with PyTorch, nvcc, a C++ compiler and the folder that
-# `make gpu-wheels` filled elsewhere; no network. About eight minutes. Exit code: how many parts failed.
+# One command for a machine with a GPU: builds dino_d2 there, runs the op's tests, the benchmarks of the op, of inference
+# and of a training step of DINO-4scale, and writes a report in Markdown. It needs Python 3.12 with PyTorch, nvcc, a C++
+# compiler and the folder that `make gpu-wheels` filled elsewhere; no network. Each part has its time limit. Exit code:
+# how many parts failed.
 #
 #     tools/gpu_check.sh [REPORT.md] [FOLDER OF WHEELS]
 set -uo pipefail
@@ -75,8 +76,11 @@ for dtype in float32 bfloat16 float16; do
 done
 part "Encoder, random locations" table 60 "$python" tools/benchmark_op.py --device cuda --locations random --seconds 4
 part "Decoder" table 60 "$python" tools/benchmark_op.py --device cuda --shape decoder --seconds 4
-part "Training step of DINO-4scale" table 90 "$python" tools/profile_step.py \
-  --config-file configs/dino_r50_4scale_12ep.yaml --device cuda
+recipe=configs/dino_r50_4scale_12ep.yaml
+part "Inference of DINO-4scale" table 120 "$python" tools/benchmark.py --config-file "$recipe" --device cuda \
+  --rounds 5 --dtype float32 bfloat16 float16 --variant reference MODEL.DINO.OP reference
+part "Training step of DINO-4scale" table 90 "$python" tools/benchmark.py --config-file "$recipe" --device cuda \
+  --mode train --profile
 sanitized="boxes and float32 and (as_accurate or contiguous)"
 for tool in memcheck racecheck; do
   part "compute-sanitizer $tool" text 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \

@@ -1,0 +1,270 @@
+"""What tools/benchmark.py times: inference, a training step, an exported model; and how their stages are told apart."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+from benchmark_report import MIXED, Case
+from dino_d2.autocast import DTYPES
+from dino_d2.config import load_config
+from dino_d2.data import build_test_augmentation
+from dino_d2.engine import build_optimizer
+from dino_d2.engine.step import StepSettings, StepTrainer
+from dino_d2.meta_arch import DINO
+
+# Heights and widths of pictures of COCO, in an order in which two already differ.
+COCO_SIZES = [(480, 640), (640, 480), (427, 640), (500, 375), (612, 612), (640, 427), (360, 640), (333, 500)]
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def make_batch(cfg: CfgNode, case: Case) -> list[dict[str, Any]]:
+    """Random pictures with random objects, in the model's format; mixed shapes are those that evaluation makes of
+    `COCO_SIZES`."""
+    torch.manual_seed(0)
+    resize = build_test_augmentation(cfg)
+    batch = []
+    for number in range(case.batch):
+        if case.shape == MIXED:
+            picture = np.empty((*COCO_SIZES[number % len(COCO_SIZES)], 3), np.uint8)
+            height, width = resize.get_transform(picture).apply_image(picture).shape[:2]
+        else:
+            height, width = map(int, case.shape.split("x"))
+        corners = torch.rand(case.objects, 2, 2).sort(dim=1).values * torch.tensor([width, height])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(corners.flatten(1))
+        instances.gt_classes = torch.randint(cfg.MODEL.DINO.NUM_CLASSES, (case.objects,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "height": height, "width": width, "instances": instances})
+    return batch
+
+
+class SameBatch:
+    """A loader that gives one batch again and again."""
+
+    seed = 0
+
+    def __init__(self, batch: list[dict[str, Any]]):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        while True:
+            yield self.batch
+
+
+@dataclass(frozen=True)
+class Watched:
+    """`owner.name` is a function that makes up the stage; `then`: the stage after it, None: the one before it."""
+
+    owner: object
+    name: str
+    stage: str
+    then: str | None = None
+
+
+class StageClock:
+    """Cuts a call into stages: every moment belongs to the one entered last, so that they add up to the whole."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device, self._stage, self._since = device, "", 0.0
+
+    def enter(self, stage: str) -> str:
+        """Returns the stage that is left."""
+        wait_for(self._device)
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] += now - self._since
+        left, self._stage, self._since = self._stage, stage, now
+        return left
+
+    def timed(self, function: Callable, stage: str, then: str | None) -> Callable:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self.enter(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.enter(before if then is None else then)
+
+        return run
+
+
+def time_stages(call: Callable[[], None], watched: Sequence[Watched], device: torch.device) -> dict[str, float]:
+    """Seconds of each stage of `call`, in the order they end; "rest" is what lies between them.
+
+    The functions are replaced for the time of the call: the model's code knows nothing of it.
+    """
+    clock = StageClock(device)
+    with ExitStack() as patches:
+        for w in watched:
+            patches.enter_context(patch.object(w.owner, w.name, clock.timed(getattr(w.owner, w.name), w.stage, w.then)))
+        clock.enter("rest")
+        call()
+        clock.enter("")
+    rest = clock.seconds.pop("rest")
+    return {**clock.seconds, "rest": rest}
+
+
+def stages_of(model: DINO) -> list[Watched]:
+    modules = ("backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
+    return [
+        Watched(model, "preprocess_image", "preprocess"),
+        Watched(model, "prepare_targets", "preprocess"),
+        *(Watched(getattr(model, name), "forward", name.replace("_", " ")) for name in modules),
+        Watched(model, "criterion", "criterion"),
+        Watched(model, "postprocess", "postprocess"),
+    ]
+
+
+class Runner(Protocol):
+    def call(self) -> None: ...
+
+    def stages(self) -> dict[str, float]:
+        """Call once and tell the seconds of each stage, or nothing where they cannot be told."""
+
+    def own_memory(self) -> int | None:
+        """Bytes that are held between calls; None where they cannot be told."""
+
+
+class Inference:
+    """From decoded, resized images in memory to Instances."""
+
+    def __init__(self, model: DINO, batch: list[dict[str, Any]], autocast: str | None):
+        self.model, self.batch = model.eval(), batch
+        self.settings = replace(model.inference, autocast=autocast)
+
+    def call(self) -> None:
+        self.model.inference = self.settings  # the model is that of other dtypes, too
+        with torch.no_grad():
+            self.model(self.batch)
+
+    def stages(self) -> dict[str, float]:
+        return time_stages(self.call, stages_of(self.model), self.model.device)
+
+    def own_memory(self) -> int:
+        return size_of([*self.model.parameters(), *self.model.buffers()])
+
+
+class TrainingStep:
+    """`StepTrainer.run_step`: forward and backward pass, clipping, optimizer."""
+
+    def __init__(
+        self,
+        model: DINO,
+        optimizer: torch.optim.Optimizer,
+        batch: list[dict[str, Any]],
+        settings: StepSettings,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.trainer = StepTrainer(model, SameBatch(batch), optimizer, settings)
+
+    def call(self) -> None:
+        with EventStorage():
+            self.trainer.run_step()
+
+    def stages(self) -> dict[str, float]:
+        watched = [
+            *stages_of(self.model),
+            # Nothing is called "backward pass": it is what happens from the losses to the end of the last part.
+            Watched(self.model, "forward", "rest", then="backward"),
+            Watched(self.trainer, "after_backward", "rest", then="rest"),
+            Watched(self.optimizer, "step", "optimizer"),
+        ]
+        return time_stages(self.call, watched, self.model.device)
+
+    def own_memory(self) -> int:
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        state = [x for values in self.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+        return size_of([*parameters, *self.model.buffers(), *gradients, *state])
+
+
+def size_of(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class OnnxInference:
+    """A file of `tools/export.py` in onnxruntime, on as many threads as PyTorch has: from the padded pixels of the same
+    images to arrays."""
+
+    def __init__(self, session: Any, batch: list[dict[str, Any]]):
+        """session: an `onnxruntime.InferenceSession`; takes pixels, sizes of the images, sizes of the results."""
+        sizes = np.array([x["image"].shape[1:] for x in batch], np.int64)
+        pixels = ImageList.from_tensors([x["image"] for x in batch]).tensor.numpy()
+        names = [given.name for given in session.get_inputs()]
+        self.session, self.inputs = session, dict(zip(names, (pixels, sizes, sizes), strict=True))
+
+    def call(self) -> None:
+        self.session.run(None, self.inputs)
+
+    def stages(self) -> dict[str, float]:
+        return {}
+
+    def own_memory(self) -> None:
+        return None
+
+
+def onnx_session(path: Path, device: torch.device) -> Any:
+    """
+    Raises:
+        ValueError: onnxruntime, what it needs for the device, or the file is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(f"--onnx {path} needs onnxruntime: pip install onnxruntime") from error
+    provider = f"{device.type.upper()}ExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise ValueError(f"--onnx {path}: this onnxruntime has no {provider}; --device cpu works everywhere")
+    if not path.is_file():
+        raise ValueError(f"--onnx {path}: there is no such file; tools/export.py makes it")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; it warns of every constant that it optimises away
+    return onnxruntime.InferenceSession(str(path), options, [provider])
+
+
+class Workshop:
+    """Makes runners. Cases with the same overrides share a model and its optimizer."""
+
+    def __init__(self, config_file: str, opts: Sequence[str], device: torch.device):
+        self.config_file, self.opts, self.device = config_file, opts, device
+        self._parts = cache(self._make_parts)
+
+    def config(self, overrides: str = "") -> CfgNode:
+        fixed = ["MODEL.DEVICE", str(self.device), "MODEL.TIMM.PRETRAINED", "False"]  # weights need not be fetched
+        return load_config(self.config_file, [*self.opts, *shlex.split(overrides), *fixed])
+
+    def runner(self, case: Case) -> Runner:
+        cfg, model, optimizer = self._parts(case.overrides)
+        batch = make_batch(cfg, case)
+        autocast = case.dtype if case.dtype in DTYPES else None
+        if case.mode == "infer":
+            return Inference(model, batch, autocast)
+        return TrainingStep(model, optimizer, batch, replace(StepSettings.of_config(cfg), autocast=autocast))
+
+    def _make_parts(self, overrides: str) -> tuple[CfgNode, DINO, torch.optim.Optimizer]:
+        cfg = self.config(overrides)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        return cfg, model, build_optimizer(cfg, model)
