@@ -41,8 +41,10 @@ class Memory:
         for level, (height, width) in enumerate(self.spatial_shapes):
             y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
             x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
-            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-            centres.append(grid / (ratios[:, None, level] * ratios.new_tensor((width, height))))
+            # Sizes enter as numbers: made into a tensor, an export would take those of its example for constants.
+            y, x = y / (ratios[:, level, 1:] * height), x / (ratios[:, level, :1] * width)  # (B, height), (B, width)
+            grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+            centres.append(grid.flatten(1, 2))
         return torch.cat(centres, dim=1)
 
 
@@ -76,7 +78,7 @@ class Predictions:
         """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
         classes = self.logits.shape[2]
         pairs = self.logits.sigmoid().flatten(1)
-        scores, index = pairs.topk(min(count, pairs.shape[1]))
+        scores, index = pairs.topk(torch.sym_min(count, pairs.shape[1]))
         query = (index // classes)[..., None].expand(-1, -1, 4)
         return Detections(scores, self.boxes.gather(1, query), index % classes)
 

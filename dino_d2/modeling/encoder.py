@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_d2.structures import Memory
@@ -88,7 +87,12 @@ def _flatten(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _resize_mask(mask: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].bool()
+    """`F.interpolate` of mode nearest, written out: ONNX rounds the positions otherwise, and lets padding in."""
+    rows, columns = (
+        (torch.arange(new, device=mask.device) * (old / new)).long()
+        for old, new in zip(mask.shape[-2:], size, strict=True)
+    )
+    return mask.index_select(1, rows).index_select(2, columns)
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

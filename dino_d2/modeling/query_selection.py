@@ -70,7 +70,7 @@ class EncoderProposals(nn.Module):
         features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
         logits = self.class_head(features)
         # Images of a few pixels have fewer tokens than queries.
-        best = logits.max(-1).values.topk(min(num_queries, logits.shape[1]), dim=1).indices
+        best = logits.max(-1).values.topk(torch.sym_min(num_queries, logits.shape[1]), dim=1).indices
         features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
         boxes = (self.box_head(features) + proposal_logits).sigmoid()
         return features, Predictions(logits, boxes)
