@@ -88,11 +88,13 @@ def _flatten(maps: Sequence[Tensor]) -> Tensor:
 
 def _resize_mask(mask: Tensor, size: torch.Size) -> Tensor:
     """`F.interpolate` of mode nearest, written out: ONNX rounds the positions otherwise, and lets padding in."""
-    rows, columns = (
-        (torch.arange(new, device=mask.device) * (old / new)).long()
-        for old, new in zip(mask.shape[-2:], size, strict=True)
-    )
+    rows, columns = (_nearest(*sizes, mask.device) for sizes in zip(mask.shape[-2:], size, strict=True))
     return mask.index_select(1, rows).index_select(2, columns)
+
+
+def _nearest(size: int, new_size: int, device: torch.device) -> Tensor:
+    step = torch.full((1,), size, dtype=torch.float32, device=device) / new_size
+    return (torch.arange(new_size, device=device) * step).long()
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
