@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx_ir
+import onnxruntime
+import onnxscript.optimizer
 import torch
 from detectron2.config import CfgNode
+from onnxscript import opset18
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from dino_d2.meta_arch import DINO
 from dino_d2.ops import compiled, ms_deform_attn_fused
 
-from .exportable import ExportableDINO, is_duplicate
+from .exportable import ExportableDINO
 from .onnx_predictor import METADATA_KEY
 from .sampling import ms_deform_attn_by_rows
 
@@ -29,7 +33,7 @@ SCORE_TOLERANCE = 1e-4
 HALF_SCORE_TOLERANCE = 0.05
 BOX_TOLERANCE = 1e-3  # of the longer side of the image
 HALF_BOX_TOLERANCE = 0.05
-HALF_SHARE = 0.9  # of the detections, in float16
+HALF_SHARE = 0.75  # of the detections: in float16 other tokens become queries where tokens are nearly alike
 BEST = 100  # detections of an image that are compared
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -61,9 +65,10 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
         output_names=OUTPUTS,
         opset_version=OPSET,
         custom_translation_table={torch.ops.dino_d2.is_duplicate.default: _is_duplicate_in_onnx},
-        optimize=False,  # takes long, and runtimes do it themselves
+        optimize=False,  # rules that take longer than all the rest, for what runtimes do themselves
         verbose=False,
     )
+    onnxscript.optimizer.fold_constants(onnx_program.model)
     _name_the_free_sizes(onnx_program.model.graph)
     onnx_program.model.metadata_props[METADATA_KEY] = json.dumps(
         {
@@ -191,8 +196,6 @@ def agreement(expected: Outputs, found: Outputs, half: bool) -> tuple[float, flo
 
 def load_onnx(path: Path) -> Callable[..., Outputs]:
     """The file as a function of tensors."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Outputs:
@@ -210,8 +213,7 @@ def load_program(path: Path) -> Callable[..., Outputs]:
 
 def _is_duplicate_in_onnx(boxes, scores, classes, num_classes: int, iou_threshold: float):
     """`is_duplicate` in ONNX, whose NonMaxSuppression wants the scores of each class: 0 for boxes of another one."""
-    from onnxscript import opset18 as op
-
+    op = opset18
     all_classes = op.Unsqueeze(op.Range(0, num_classes, 1), [0, 2])
     of_class = op.Equal(op.Unsqueeze(classes, [1]), op.Cast(all_classes, to=INT64))  # (B, K, n)
     scores_of_class = op.Where(of_class, op.Unsqueeze(scores, [1]), op.Constant(value_float=0.0))
@@ -225,10 +227,8 @@ def _is_duplicate_in_onnx(boxes, scores, classes, num_classes: int, iou_threshol
     return op.Equal(op.ScatterND(op.Mul(scores, 0.0), kept, ones), 0.0)
 
 
-def _name_the_free_sizes(graph) -> None:
+def _name_the_free_sizes(graph: onnx_ir.Graph) -> None:
     """Names instead of numbered symbols; sizes in between are the runtime's business."""
-    import onnx_ir
-
     batch, count = "batch", "detections"
     shapes = (
         (batch, 3, "height", "width"), (batch, 2), (batch, 2), (batch, count, 4), (batch, count), (batch, count)
