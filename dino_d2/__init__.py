@@ -1,6 +1,21 @@
-"""DINO (arXiv 2203.03605) for detectron2. Importing the package registers the model and its backbones."""
+"""DINO (arXiv 2203.03605) for detectron2. Importing the package registers the model and its backbones.
 
-from .config import add_dino_config, load_config
-from .meta_arch import DINO
+Without torch or detectron2 there is nothing to register: `dino_d2.deploy` alone works, which runs exported models.
+"""
+
+from typing import Any
 
 __all__ = ["DINO", "add_dino_config", "load_config"]
+
+try:
+    from .config import add_dino_config, load_config
+    from .meta_arch import DINO
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "detectron2"):
+        raise
+    _missing = error.name
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"dino_d2.{name} needs {_missing}, which is not installed; dino_d2.deploy works without")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

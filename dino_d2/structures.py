@@ -98,7 +98,7 @@ class Predictions:
         """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
         classes = self.logits.shape[2]
         pairs = self.logits.sigmoid().flatten(1)
-        scores, index = pairs.topk(min(count, pairs.shape[1]))
+        scores, index = pairs.topk(torch.sym_min(count, pairs.shape[1]))
         query = (index // classes)[..., None].expand(-1, -1, 4)
         return Detections(scores, self.boxes.gather(1, query), index % classes)
 

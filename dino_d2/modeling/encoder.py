@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_d2.constants import constant
@@ -117,7 +116,14 @@ def _flatten(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].bool()
+    """`F.interpolate` of mode nearest, written out: ONNX rounds the positions otherwise, and lets padding in."""
+    rows, columns = (_nearest(*sizes, mask.device) for sizes in zip(mask.shape[-2:], size, strict=True))
+    return mask.index_select(1, rows).index_select(2, columns)
+
+
+def _nearest(size: int, new_size: int, device: torch.device) -> Tensor:
+    step = torch.full((1,), size, dtype=torch.float32, device=device) / new_size
+    return (torch.arange(new_size, device=device) * step).long()
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,7 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
             for level, (height, width) in enumerate(memory.spatial_shapes)
         ]
     )
-    box = torch.cat([centre, size.expand_as(centre)], dim=-1).expand(len(memory.tokens), -1, -1)
+    box = torch.cat([centre, size.expand_as(centre)], dim=-1).expand(memory.tokens.shape[0], -1, -1)
     low, high = VALID_RANGE
     valid = ((box > low) & (box < high)).all(-1)
     if memory.padding_mask is not None:
@@ -92,7 +92,7 @@ class EncoderProposals(nn.Module):
         features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
         logits = self.class_head(features)
         # Images of a few pixels have fewer tokens than queries.
-        best = logits.max(-1).values.topk(min(num_queries, logits.shape[1]), dim=1).indices
+        best = logits.max(-1).values.topk(torch.sym_min(num_queries, logits.shape[1]), dim=1).indices
         features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
         boxes = (self.box_head(features) + proposal_logits).sigmoid()
         return features, Predictions(logits, boxes)

@@ -1,0 +1,261 @@
+"""DINO as a file that runs elsewhere: ONNX of standard operators, or a `torch.export` program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir
+import onnxruntime
+import onnxscript.optimizer
+import torch
+from detectron2.config import CfgNode
+from onnxscript import opset18
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from dino_d2.meta_arch import DINO
+from dino_d2.ops import compiled, ms_deform_attn_fused
+
+from .exportable import ExportableDINO
+from .onnx_predictor import METADATA_KEY
+from .sampling import ms_deform_attn_by_rows
+
+OPSET = 18
+INT64 = 7  # ONNX's number of the type
+INPUTS = ("pixels", "image_sizes", "original_sizes")
+OUTPUTS = ("boxes", "scores", "classes")
+TRACED = (2, 101, 139)  # batch, height, width: no size that could be taken for another
+CHECKED = ((1, 180, 118), (3, 97, 205))  # what a file is tried with, unlike what was traced
+SCORE_TOLERANCE = 1e-4
+HALF_SCORE_TOLERANCE = 0.05
+BOX_TOLERANCE = 1e-3  # of the longer side of the image
+HALF_BOX_TOLERANCE = 0.05
+HALF_SHARE = 0.75  # of the detections: in float16 other tokens become queries where tokens are nearly alike
+BEST = 100  # detections of an image that are compared
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+class ExportError(ValueError):
+    """This model cannot be exported, or its file would find something else."""
+
+
+def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
+    """Write `model` as ONNX, opset 18; height, width and batch are free.
+
+    Args:
+        cfg: of the model; says how its images are prepared, which the file's metadata tell `OnnxPredictor`.
+        path: written only after the file was found to agree with `model`.
+        half: weights and maps in float16.
+
+    Returns:
+        how the file was compared, and how near it is.
+
+    Raises:
+        ExportError: the config asks for what the file would not do, the model cannot be traced, or the results differ.
+    """
+    refuse_what_a_file_cannot_do(cfg)
+    exportable = ExportableDINO(model, ms_deform_attn_by_rows, half)
+    onnx_program = torch.onnx.export(
+        trace(exportable),
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        opset_version=OPSET,
+        custom_translation_table={torch.ops.dino_d2.is_duplicate.default: _is_duplicate_in_onnx},
+        optimize=False,  # rules that take longer than all the rest, for what runtimes do themselves
+        verbose=False,
+    )
+    onnxscript.optimizer.fold_constants(onnx_program.model)
+    _name_the_free_sizes(onnx_program.model.graph)
+    onnx_program.model.metadata_props[METADATA_KEY] = json.dumps(
+        {
+            "input_format": cfg.INPUT.FORMAT,
+            "min_size": cfg.INPUT.MIN_SIZE_TEST,
+            "max_size": cfg.INPUT.MAX_SIZE_TEST,
+            "class_names": model.assumptions.class_names,
+        }
+    )
+    with _replaced_after_success(path) as temporary:
+        onnx_program.save(temporary, external_data=False)
+        return check_agreement(model, load_onnx(temporary), half)
+
+
+def export_program(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
+    """Write `model` as a `torch.export` program; arguments, result and errors as of :func:`export_onnx`.
+
+    With the compiled op, where the model uses it: the program then needs `import dino_d2` before it is loaded.
+    """
+    refuse_what_a_file_cannot_do(cfg)
+    uses_compiled = cfg.MODEL.DINO.OP != "reference" and compiled(model.device.type)
+    op = ms_deform_attn_fused if uses_compiled else ms_deform_attn_by_rows
+    program = trace(ExportableDINO(model, op, half))
+    with _replaced_after_success(path) as temporary:
+        torch.export.save(program, temporary)
+        return check_agreement(model, load_program(temporary), half)
+
+
+def trace(exportable: ExportableDINO) -> ExportedProgram:
+    """The exportable as a graph for images of every size and number.
+
+    Raises:
+        ExportError: some part of the model, the backbone for one, does not work with sizes that are not known.
+    """
+    batch, height, width = TRACED
+    device = exportable.model.device
+    example = example_inputs(batch, height, width, device)
+    free = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    unassuming = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # a size of 1 is nothing special
+    try:
+        with torch.no_grad(), unassuming:
+            return torch.export.export(exportable, example, dynamic_shapes=free)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ExportError(
+            f"The model (backbone: {type(exportable.model.backbone).__name__}) cannot be traced with free image sizes: "
+            f"{error}"
+        ) from error
+
+
+def refuse_what_a_file_cannot_do(cfg: CfgNode) -> None:
+    """Raise ExportError for config values that change predictions but would not change those of an exported file."""
+    if cfg.TEST.AUG.ENABLED:
+        raise ExportError("TEST.AUG.ENABLED: an exported file looks at an image once. Set it to False")
+    if cfg.TEST.AMP.ENABLED:
+        raise ExportError(
+            "TEST.AMP.ENABLED: an exported file has one precision. Set it to False; --half is its float16"
+        )
+    if cfg.MODEL.DINO.QUERY_SCORE_THRESHOLD > 0:
+        raise ExportError(
+            "MODEL.DINO.QUERY_SCORE_THRESHOLD: an exported file has as many queries for every image. Set it to 0, and "
+            "MODEL.DINO.NUM_QUERIES to the number wanted"
+        )
+    if len(cfg.MODEL.PIXEL_MEAN) != 3:
+        raise ExportError(f"MODEL.PIXEL_MEAN has {len(cfg.MODEL.PIXEL_MEAN)} numbers: only colour images are exported")
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ExportError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: an exported file takes RGB or BGR")
+
+
+def example_inputs(batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft random images, the first of which is padded: arguments of :class:`ExportableDINO`."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, height // 16 + 2, width // 16 + 2, generator=generator) * 255
+    pixels = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 255)
+    sizes = torch.tensor([height, width]).repeat(batch, 1)
+    if batch > 1:
+        sizes[0] = torch.tensor([height * 4 // 5, width * 3 // 4])
+    return pixels.to(device, torch.uint8), sizes.to(device), (sizes * 2).to(device)
+
+
+def check_agreement(model: DINO, run: Callable[..., Outputs], half: bool) -> str:
+    """Compare a file with the model on images of other sizes and other numbers of them than were traced.
+
+    Args:
+        run: takes and returns what :class:`ExportableDINO` does.
+
+    Raises:
+        ExportError: they differ.
+    """
+    truth = ExportableDINO(model, ms_deform_attn_fused)
+    found = []
+    for shape in CHECKED:
+        inputs = example_inputs(*shape, model.device)
+        with torch.no_grad():
+            expected = truth(*inputs)
+        found.append(agreement(expected, run(*inputs), half))
+    shares = [share for share, _ in found]
+    shapes = " and ".join(f"{batch} of {height} x {width}" for batch, height, width in CHECKED)
+    report = (
+        f"compared with PyTorch ({shapes}): {min(shares):.1%} of the best {BEST} detections are the same, "
+        f"their scores within {max(error for _, error in found):.1e}"
+    )
+    if min(shares) < (HALF_SHARE if half else 1):
+        raise ExportError(f"The exported file does not find what the model finds; {report}. It was not kept")
+    return report
+
+
+def agreement(expected: Outputs, found: Outputs, half: bool) -> tuple[float, float]:
+    """How many of the best detections are found again, and how far apart their scores are at most.
+
+    Found again: the same class, a score and a box within the tolerance. Order is that of the scores, so that it says
+    nothing where two are as good as equal.
+
+    Returns:
+        a share in [0, 1], and the largest difference of the scores of those.
+    """
+    score_tolerance, box_tolerance = (
+        (HALF_SCORE_TOLERANCE, HALF_BOX_TOLERANCE) if half else (SCORE_TOLERANCE, BOX_TOLERANCE)
+    )
+    same, largest = [], 0.0
+    for (boxes, scores, classes), (other_boxes, other_scores, other_classes) in zip(
+        zip(*expected, strict=True), zip(*found, strict=True), strict=True
+    ):
+        boxes, scores, classes = boxes[:BEST], scores[:BEST], classes[:BEST]
+        box_error = (boxes[:, None] - other_boxes[None]).abs().amax(-1) / boxes.max().clamp(min=1)
+        score_error = (scores[:, None] - other_scores[None]).abs()
+        candidate = (classes[:, None] == other_classes[None]) & (box_error <= box_tolerance)
+        candidate &= (score_error <= score_tolerance) & ((scores > 0)[:, None] == (other_scores > 0)[None])
+        error = score_error.masked_fill(~candidate, torch.inf).amin(-1)
+        there = error.isfinite()
+        same.append(there.float().mean().item())
+        largest = max(largest, error[there].max().item() if there.any() else 0.0)
+    return min(same), largest
+
+
+def load_onnx(path: Path) -> Callable[..., Outputs]:
+    """The file as a function of tensors."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> Outputs:
+        arrays = {name: tensor.cpu().numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
+        return tuple(torch.from_numpy(array).to(inputs[0].device) for array in session.run(OUTPUTS, arrays))
+
+    return run
+
+
+def load_program(path: Path) -> Callable[..., Outputs]:
+    """A program written by :func:`export_program` as a function of tensors, for one image as for many."""
+    # Its guards would have the batch at least 2: the trace asked whether it is 1 to choose the layout of memory.
+    return torch.export.load(path).module(check_guards=False)
+
+
+def _is_duplicate_in_onnx(boxes, scores, classes, num_classes: int, iou_threshold: float):
+    """`is_duplicate` in ONNX, whose NonMaxSuppression wants the scores of each class: 0 for boxes of another one."""
+    op = opset18
+    all_classes = op.Unsqueeze(op.Range(0, num_classes, 1), [0, 2])
+    of_class = op.Equal(op.Unsqueeze(classes, [1]), op.Cast(all_classes, to=INT64))  # (B, K, n)
+    scores_of_class = op.Where(of_class, op.Unsqueeze(scores, [1]), op.Constant(value_float=0.0))
+    count = op.Shape(scores, start=1)
+    kept = op.NonMaxSuppression(
+        boxes, scores_of_class, count,
+        op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[0.0]),
+    )  # fmt: skip
+    kept = op.Gather(kept, op.Constant(value_ints=[0, 2]), axis=1)  # image and box
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(kept, start=0, end=1))
+    return op.Equal(op.ScatterND(op.Mul(scores, 0.0), kept, ones), 0.0)
+
+
+def _name_the_free_sizes(graph: onnx_ir.Graph) -> None:
+    """Names instead of numbered symbols; sizes in between are the runtime's business."""
+    batch, count = "batch", "detections"
+    shapes = (
+        (batch, 3, "height", "width"), (batch, 2), (batch, 2), (batch, count, 4), (batch, count), (batch, count)
+    )  # fmt: skip
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    for value, shape in zip([*graph.inputs, *graph.outputs], shapes, strict=True):
+        value.shape = onnx_ir.Shape(shape)
+
+
+@contextmanager
+def _replaced_after_success(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved there if nothing was raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.unchecked{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""DINO as one function of tensors: what an exported file computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from detectron2.layers import batched_nms
+from torch import Tensor, nn
+
+from dino_d2.geometry import cxcywh_to_xyxy
+from dino_d2.meta_arch.dino import DINO, padding_of
+from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
+
+
+class ExportableDINO(nn.Module):
+    """A copy of a detector in evaluation, from pixels to boxes of the original images.
+
+    Args:
+        model: stays as it is.
+        op: for every deformable attention of the copy; arguments and result of `dino_d2.ops.ms_deform_attn_fused`.
+        half: weights and maps in float16; geometry, scores and what comes out in float32.
+    """
+
+    def __init__(self, model: DINO, op: Callable[..., Tensor], half: bool = False):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.half_precision = half
+        for module in self.model.modules():
+            if isinstance(module, MultiScaleDeformableAttention):
+                module.op = op
+        # Not buffers: those that are no part of the state dict would be, and in float32 whatever the weights are.
+        self.mean, self.std = (x.tolist() for x in (model.pixel_mean.flatten(), model.pixel_std.flatten()))
+        if half:
+            self.model.half()
+
+    def forward(self, pixels: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            pixels: (B, 3, H, W) uint8, resized images in the channel order of INPUT.FORMAT, padded at the right and
+                bottom with anything.
+            image_sizes: (B, 2) int64, height and width of each without padding.
+            original_sizes: (B, 2) int64, height and width of each before it was resized: what the boxes refer to.
+
+        Returns:
+            boxes (B, n, 4) x1, y1, x2, y2 in pixels of the original images, inside them; scores (B, n), best first;
+            classes (B, n) int64. A score of 0: this is no detection but a duplicate or a box without area.
+        """
+        model = self.model
+        padding_mask = padding_of(image_sizes, *pixels.shape[-2:])
+        mean, std = (pixels.new_tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.mean, self.std))
+        images = ((pixels - mean) / std).masked_fill(padding_mask[:, None], 0)
+        with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
+            predictions = model.predict(images, padding_mask)
+        best = predictions.best(model.inference.max_detections)
+        size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
+        boxes = cxcywh_to_xyxy(best.boxes) * size
+        inside = torch.minimum(boxes.clamp(min=0), size)
+        dropped = (inside[..., 2:] <= inside[..., :2]).any(-1)
+        if model.inference.nms_threshold < 1:
+            classes, threshold = model.decoder.num_classes, model.inference.nms_threshold
+            dropped = dropped | is_duplicate(boxes, best.scores, best.classes, classes, threshold)
+        return inside, best.scores.masked_fill(dropped, 0), best.classes
+
+
+@torch.library.custom_op("dino_d2::is_duplicate", mutates_args=())
+def is_duplicate(boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou_threshold: float) -> Tensor:
+    """Which boxes overlap with a better one of their class and image by more than `iou_threshold`.
+
+    An operator of its own, because what it is made of here cannot be traced; `export` says it in ONNX.
+
+    Args:
+        boxes: (B, n, 4) x1, y1, x2, y2.
+        scores, classes: (B, n); classes are below `num_classes`.
+
+    Returns:
+        (B, n) bool.
+    """
+    duplicate = torch.ones_like(scores, dtype=torch.bool)
+    for i in range(len(boxes)):
+        duplicate[i, batched_nms(boxes[i], scores[i], classes[i], iou_threshold)] = False
+    return duplicate
+
+
+@is_duplicate.register_fake
+def _(boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou_threshold: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)

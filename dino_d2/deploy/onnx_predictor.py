@@ -1,0 +1,172 @@
+"""Prediction with a file made by `tools/export.py`: onnxruntime and NumPy, nothing else. This file works alone, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+METADATA_KEY = "dino_d2"  # of the JSON in the file's metadata
+PRECISION_BITS = 22  # of the weights when pixels of 8 bits are resized, as in Pillow
+
+
+@dataclass
+class DetectedObjects:
+    """What is found in one image, best first.
+
+    boxes: (n, 4) float32, x1, y1, x2, y2 in pixels of the image.
+    scores: (n,) float32 in [0, 1].
+    classes: (n,) int64, counted from 0.
+    names: of the classes of the n objects; empty if the model knows none.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class OnnxPredictor:
+    """Finds what detectron2's `DefaultPredictor` finds with the model that was exported.
+
+    Args:
+        path: of the ONNX file.
+        providers: of onnxruntime, tried in this order.
+        session_options: of onnxruntime: threads and the like.
+
+    Attributes:
+        session: onnxruntime's, whose inputs `prepare` makes.
+        class_names: of all classes, or empty.
+        input_format: "RGB" or "BGR", what the session takes.
+        min_size, max_size: to which images are resized: the shorter side, the most for the longer one; 0: they are not.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it was not made by `tools/export.py`.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        session_options: onnxruntime.SessionOptions | None = None,
+    ):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+        self.session = onnxruntime.InferenceSession(str(path), session_options, list(providers))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in metadata:
+            raise ValueError(f"{path} does not say how its images are prepared: it was not made by tools/export.py")
+        settings = json.loads(metadata[METADATA_KEY])
+        self.class_names = tuple(settings["class_names"])
+        self.input_format: str = settings["input_format"]
+        self.min_size: int = settings["min_size"]
+        self.max_size: int = settings["max_size"]
+
+    def __call__(self, image: np.ndarray) -> DetectedObjects:
+        """
+        Args:
+            image: (H, W, 3) uint8, BGR whatever the model takes, as from `cv2.imread`.
+
+        Raises:
+            ValueError: an image of another shape or type.
+        """
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: Sequence[np.ndarray]) -> list[DetectedObjects]:
+        """As many images at once, of any sizes; they are padded to the largest."""
+        found = self.session.run(["boxes", "scores", "classes"], self.prepare(images))
+        return [self._objects(*arrays) for arrays in zip(*found, strict=True)]
+
+    def prepare(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs of the session for images as in `__call__`: resized, in its channel order, padded."""
+        if not len(images):
+            raise ValueError("there is no image to predict")
+        for image in images:
+            _check(image)
+        resized = [resize(image, *self._size(*image.shape[:2])) for image in images]
+        sizes = np.array([image.shape[:2] for image in resized], np.int64)
+        pixels = np.zeros((len(images), 3, *sizes.max(axis=0)), np.uint8)
+        for padded, image, (height, width) in zip(pixels, resized, sizes, strict=True):
+            ordered = image[:, :, ::-1] if self.input_format == "RGB" else image
+            padded[:, :height, :width] = ordered.transpose(2, 0, 1)
+        original_sizes = np.array([image.shape[:2] for image in images], np.int64)
+        return {"pixels": pixels, "image_sizes": sizes, "original_sizes": original_sizes}
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        if self.min_size == 0:
+            return height, width
+        return shortest_edge_size(height, width, self.min_size, self.max_size)
+
+    def _objects(self, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> DetectedObjects:
+        there = scores > 0  # the others are duplicates, or boxes without area
+        names = tuple(self.class_names[i] for i in classes[there]) if self.class_names else ()
+        return DetectedObjects(boxes[there], scores[there], classes[there], names)
+
+
+def shortest_edge_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """Height and width whose shorter side is `min_size`, or less where the longer one would be above `max_size`."""
+    scale = min_size / min(height, width)
+    # One product for each side and each step, like detectron2: another order is another rounding.
+    new_height, new_width = (min_size, scale * width) if height < width else (scale * height, min_size)
+    longest = max(new_height, new_width)
+    if longest > max_size:
+        shrink = max_size / longest
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, channels) uint8 -> (height, width, channels), bit for bit what Pillow's bilinear filter makes of it.
+
+    Width first, then height. Since version 13 Pillow takes the height first where that saves it work, as when it
+    shrinks pictures much higher than wide; of those some pixels differ by one, the rounding in between.
+    """
+    if width != image.shape[1]:
+        image = _resize_lines(image.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    if height != image.shape[0]:
+        image = _resize_lines(image, height)
+    return np.ascontiguousarray(image)
+
+
+def _resize_lines(image: np.ndarray, size: int) -> np.ndarray:
+    """Along the first axis: every line of the result is a weighted sum of neighbouring lines.
+
+    A triangle as wide as a line of the result, where that is wider than one of the image, so that nothing is skipped;
+    weights are integers of `PRECISION_BITS`, sums are rounded once.
+    """
+    length = image.shape[0]
+    scale = length / size
+    reach = max(scale, 1.0)
+    centre = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach + 0.5).astype(np.int64), length)
+    line = first[:, None] + np.arange((last - first).max())  # (size, taps)
+    weight = np.maximum(1 - np.abs((line - centre[:, None] + 0.5) * (1 / reach)), 0)
+    weight[line >= last[:, None]] = 0
+    total = np.zeros(size)
+    for tap in weight.T:  # in this order: a sum in pairs would round otherwise
+        total += tap
+    weight = (weight * (1 / total)[:, None] * (1 << PRECISION_BITS) + 0.5).astype(np.int32)
+    line = np.minimum(line, length - 1)
+
+    result = np.full((size, *image.shape[1:]), 1 << (PRECISION_BITS - 1), np.int32)
+    for tap in range(line.shape[1]):
+        result += image[line[:, tap]] * weight[:, tap, None, None]
+    return np.clip(result >> PRECISION_BITS, 0, 255).astype(np.uint8)
+
+
+def _check(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be a uint8 array (height, width, 3) in BGR order, got {described}")
+    if not image.size:
+        raise ValueError(f"an image has no pixels: {image.shape}")

@@ -1,0 +1,160 @@
+"""An exported file finds what the model finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
+from torch import Tensor, nn
+
+from dino_d2 import DINO
+from dino_d2.deploy import OnnxPredictor
+from dino_d2.deploy import export as export_module
+from dino_d2.deploy.export import (
+    ExportError,
+    agreement,
+    check_agreement,
+    example_inputs,
+    export_program,
+    load_onnx,
+    load_program,
+    refuse_what_a_file_cannot_do,
+)  # fmt: skip
+from dino_d2.deploy.exportable import ExportableDINO
+from dino_d2.deploy.sampling import ms_deform_attn_by_rows
+from dino_d2.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
+
+# None of them is what was traced: 2 of 101 x 139.
+SHAPES = [(1, 64, 200), (3, 97, 33), (4, 128, 160), (2, 33, 65), (1, 20, 30), (1, 1, 7)]
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    pixels, _, _ = example_inputs(1, height, width, torch.device("cpu"))
+    return pixels[0].permute(1, 2, 0).contiguous().numpy()
+
+
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_sampling_by_rows_is_deformable_attention(numbers: int) -> None:
+    shapes = ((5, 7), (3, 4), (1, 2))
+    value = torch.randn(2, 49, 4, 8)
+    reference = torch.rand(2, 9, 3, numbers) * 1.4 - 0.2  # outside, too
+    offsets, logits = torch.randn(2, 9, 4, 3, 2, 2) * 3, torch.randn(2, 9, 4, 3, 2)
+    arguments = (value, shapes, reference, offsets, logits)
+    expected = ms_deform_attn_fused_reference(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+    torch.testing.assert_close(ms_deform_attn_by_rows(*arguments), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_other_shapes_and_numbers_than_traced(shape: tuple[int, int, int], small_model: DINO, onnx_file: Path) -> None:
+    inputs = example_inputs(*shape, torch.device("cpu"))
+    with torch.no_grad():
+        expected = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
+    share, error = agreement(expected, load_onnx(onnx_file)(*inputs), half=False)
+    assert expected[1].max() - expected[1].min() > 0.1  # or the comparison would say little
+    assert share == 1
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("size", [(90, 130), (260, 180), (120, 120), (40, 390)], ids=str)
+def test_the_predictor_shows_what_detectron2_shows(
+    size: tuple[int, int], small_cfg: CfgNode, small_model: DINO, onnx_file: Path
+) -> None:
+    image = photo(*size)
+    default = DefaultPredictor(small_cfg)
+    default.model = small_model
+    expected = default(image)["instances"]
+    found = OnnxPredictor(onnx_file)(image)
+    assert 0 < len(found) == len(expected) < 100  # duplicates are gone
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor, atol=0.05)
+    assert found.classes.tolist() == expected.pred_classes.tolist()
+    assert found.names == tuple(small_cfg.MODEL.DINO.CLASS_NAMES[i] for i in found.classes)
+
+
+def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
+    predictor = OnnxPredictor(onnx_file)
+    images = [photo(120, 90), photo(70, 150)]
+    inputs = [torch.from_numpy(array) for array in predictor.prepare(images).values()]
+    with torch.no_grad():
+        boxes, scores, _ = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
+    for i, found in enumerate(predictor.predict_batch(images)):
+        np.testing.assert_allclose(found.scores, scores[i][scores[i] > 0], atol=1e-4)
+        np.testing.assert_allclose(found.boxes, boxes[i][scores[i] > 0], atol=0.05)
+        assert (found.boxes <= [*images[i].shape[1::-1]] * 2).all()
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7])
+def test_images_of_another_kind_are_refused(image: object, onnx_file: Path) -> None:
+    with pytest.raises(ValueError, match="an image"):
+        OnnxPredictor(onnx_file)(image)
+
+
+def test_no_image_is_refused(onnx_file: Path) -> None:
+    with pytest.raises(ValueError, match="no image"):
+        OnnxPredictor(onnx_file).predict_batch([])
+
+
+def test_only_standard_operators(onnx_file: Path) -> None:
+    import onnx
+
+    assert {node.domain for node in onnx.load(onnx_file).graph.node} == {""}
+
+
+def test_a_file_of_another_maker_is_refused(onnx_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(onnx_file)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"tools/export\.py"):
+        OnnxPredictor(tmp_path / "other.onnx")
+
+
+def test_half_precision_is_near(small_model: DINO) -> None:
+    half = ExportableDINO(small_model, ms_deform_attn_by_rows, half=True)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in small_model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        check_agreement(small_model, half, half=True)
+
+
+def test_programs_for_other_shapes(small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path) -> None:
+    export_program(small_cfg, small_model, tmp_path / "small.pt2", half=False)
+    inputs = example_inputs(1, 160, 75, torch.device("cpu"))
+    with torch.no_grad():
+        expected = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
+    assert agreement(expected, load_program(tmp_path / "small.pt2")(*inputs), half=False)[0] == 1
+
+
+def test_a_file_that_differs_is_not_kept(
+    small_cfg: CfgNode, small_model: DINO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One whose trace has other weights; the file that was there stays."""
+    path = tmp_path / "small.pt2"
+    path.write_text("the one before")
+    other = ExportableDINO(small_model, ms_deform_attn_fused)
+    nn.init.normal_(other.model.decoder.class_heads[0].weight, std=0.5)
+    monkeypatch.setattr(export_module, "trace", lambda exportable: exportable)
+    monkeypatch.setattr(torch.export, "save", lambda program, file: Path(file).write_text("the one that differs"))
+    monkeypatch.setattr(export_module, "load_program", lambda file: torch.no_grad()(other.forward))
+    with pytest.raises(ExportError, match="does not find what the model finds"):
+        export_program(small_cfg, small_model, path, half=False)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("small.pt2", "the one before")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TEST.AUG.ENABLED", True), ("TEST.AMP.ENABLED", True), ("MODEL.DINO.QUERY_SCORE_THRESHOLD", 0.1),
+        ("MODEL.PIXEL_MEAN", [0.5]), ("INPUT.FORMAT", "L"),
+    ],
+)  # fmt: skip
+def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg: CfgNode) -> None:
+    cfg = small_cfg.clone()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ExportError, match=key):
+        refuse_what_a_file_cannot_do(cfg)
