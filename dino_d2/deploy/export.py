@@ -69,6 +69,7 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
         verbose=False,
     )
     onnxscript.optimizer.fold_constants(onnx_program.model)
+    onnxscript.optimizer.remove_unused_nodes(onnx_program.model)
     _name_the_free_sizes(onnx_program.model.graph)
     onnx_program.model.metadata_props[METADATA_KEY] = json.dumps(
         {

@@ -54,7 +54,7 @@ def test_other_shapes_and_numbers_than_traced(shape: tuple[int, int, int], small
     with torch.no_grad():
         expected = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
     share, error = agreement(expected, load_onnx(onnx_file)(*inputs), half=False)
-    assert expected[1].max() - expected[1].min() > 0.1  # or the comparison would say little
+    assert expected[1].max() - expected[1].min() > 0.05  # or the comparison would say little
     assert share == 1
     assert error < 1e-4
 
