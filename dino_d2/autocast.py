@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from detectron2.config import CfgNode
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def autocast(device_type: str, dtype: str | None) -> torch.autocast:
-    """`torch.autocast` to `dtype`; None leaves it off."""
-    return torch.autocast(device_type, DTYPES.get(dtype), enabled=dtype is not None)
+def autocast(device_type: str, dtype: str | None) -> AbstractContextManager:
+    """`torch.autocast` to `dtype`; None changes nothing, so that it may be on around the model."""
+    return nullcontext() if dtype is None else torch.autocast(device_type, DTYPES[dtype])
 
 
 def autocast_of_config(key: str, amp: CfgNode) -> str | None:

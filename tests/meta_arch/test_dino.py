@@ -285,6 +285,15 @@ def test_evaluation_in_mixed_precision(dtype: str, tiny_cfg: CfgNode) -> None:
     assert not torch.equal(found.scores, expected.scores)
 
 
+def test_mixed_precision_around_the_model_reaches_it(tiny_cfg: CfgNode) -> None:
+    model = build_model(tiny_cfg).eval()
+    products = []
+    model.encoder.layers[0].ffn.linear1.register_forward_hook(lambda module, inputs, out: products.append(out.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model([make_input(64, 96)])
+    assert products == [torch.bfloat16]
+
+
 def test_dtype_that_cannot_be_mixed_is_named(tiny_cfg: CfgNode) -> None:
     tiny_cfg.TEST.AMP.ENABLED, tiny_cfg.TEST.AMP.DTYPE = True, "float64"
     with pytest.raises(ValueError, match=r"TEST\.AMP\.DTYPE is 'float64'; it must be one of float16, bfloat16"):
