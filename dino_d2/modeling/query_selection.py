@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_d2.structures import Memory, Predictions, Queries
+from dino_d2.structures import Memory, Predictions, Queries, highest
 
 SMALLEST_PROPOSAL = 0.05  # of the image, at the finest level; doubles from level to level
 VALID_RANGE = (0.01, 0.99)
@@ -92,7 +92,7 @@ class EncoderProposals(nn.Module):
         features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
         logits = self.class_head(features)
         # Images of a few pixels have fewer tokens than queries.
-        best = logits.max(-1).values.topk(torch.sym_min(num_queries, logits.shape[1]), dim=1).indices
+        _, best = highest(logits.max(-1).values, num_queries)
         features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
         boxes = (self.box_head(features) + proposal_logits).sigmoid()
         return features, Predictions(logits, boxes)
