@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,16 @@ def make_batch(counts: list[int], height: int = 64, width: int = 64) -> list[dic
         instances.gt_classes = torch.randint(2, (count,))
         batch.append({"image": torch.rand(3, height, width) * 255, "instances": instances})
     return batch
+
+
+class SameBatch:
+    """A loader that gives one batch again and again."""
+
+    seed = 3
+
+    def __init__(self, batch: list[dict]):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        while True:
+            yield self.batch

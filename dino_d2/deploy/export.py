@@ -156,7 +156,7 @@ def check_agreement(model: DINO, run: Callable[..., Outputs], half: bool) -> str
         run: takes and returns what :class:`ExportableDINO` does.
 
     Raises:
-        ExportError: they differ.
+        ExportError: they differ, or the file does not run.
     """
     truth = ExportableDINO(model, ms_deform_attn_fused)
     found = []
@@ -164,7 +164,14 @@ def check_agreement(model: DINO, run: Callable[..., Outputs], half: bool) -> str
         inputs = example_inputs(*shape, model.device)
         with torch.no_grad():
             expected = truth(*inputs)
-        found.append(agreement(expected, run(*inputs), half))
+        try:
+            outputs = run(*inputs)
+        except Exception as error:  # a runtime's own kinds have nothing else in common
+            raise ExportError(
+                "The exported file does not run on images of another size or number than were traced (backbone: "
+                f"{type(model.backbone).__name__}): {error}. It was not kept"
+            ) from error
+        found.append(agreement(expected, outputs, half))
     shares = [share for share, _ in found]
     shapes = " and ".join(f"{batch} of {height} x {width}" for batch, height, width in CHECKED)
     report = (

@@ -147,6 +147,14 @@ def test_a_file_that_differs_is_not_kept(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("small.pt2", "the one before")]
 
 
+def test_a_file_that_runs_at_the_traced_size_alone_is_refused(small_model: DINO) -> None:
+    def fail(*inputs: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("shape is invalid")
+
+    with pytest.raises(ExportError, match=r"another size .*ThreeConvolutions.*shape is invalid"):
+        check_agreement(small_model, fail, half=False)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -15,7 +15,7 @@ from dino_d2 import load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.engine.step import StepSettings, StepTrainer
-from tests.synthetic import config_values, make_batch, write_rectangles
+from tests.synthetic import SameBatch, config_values, make_batch, write_rectangles
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml"
 
@@ -32,20 +32,9 @@ def config(data: tuple[Path, Path], output: Path, *overrides: str) -> CfgNode:
     return cfg
 
 
-class Loader:
-    seed = 3
-
-    def __init__(self, batch: list[dict]):
-        self.batch = batch
-
-    def __iter__(self):
-        while True:
-            yield self.batch
-
-
 def gradients(model: nn.Module, batch: list[dict], parts: int) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = StepTrainer(model, Loader(batch), optimizer, StepSettings(parts, None, "stop", "."))
+    trainer = StepTrainer(model, SameBatch(batch), optimizer, StepSettings(parts, None, "stop", "."))
     trainer.iter = 0
     optimizer.zero_grad()
     trainer._accumulate(batch)

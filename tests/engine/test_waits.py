@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import dino_d2
 from dino_d2.engine import build_optimizer
 from dino_d2.engine.step import StepSettings, StepTrainer
-from tests.synthetic import make_batch
+from tests.synthetic import SameBatch, make_batch
 
 PACKAGE = Path(dino_d2.__file__).parent
 
@@ -53,22 +53,11 @@ def _has_mask(index: Any) -> bool:
     return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
 
 
-class Loader:
-    seed = 0
-
-    def __init__(self, batch: list[dict]):
-        self.batch = batch
-
-    def __iter__(self):
-        while True:
-            yield self.batch
-
-
 def make_trainer(cfg: CfgNode) -> StepTrainer:
     batch = make_batch([3, 0, 5])
     batch[1]["image"] = batch[1]["image"][:, :40]  # padded
     model = build_model(cfg)
-    return StepTrainer(model, Loader(batch), build_optimizer(cfg, model), StepSettings.of_config(cfg))
+    return StepTrainer(model, SameBatch(batch), build_optimizer(cfg, model), StepSettings.of_config(cfg))
 
 
 def test_a_step_reads_from_its_device_twice(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
