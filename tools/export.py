@@ -11,6 +11,7 @@ something else, there is an error and no file. docs/deployment.md says what goes
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export for a command line (None: that of the process)."""
     args = parse(arguments)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of each operator that it does not fold
     if not Path(args.weights).is_file():
         sys.exit(f"--weights {args.weights}: there is no such file")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from dino_d2.meta_arch import DINO
 from dino_d2.ops import compiled, ms_deform_attn_fused
 
+from .check import FULL, HALF, ExportError, Outputs, check_agreement, example_inputs
 from .exportable import ExportableDINO
 from .onnx_predictor import METADATA_KEY
 from .sampling import ms_deform_attn_by_rows
@@ -26,21 +27,8 @@ from .sampling import ms_deform_attn_by_rows
 OPSET = 18
 INT64 = 7  # ONNX's number of the type
 INPUTS = ("pixels", "image_sizes", "original_sizes")
-OUTPUTS = ("boxes", "scores", "classes")
+OUTPUTS = ("boxes", "scores", "classes", "tokens")
 TRACED = (2, 101, 139)  # batch, height, width: no size that could be taken for another
-CHECKED = ((1, 180, 118), (3, 97, 205))  # what a file is tried with, unlike what was traced
-SCORE_TOLERANCE = 1e-4
-HALF_SCORE_TOLERANCE = 0.05
-BOX_TOLERANCE = 1e-3  # of the longer side of the image
-HALF_BOX_TOLERANCE = 0.05
-HALF_SHARE = 0.75  # of the detections: in float16 other tokens become queries where tokens are nearly alike
-BEST = 100  # detections of an image that are compared
-
-Outputs = tuple[Tensor, Tensor, Tensor]
-
-
-class ExportError(ValueError):
-    """This model cannot be exported, or its file would find something else."""
 
 
 def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
@@ -81,7 +69,7 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
     )
     with _replaced_after_success(path) as temporary:
         onnx_program.save(temporary, external_data=False)
-        return check_agreement(model, load_onnx(temporary), half)
+        return check_agreement(model, load_onnx(temporary), HALF if half else FULL)
 
 
 def export_program(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
@@ -95,7 +83,7 @@ def export_program(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
     program = trace(ExportableDINO(model, op, half))
     with _replaced_after_success(path) as temporary:
         torch.export.save(program, temporary)
-        return check_agreement(model, load_program(temporary), half)
+        return check_agreement(model, load_program(temporary), HALF if half else FULL)
 
 
 def trace(exportable: ExportableDINO) -> ExportedProgram:
@@ -138,82 +126,11 @@ def refuse_what_a_file_cannot_do(cfg: CfgNode) -> None:
         raise ExportError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: an exported file takes RGB or BGR")
 
 
-def example_inputs(batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Soft random images, the first of which is padded: arguments of :class:`ExportableDINO`."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch, 3, height // 16 + 2, width // 16 + 2, generator=generator) * 255
-    pixels = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 255)
-    sizes = torch.tensor([height, width]).repeat(batch, 1)
-    if batch > 1:
-        sizes[0] = torch.tensor([height * 4 // 5, width * 3 // 4])
-    return pixels.to(device, torch.uint8), sizes.to(device), (sizes * 2).to(device)
-
-
-def check_agreement(model: DINO, run: Callable[..., Outputs], half: bool) -> str:
-    """Compare a file with the model on images of other sizes and other numbers of them than were traced.
-
-    Args:
-        run: takes and returns what :class:`ExportableDINO` does.
-
-    Raises:
-        ExportError: they differ, or the file does not run.
-    """
-    truth = ExportableDINO(model, ms_deform_attn_fused)
-    found = []
-    for shape in CHECKED:
-        inputs = example_inputs(*shape, model.device)
-        with torch.no_grad():
-            expected = truth(*inputs)
-        try:
-            outputs = run(*inputs)
-        except Exception as error:  # a runtime's own kinds have nothing else in common
-            raise ExportError(
-                "The exported file does not run on images of another size or number than were traced (backbone: "
-                f"{type(model.backbone).__name__}): {error}. It was not kept"
-            ) from error
-        found.append(agreement(expected, outputs, half))
-    shares = [share for share, _ in found]
-    shapes = " and ".join(f"{batch} of {height} x {width}" for batch, height, width in CHECKED)
-    report = (
-        f"compared with PyTorch ({shapes}): {min(shares):.1%} of the best {BEST} detections are the same, "
-        f"their scores within {max(error for _, error in found):.1e}"
-    )
-    if min(shares) < (HALF_SHARE if half else 1):
-        raise ExportError(f"The exported file does not find what the model finds; {report}. It was not kept")
-    return report
-
-
-def agreement(expected: Outputs, found: Outputs, half: bool) -> tuple[float, float]:
-    """How many of the best detections are found again, and how far apart their scores are at most.
-
-    Found again: the same class, a score and a box within the tolerance. Order is that of the scores, so that it says
-    nothing where two are as good as equal.
-
-    Returns:
-        a share in [0, 1], and the largest difference of the scores of those.
-    """
-    score_tolerance, box_tolerance = (
-        (HALF_SCORE_TOLERANCE, HALF_BOX_TOLERANCE) if half else (SCORE_TOLERANCE, BOX_TOLERANCE)
-    )
-    same, largest = [], 0.0
-    for (boxes, scores, classes), (other_boxes, other_scores, other_classes) in zip(
-        zip(*expected, strict=True), zip(*found, strict=True), strict=True
-    ):
-        boxes, scores, classes = boxes[:BEST], scores[:BEST], classes[:BEST]
-        box_error = (boxes[:, None] - other_boxes[None]).abs().amax(-1) / boxes.max().clamp(min=1)
-        score_error = (scores[:, None] - other_scores[None]).abs()
-        candidate = (classes[:, None] == other_classes[None]) & (box_error <= box_tolerance)
-        candidate &= (score_error <= score_tolerance) & ((scores > 0)[:, None] == (other_scores > 0)[None])
-        error = score_error.masked_fill(~candidate, torch.inf).amin(-1)
-        there = error.isfinite()
-        same.append(there.float().mean().item())
-        largest = max(largest, error[there].max().item() if there.any() else 0.0)
-    return min(same), largest
-
-
 def load_onnx(path: Path) -> Callable[..., Outputs]:
     """The file as a function of tensors."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; of float16 it says a hundred times that it does not fold constants
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Outputs:
         arrays = {name: tensor.cpu().numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
@@ -248,7 +165,8 @@ def _name_the_free_sizes(graph: onnx_ir.Graph) -> None:
     """Names instead of numbered symbols; sizes in between are the runtime's business."""
     batch, count = "batch", "detections"
     shapes = (
-        (batch, 3, "height", "width"), (batch, 2), (batch, 2), (batch, count, 4), (batch, count), (batch, count)
+        (batch, 3, "height", "width"), (batch, 2), (batch, 2),
+        (batch, count, 4), (batch, count), (batch, count), (batch, "queries"),
     )  # fmt: skip
     for node in graph:
         for value in node.outputs:

@@ -35,7 +35,7 @@ class ExportableDINO(nn.Module):
         if half:
             self.model.half()
 
-    def forward(self, pixels: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             pixels: (B, 3, H, W) uint8, resized images in the channel order of INPUT.FORMAT, padded at the right and
@@ -45,14 +45,17 @@ class ExportableDINO(nn.Module):
 
         Returns:
             boxes (B, n, 4) x1, y1, x2, y2 in pixels of the original images, inside them; scores (B, n), best first;
-            classes (B, n) int64. A score of 0: this is no detection but a duplicate or a box without area.
+            classes (B, n) int64. A score of 0: this is no detection but a duplicate or a box without area. And
+            tokens (B, Q) int64, which tokens the queries come from: whoever compares two runtimes needs to know.
         """
         model = self.model
         padding_mask = padding_of(image_sizes, *pixels.shape[-2:])
         mean, std = (pixels.new_tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.mean, self.std))
         images = ((pixels - mean) / std).masked_fill(padding_mask[:, None], 0)
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
-            predictions = model.predict(images, padding_mask)
+            memory = model.encode(images, padding_mask)
+            selection = model.query_selection(memory)
+            predictions = model.decoder(selection.queries, memory)[-1]
         best = predictions.best(model.inference.max_detections)
         size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
         boxes = cxcywh_to_xyxy(best.boxes) * size
@@ -61,7 +64,7 @@ class ExportableDINO(nn.Module):
         if model.inference.nms_threshold < 1:
             classes, threshold = model.decoder.num_classes, model.inference.nms_threshold
             dropped = dropped | is_duplicate(boxes, best.scores, best.classes, classes, threshold)
-        return inside, best.scores.masked_fill(dropped, 0), best.classes
+        return inside, best.scores.masked_fill(dropped, 0), best.classes, selection.tokens
 
 
 @torch.library.custom_op("dino_d2::is_duplicate", mutates_args=())

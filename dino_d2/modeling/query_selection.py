@@ -19,10 +19,24 @@ VALID_RANGE = (0.01, 0.99)
 
 @dataclass
 class Selection:
-    """The queries, and what the encoder predicts for the tokens they come from (None: they are learned)."""
+    """Queries and where they come from.
+
+    proposals: what the encoder predicts for the tokens they come from; None: the queries are learned.
+    tokens: (B, Q) int64, which tokens these are; (B, 0) where the queries are learned.
+    """
 
     queries: Queries
     proposals: Predictions | None
+    tokens: Tensor
+
+
+@dataclass
+class Proposals:
+    """The best Q tokens of each image, (B, Q) int64, their `features` (B, Q, C), and what is predicted for them."""
+
+    tokens: Tensor
+    features: Tensor
+    predictions: Predictions
 
 
 def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
@@ -82,12 +96,8 @@ class EncoderProposals(nn.Module):
         self.class_head = class_head
         self.box_head = box_head
 
-    def forward(self, memory: Memory, num_queries: int) -> tuple[Tensor, Predictions]:
-        """
-        Returns:
-            features of the best min(num_queries, N) tokens (B, Q, C), and what is predicted for them. The box
-            head runs on those alone, which changes nothing: the others are not used.
-        """
+    def forward(self, memory: Memory, num_queries: int) -> Proposals:
+        """The best min(num_queries, N) tokens. The box head runs on those alone: the others are not used."""
         proposal_logits, valid = token_proposals(memory)
         features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
         logits = self.class_head(features)
@@ -95,7 +105,7 @@ class EncoderProposals(nn.Module):
         _, best = highest(logits.max(-1).values, num_queries)
         features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
         boxes = (self.box_head(features) + proposal_logits).sigmoid()
-        return features, Predictions(logits, boxes)
+        return Proposals(best, features, Predictions(logits, boxes))
 
 
 class MixedQuerySelection(nn.Module):
@@ -112,10 +122,10 @@ class MixedQuerySelection(nn.Module):
         nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Memory) -> Selection:
-        _, proposals = self.proposals(memory, self.num_queries)
-        batch, queries, _ = proposals.boxes.shape
+        best = self.proposals(memory, self.num_queries)
+        batch, queries = best.tokens.shape
         content = self.content.weight[:queries].expand(batch, -1, -1)
-        return Selection(Queries(content, proposals.boxes.detach()), proposals)
+        return Selection(Queries(content, best.predictions.boxes.detach()), best.predictions, best.tokens)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
         """Checkpointers that leave out what has another shape would leave the content random, with a warning at most.
@@ -141,8 +151,9 @@ class PureQuerySelection(nn.Module):
         self.proposals = proposals
 
     def forward(self, memory: Memory) -> Selection:
-        features, proposals = self.proposals(memory, self.num_queries)
-        return Selection(Queries(features.detach(), proposals.boxes.detach()), proposals)
+        best = self.proposals(memory, self.num_queries)
+        queries = Queries(best.features.detach(), best.predictions.boxes.detach())
+        return Selection(queries, best.predictions, best.tokens)
 
 
 class StaticQueries(nn.Module):
@@ -157,7 +168,8 @@ class StaticQueries(nn.Module):
     def forward(self, memory: Memory) -> Selection:
         batch = memory.tokens.shape[0]
         content = self.content.weight.expand(batch, -1, -1)
-        return Selection(Queries(content, self.anchor_logits.weight.sigmoid().expand(batch, -1, -1)), None)
+        queries = Queries(content, self.anchor_logits.weight.sigmoid().expand(batch, -1, -1))
+        return Selection(queries, None, torch.empty(batch, 0, dtype=torch.int64, device=content.device))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

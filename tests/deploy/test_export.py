@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +11,14 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dino_d2 import DINO
 from dino_d2.deploy import OnnxPredictor
 from dino_d2.deploy import export as export_module
-from dino_d2.deploy.export import (
-    ExportError,
-    agreement,
-    check_agreement,
-    example_inputs,
-    export_program,
-    load_onnx,
-    load_program,
-    refuse_what_a_file_cannot_do,
-)  # fmt: skip
+from dino_d2.deploy.check import FULL, HALF, ExportError, agreement, check_agreement, example_inputs
+from dino_d2.deploy.export import export_program, load_onnx, load_program, refuse_what_a_file_cannot_do
 from dino_d2.deploy.exportable import ExportableDINO
 from dino_d2.deploy.sampling import ms_deform_attn_by_rows
 from dino_d2.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
@@ -51,12 +46,13 @@ def test_sampling_by_rows_is_deformable_attention(numbers: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_other_shapes_and_numbers_than_traced(shape: tuple[int, int, int], small_model: DINO, onnx_file: Path) -> None:
     inputs = example_inputs(*shape, torch.device("cpu"))
-    with torch.no_grad():
-        expected = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
-    share, error = agreement(expected, load_onnx(onnx_file)(*inputs), half=False)
-    assert expected[1].max() - expected[1].min() > 0.05  # or the comparison would say little
-    assert share == 1
-    assert error < 1e-4
+    run = load_onnx(onnx_file)
+    _, scores, _, _ = run(*inputs)
+    assert scores.max() - scores.min() > 0.05  # or the comparison would say little
+    found = agreement(small_model, run, inputs, FULL)
+    assert found.share == 1
+    assert found.score_error < 1e-4
+    assert found.token_error < 1e-4
 
 
 @pytest.mark.parametrize("size", [(90, 130), (260, 180), (120, 120), (40, 390)], ids=str)
@@ -81,7 +77,7 @@ def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
     images = [photo(120, 90), photo(70, 150)]
     inputs = [torch.from_numpy(array) for array in predictor.prepare(images).values()]
     with torch.no_grad():
-        boxes, scores, _ = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
+        boxes, scores, *_ = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
     for i, found in enumerate(predictor.predict_batch(images)):
         np.testing.assert_allclose(found.scores, scores[i][scores[i] > 0], atol=1e-4)
         np.testing.assert_allclose(found.boxes, boxes[i][scores[i] > 0], atol=0.05)
@@ -120,15 +116,13 @@ def test_half_precision_is_near(small_model: DINO) -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
     assert {parameter.dtype for parameter in small_model.parameters()} == {torch.float32}
     with torch.no_grad():
-        check_agreement(small_model, half, half=True)
+        check_agreement(small_model, half, HALF)
 
 
 def test_programs_for_other_shapes(small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path) -> None:
     export_program(small_cfg, small_model, tmp_path / "small.pt2", half=False)
     inputs = example_inputs(1, 160, 75, torch.device("cpu"))
-    with torch.no_grad():
-        expected = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
-    assert agreement(expected, load_program(tmp_path / "small.pt2")(*inputs), half=False)[0] == 1
+    assert agreement(small_model, load_program(tmp_path / "small.pt2"), inputs, FULL).share == 1
 
 
 def test_a_file_that_differs_is_not_kept(
@@ -152,7 +146,53 @@ def test_a_file_that_runs_at_the_traced_size_alone_is_refused(small_model: DINO)
         raise RuntimeError("shape is invalid")
 
     with pytest.raises(ExportError, match=r"another size .*ThreeConvolutions.*shape is invalid"):
-        check_agreement(small_model, fail, half=False)
+        check_agreement(small_model, fail, FULL)
+
+
+def test_tokens_that_changed_places_are_forgiven_if_they_score_alike(small_model: DINO) -> None:
+    """All tokens do, where the head says the same of each; with other scores the same choice is a fault."""
+    alike = copy.deepcopy(small_model)
+    nn.init.zeros_(alike.query_selection.proposals.class_head.weight)
+    for model, forgiven in ((alike, True), (small_model, False)):
+        with_last_first = ExportableDINO(model, ms_deform_attn_fused)
+        with_last_first.model.query_selection.proposals.class_head = LastFirst(model.decoder.num_classes)
+        inputs = example_inputs(*SHAPES[1], torch.device("cpu"))
+        found = agreement(model, with_last_first, inputs, FULL)
+        assert found.share == 1  # of what the model finds with these tokens
+        assert found.within(FULL) == forgiven
+        usual = ExportableDINO(model, ms_deform_attn_fused)(*inputs)
+        assert not torch.equal(with_last_first(*inputs)[1], usual[1])
+
+
+def test_learned_queries_have_no_tokens(tiny_config: Callable[..., CfgNode]) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(QUERY_SELECTION="static")).eval()
+    inputs = example_inputs(2, 70, 50, torch.device("cpu"))
+    exportable = ExportableDINO(model, ms_deform_attn_fused).requires_grad_(False)
+    assert exportable(*inputs)[3].shape == (2, 0)
+    assert agreement(model, exportable, inputs, FULL).within(FULL)
+
+
+class LastFirst(nn.Module):
+    """A class head for which the last token is the best one."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, features: Tensor) -> Tensor:
+        position = torch.arange(features.shape[1], dtype=features.dtype)
+        return position[:, None].expand(*features.shape[:2], self.num_classes)
+
+
+def test_a_file_that_ignores_padding_is_found_out(small_model: DINO) -> None:
+    exportable = ExportableDINO(small_model, ms_deform_attn_fused)
+
+    def without_padding(pixels: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:
+        return exportable(pixels, image_sizes.amax(0).expand_as(image_sizes), original_sizes)
+
+    with torch.no_grad(), pytest.raises(ExportError, match="does not find what the model finds"):
+        check_agreement(small_model, without_padding, FULL)
 
 
 @pytest.mark.parametrize(

@@ -54,35 +54,35 @@ def test_proposals_at_the_very_border_are_infinite(make_memory) -> None:
 
 def test_best_tokens_are_taken_best_first(make_memory) -> None:
     memory, proposals = make_memory(valid=((1, 1),)), make_proposals()
-    _, best = proposals(memory, 7)
-    _, everything = proposals(memory, memory.tokens.shape[1])
+    best = proposals(memory, 7).predictions
+    everything = proposals(memory, memory.tokens.shape[1]).predictions
     scores = everything.logits.max(-1).values.sort(descending=True).values
     torch.testing.assert_close(best.logits.max(-1).values, scores[:, :7])
 
 
 def test_predictions_are_the_heads_of_the_chosen_tokens(make_memory) -> None:
     memory, proposals = make_memory(valid=((1, 1),)), make_proposals()
-    features, predictions = proposals(memory, 7)
-    all_features = proposals.norm(proposals.project(memory.tokens))
-    token = (all_features[0][None] - features[0][:, None]).abs().sum(-1).argmin(-1)
-    torch.testing.assert_close(features[0], all_features[0, token])
-    torch.testing.assert_close(predictions.logits[0], proposals.class_head(all_features[0, token]))
+    best = proposals(memory, 7)
+    token = best.tokens[0]
+    features = proposals.norm(proposals.project(memory.tokens))[0, token]
+    torch.testing.assert_close(best.features[0], features)
+    torch.testing.assert_close(best.predictions.logits[0], proposals.class_head(features))
     start = token_proposals(memory)[0][0, token]
-    torch.testing.assert_close(predictions.boxes[0], (proposals.box_head(features[0]) + start).sigmoid())
+    torch.testing.assert_close(best.predictions.boxes[0], (proposals.box_head(features) + start).sigmoid())
 
 
 def test_invalid_tokens_are_not_read(make_memory) -> None:
     memory, proposals = make_memory(), make_proposals()
     count = memory.tokens.shape[1]
-    expected = proposals(memory, count)[1]
+    expected = proposals(memory, count).predictions
     memory.tokens[memory.padding_mask] = torch.nan
-    torch.testing.assert_close(proposals(memory, count)[1].logits, expected.logits)
+    torch.testing.assert_close(proposals(memory, count).predictions.logits, expected.logits)
 
 
 def test_chosen_invalid_tokens_leave_all_gradients_finite(make_memory) -> None:
     memory, proposals = make_memory(), make_proposals()
     tokens = leaf(memory)
-    _, predictions = proposals(memory, tokens.shape[1])  # all of them
+    predictions = proposals(memory, tokens.shape[1]).predictions  # all of them
     (predictions.boxes.sum() + predictions.logits.sum()).backward()
     assert predictions.boxes.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (tokens, *proposals.parameters()))
@@ -104,7 +104,7 @@ def test_pure_anchors_and_content_come_from_tokens_without_gradient(make_memory)
     tokens = leaf(memory)
     queries, proposals = selection(memory).queries, selection(memory).proposals
     assert torch.equal(queries.anchors, proposals.boxes)
-    assert torch.equal(queries.content, selection.proposals(memory, 6)[0])
+    assert torch.equal(queries.content, selection.proposals(memory, 6).features)
     assert not queries.anchors.requires_grad
     assert not queries.content.requires_grad
     assert torch.autograd.grad(proposals.boxes.sum(), tokens)[0].any()
