@@ -41,7 +41,10 @@ install_all() {
   echo "$above" >"$site/above.pth"
   "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" --upgrade "$wheels"/*.whl || return
   tar -xzf "$wheels/detectron2.tar.gz" -C "$site" || return
-  "$python" -m pip install -q --no-deps --no-build-isolation --target "$work/peer" "$wheels"/torch_ms_deform_attn*.tar.gz ||
+  # The peer wants headers and a library that torch's wheels bring and some toolkits lack.
+  mkdir "$work/lib" && ln -s "$above"/nvidia/*/lib/libcudart.so.* "$work/lib/libcudart.so"
+  CPATH=$(echo "$above"/nvidia/*/include | tr ' ' ':') LIBRARY_PATH=$work/lib "$python" -m pip install -q --no-deps \
+    --no-build-isolation --target "$work/peer" "$wheels"/torch_ms_deform_attn*.tar.gz ||
     echo "torch-ms-deform-attn did not build and is left out"
   "$python" setup.py -q build_ext --inplace || return
   "$python" -m pip install -q --no-deps --no-build-isolation --no-index --editable . || return
