@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -117,16 +118,22 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
     A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
 
     Raises:
-        ValueError: a key that does not exist; it names the nearest one that does.
+        ValueError: a key that does not exist (it names the nearest one that does) or has no value; a file that is not
+            YAML, or YAML that would run code.
     """
     cfg = get_cfg()
     add_dino_config(cfg)
     default_device = cfg.MODEL.DEVICE
-    in_file = _keys(cfg.load_yaml_with_base(config_file, allow_unsafe=True))
+    try:
+        in_file = _keys(cfg.load_yaml_with_base(config_file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config_file} (or the _BASE_ of it) cannot be read as mere YAML: {error}") from error
     _refuse_unknown(in_file, cfg, f"{config_file} (or the _BASE_ of it)")
     _refuse_unknown(overrides[::2], cfg, "the overrides")
+    if len(overrides) % 2:
+        raise ValueError(f"{overrides[-1]} in the overrides has no value: they are KEY VALUE KEY VALUE …")
     cfg.merge_from_list(list(defaults))
-    cfg.merge_from_file(config_file)
+    cfg.merge_from_file(config_file, allow_unsafe=False)
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)

@@ -106,3 +106,19 @@ def test_key_that_does_not_exist_is_named_with_its_place_and_the_nearest_one(
 def test_key_that_resembles_none_is_refused_too() -> None:
     with pytest.raises(ValueError, match=r"^zzz in the overrides is no config key; dino_d2/config\.py"):
         load_config(str(RECIPE), ["zzz", "3"])
+
+
+def test_a_key_without_a_value_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^SOLVER\.MAX_ITER in the overrides has no value"):
+        load_config(RECIPE, ["SOLVER.BASE_LR", "1e-4", "SOLVER.MAX_ITER"])
+
+
+@pytest.mark.parametrize("text", ["MODEL: [", "OUTPUT_DIR: !!python/object/apply:os.mkdir [ran]"])
+def test_files_that_are_not_mere_yaml_are_refused_and_run_nothing(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^config\.yaml .*cannot be read as mere YAML"):
+        load_config("config.yaml")
+    assert not Path("ran").exists()

@@ -109,6 +109,7 @@ class DINO(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        build.check_counts(cfg)
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +22,19 @@ from .layers import FeedForward, box_head
 from .matcher import HungarianMatcher
 from .neck import ChannelMapper
 from .query_selection import EncoderProposals, MixedQuerySelection, PureQuerySelection, StaticQueries
+
+COUNTS = (
+    "NUM_CLASSES", "NUM_QUERIES", "NUM_FEATURE_LEVELS", "HIDDEN_DIM", "NHEADS", "DEC_LAYERS",
+    "DIM_FEEDFORWARD", "NUM_POINTS", "INTERLEAVED.COARSE_UPDATES", "INTERLEAVED.FINEST_FEEDFORWARD",
+)  # fmt: skip
+
+
+def check_counts(cfg: CfgNode) -> None:
+    """Raise ValueError where the config has none of something that every detector has."""
+    for key in COUNTS:
+        count = attrgetter(key)(cfg.MODEL.DINO)
+        if count < 1:
+            raise ValueError(f"MODEL.DINO.{key} is {count}; it must be at least 1")
 
 
 def build_neck(cfg: CfgNode, in_channels: Sequence[int]) -> ChannelMapper:

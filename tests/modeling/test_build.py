@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dino_d2 import ops
@@ -133,3 +134,10 @@ def test_unknown_op_is_refused(tiny_cfg) -> None:
     tiny_cfg.MODEL.DINO.OP = "fastest"
     with pytest.raises(ValueError, match=r"MODEL\.DINO\.OP is 'fastest'; it must be one of auto, compiled, reference"):
         build.build_encoder(tiny_cfg)
+
+
+@pytest.mark.parametrize("key", ["NUM_QUERIES", "NHEADS", "DEC_LAYERS", "INTERLEAVED.COARSE_UPDATES"])
+def test_none_of_what_every_detector_has_is_refused(tiny_cfg, key: str) -> None:
+    tiny_cfg.merge_from_list([f"MODEL.DINO.{key}", 0])
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.{key} is 0; it must be at least 1"):
+        build_model(tiny_cfg)
