@@ -4,7 +4,7 @@ VENV_PYTHON := .venv/bin/python
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning
 
-.PHONY: setup test demo lint format clean cuda-all gpu-wheels
+.PHONY: setup test demo lint format clean cuda-all torch-headers gpu-wheels
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -26,6 +26,10 @@ format:
 # Compile the CUDA kernels for every architecture; no GPU is needed.
 cuda-all: setup
 	$(VENV_PYTHON) tools/cuda_report.py
+
+# Compile the op against the headers of older versions of PyTorch.
+torch-headers: setup
+	$(VENV_PYTHON) tools/check_torch_headers.py
 
 # What tools/gpu_check.sh needs on a machine with a GPU and without a network.
 gpu-wheels: setup
