@@ -4,7 +4,7 @@
     tools/check_torch_headers.py                 the oldest that has the stable interface, and one in between
     tools/check_torch_headers.py 2.12.0
 
-Fetches each wheel from the package index (500 MB and more) and installs nothing. Exit code 1: something does not compile.
+Fetches each wheel from the package index (500 MB and more), installs nothing. Exit code 1: something does not compile.
 """
 
 from __future__ import annotations

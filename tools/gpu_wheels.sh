@@ -8,8 +8,10 @@ folder=build/gpu-wheels
 rm -rf "$folder" && mkdir -p "$folder"
 
 pure=(fvcore==0.1.5.post20221221 "iopath>=0.1.9,<0.2" antlr4-python3-runtime==4.9.3)
-ready=("omegaconf>=2.1,<2.4" "hydra-core>=1.1,<2" yacs termcolor tabulate cloudpickle tqdm portalocker timm
-  huggingface_hub safetensors "pycocotools>=2.0.8,<3" pytest iniconfig pluggy packaging pygments deformops==3.0.1)
+# huggingface_hub, for timm: the last that brings no web client of its own along.
+ready=("omegaconf>=2.1,<2.4" "hydra-core>=1.1,<2" yacs termcolor tabulate cloudpickle tqdm portalocker pyyaml timm
+  "huggingface_hub<1" requests urllib3 certifi charset_normalizer idna safetensors "pycocotools>=2.0.8,<3" pytest
+  iniconfig pluggy packaging pygments deformops==3.0.1)
 "$python" -m pip wheel -q --no-deps -w "$folder" "${pure[@]}"
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
