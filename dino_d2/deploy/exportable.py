@@ -15,7 +15,7 @@ from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
 
 class ExportableDINO(nn.Module):
-    """A copy of a detector in evaluation, from pixels to boxes of the original images.
+    """A copy of a detector in evaluation, from pixels to boxes of the original images; all queries for every image.
 
     Args:
         model: stays as it is.

@@ -32,7 +32,12 @@ class Selection:
 
 @dataclass
 class Proposals:
-    """The best Q tokens of each image, (B, Q) int64, their `features` (B, Q, C), and what is predicted for them."""
+    """The best Q tokens of each image.
+
+    tokens: (B, Q) int64, where they stand among all.
+    features: (B, Q, C).
+    predictions: of the two heads for them.
+    """
 
     tokens: Tensor
     features: Tensor
