@@ -101,8 +101,6 @@ def make_batch(counts: list[int], height: int = 64, width: int = 64) -> list[dic
 class SameBatch:
     """A loader that gives one batch again and again."""
 
-    seed = 3
-
     def __init__(self, batch: list[dict]):
         self.batch = batch
 

@@ -25,6 +25,7 @@ from dino_d2.autocast import DTYPES
 from dino_d2.config import load_config
 from dino_d2.data import build_test_augmentation
 from dino_d2.engine import build_optimizer
+from dino_d2.engine.optimizer import ClippedAdamW
 from dino_d2.engine.step import StepSettings, StepTrainer
 from dino_d2.meta_arch import DINO
 
@@ -60,8 +61,6 @@ def make_batch(cfg: CfgNode, case: Case) -> list[dict[str, Any]]:
 
 class SameBatch:
     """A loader that gives one batch again and again."""
-
-    seed = 0
 
     def __init__(self, batch: list[dict[str, Any]]):
         self.batch = batch
@@ -176,7 +175,7 @@ class TrainingStep:
         settings: StepSettings,
     ):
         self.model, self.optimizer = model, optimizer
-        self.trainer = StepTrainer(model, SameBatch(batch), optimizer, settings)
+        self.trainer = StepTrainer(model, SameBatch(batch), optimizer, settings, seed=0)
 
     def call(self) -> None:
         with EventStorage():
@@ -188,6 +187,7 @@ class TrainingStep:
             # Nothing is called "backward pass": it is what happens from the losses to the end of the last part.
             Watched(self.model, "forward", "rest", then="backward"),
             Watched(self.trainer, "after_backward", "rest", then="rest"),
+            *([Watched(self.optimizer, "clip", "optimizer")] if isinstance(self.optimizer, ClippedAdamW) else []),
             Watched(self.optimizer, "step", "optimizer"),
         ]
         return time_stages(self.call, watched, self.model.device)

@@ -3,7 +3,7 @@
 
     tools/train_net.py --config-file configs/dino_r50_4scale_12ep.yaml --num-gpus 8
     tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS output/model_final.pth
-    tools/train_net.py --config-file CONFIG --resume
+    tools/train_net.py --config-file CONFIG --resume        # begins, or goes on where the run in OUTPUT_DIR stopped
     torchrun --nproc-per-node 8 tools/train_net.py --config-file CONFIG
 
 Your own data in COCO's format (docs/data.md); classes and their names come from the files:
@@ -17,21 +17,20 @@ Any config value can be given at the end: SOLVER.IMS_PER_BATCH 4. Without a GPU 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import CocoFiles, load_config_for_files, register_datasets
 from dino_d2.engine import DINOTrainer
-from dino_d2.engine.run_folder import check_run_folder
+from dino_d2.engine.processes import run_in_every_process
+from dino_d2.engine.run_folder import check_run_folder, set_up_folder
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,7 +69,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         sys.exit(f"train_net.py: {error}")
     cfg.freeze()
     comm.synchronize()
-    default_setup(cfg, args)
+    set_up_folder(cfg, args)
     return cfg
 
 
@@ -89,28 +88,5 @@ def main(args: argparse.Namespace) -> dict | None:
     return trainer.train()
 
 
-def run(args: argparse.Namespace) -> None:
-    """`main` in every process: those that torchrun started, or those that detectron2 starts."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        try:
-            main(args)
-        finally:
-            dist.destroy_process_group()
-        return
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
-
-
 if __name__ == "__main__":
-    run(parse())
+    run_in_every_process(main, parse())

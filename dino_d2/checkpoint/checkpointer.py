@@ -113,6 +113,11 @@ class DINOCheckpointer(DetectionCheckpointer):
         return torch.load(f, map_location="cpu", weights_only=not self.trust_files)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resumes and not self.checkpointables.keys() <= checkpoint.keys():
+            raise ValueError(
+                f"{self._path} holds weights alone, no state of training that could be gone on with. To start a new "
+                f"training from them: MODEL.WEIGHTS {self._path} and another OUTPUT_DIR, without --resume-from"
+            )
         state = checkpoint["model"]
         names = list(state)
         if not all(isinstance(value, (Tensor, np.ndarray)) for value in state.values()):

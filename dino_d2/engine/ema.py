@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -21,7 +22,8 @@ class EMA(HookBase):
     def __init__(self, model: nn.Module, decay: float, output_dir: str):
         """`model`: what is trained, without the wrapper of data parallelism."""
         self.source = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+        self.average = AveragedModel(model).eval()
+        self.move = get_ema_multi_avg_fn(decay)
         self.output_dir = output_dir
 
     @property
@@ -29,8 +31,17 @@ class EMA(HookBase):
         """A model with the averaged weights, to be evaluated."""
         return self.average.module
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        self.average.update_parameters(self.source)
+        # As AveragedModel.update_parameters does, which sends its count to the device each time and waits for it.
+        averages, weights = list(self.model.parameters()), list(self.source.parameters())
+        if self.average.n_averaged == 0:  # on the host
+            torch._foreach_copy_(averages, weights)
+        else:
+            self.move(averages, weights, None)
+        for ours, theirs in zip(self.model.buffers(), self.source.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.average.n_averaged += 1
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:

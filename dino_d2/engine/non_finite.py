@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_d2.meta_arch import DINO
+
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
     """All tensors in nested sequences, dicts and dataclasses."""
@@ -30,9 +32,10 @@ def is_finite(x: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors_in(x) if t.is_floating_point())
 
 
-def first_non_finite_module(model: nn.Module, batch: list[dict]) -> str | None:
-    """Run `model(batch)` once more and name the first module that puts out something that is not finite.
+def first_non_finite_module(model: DINO, batch: list[dict]) -> str | None:
+    """Run the model on the batch once more and name the first module that puts out something that is not finite.
 
+    Without the criterion, which counts boxes over all processes and would wait for them.
     Boxes of proposals that cannot be chosen are infinite on purpose; they never leave the module that makes them.
     """
     found: list[str] = []
@@ -47,7 +50,7 @@ def first_non_finite_module(model: nn.Module, batch: list[dict]) -> str | None:
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(batch)
+            model.training_outputs(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -55,7 +58,7 @@ def first_non_finite_module(model: nn.Module, batch: list[dict]) -> str | None:
 
 
 def write_report(
-    folder: str, iteration: int, rank: int, model: nn.Module, batch: list[dict], losses: dict[str, Tensor]
+    folder: str, iteration: int, rank: int, model: DINO, batch: list[dict], losses: dict[str, Tensor]
 ) -> Path:
     """`non_finite_ITERATION_RANK.json`: images, losses, the first module and parameter that are not finite."""
     parameter = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import nn
+from torch import Tensor, nn
 
 CLIP_WHOLE_MODEL = "full_model"
 
@@ -14,8 +15,8 @@ CLIP_WHOLE_MODEL = "full_model"
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with the backbone's own learning rate and the clipping of `SOLVER.CLIP_GRADIENTS`.
 
-    `CLIP_TYPE: full_model` scales all gradients together, so that their total norm is at most `CLIP_VALUE`; it
-    records that norm as `grad_norm`. detectron2's types, `value` and `norm`, work on each parameter by itself.
+    `CLIP_TYPE: full_model` scales all gradients together (:class:`ClippedAdamW`); detectron2's types, `value` and
+    `norm`, work on each parameter by itself.
     """
     s = cfg.SOLVER
 
@@ -34,19 +35,41 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     clip = s.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE != CLIP_WHOLE_MODEL:
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, s.BASE_LR)
-    optimizer = torch.optim.AdamW(params, s.BASE_LR, fused=True)
     if clip.ENABLED:
-        clip_total_norm(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-    return optimizer
+        return ClippedAdamW(params, s.BASE_LR, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+    return torch.optim.AdamW(params, s.BASE_LR, fused=True)
 
 
-def clip_total_norm(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> None:
-    """Clip the norm of all gradients together before each step (after a gradient scaler has unscaled them)."""
+class ClippedAdamW(torch.optim.AdamW):
+    """Fused AdamW whose steps see gradients of at most a total norm.
 
-    def clip(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        total = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-        if has_event_storage():
-            get_event_storage().put_scalar("grad_norm", total.item())
+    Args:
+        params, lr: see AdamW.
+        max_norm: of all gradients together.
+        norm_type: 2 for the Euclidean norm.
+    """
 
-    optimizer.register_step_pre_hook(clip)
+    def __init__(self, params: Iterable, lr: float, *, max_norm: float, norm_type: float):
+        super().__init__(params, lr, fused=True)
+        self.max_norm, self.norm_type = max_norm, norm_type
+        self._norm: Tensor | None = None
+
+    def clip(self) -> Tensor:
+        """Clip what the next step sees, once: `step` does it if nobody has. A gradient scaler must have unscaled it.
+
+        Returns:
+            () the total norm before, on the gradients' device; infinite or NaN where a gradient is.
+        """
+        if self._norm is None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            self._norm = nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        return self._norm
+
+    def step(self) -> None:
+        self.clip()
+        self._norm = None
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._norm = None  # of gradients that no step was made with
+        super().zero_grad(set_to_none)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +23,7 @@ from dino_d2.modeling.criterion import boxes_per_process
 from dino_d2.randomness import seed_from
 
 from .non_finite import is_finite, write_report
+from .optimizer import ClippedAdamW
 
 STEPS = 1  # first number of the keys of the random numbers that a step draws (dino_d2.data.loader has DATA)
 ON_NON_FINITE = ("stop", "skip")
@@ -48,19 +51,45 @@ class StepSettings:
             raise ValueError(f"SOLVER.ON_NON_FINITE is {self.on_non_finite!r}; it must be stop or skip")
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """Of one step of all processes. losses: means. grad_norm: None without clipping. data_time: the longest wait."""
+
+    losses: dict[str, float]
+    grad_norm: float | None
+    data_time: float
+
+    @property
+    def total_loss(self) -> float:
+        return sum(self.losses.values())
+
+    def write(self, storage: EventStorage, iteration: int) -> None:
+        """Under detectron2's names. The infinite norm of a float16 step that overflowed is left out of all means."""
+        storage.put_scalars(cur_iter=iteration, data_time=self.data_time, total_loss=self.total_loss, **self.losses)
+        if self.grad_norm is not None and math.isfinite(self.grad_norm):
+            storage.put_scalar("grad_norm", self.grad_norm, cur_iter=iteration)
+
+
 class StepTrainer(SimpleTrainer):
     """`SimpleTrainer` with parts, autocast on any device, and steps that can be repeated exactly.
 
-    Every step seeds its random numbers from the loader's seed, the process and the iteration. float16 losses are
-    scaled, so that small gradients survive; the scale is part of the state.
+    Every step seeds its random numbers from `seed`, the process and the iteration. float16 losses are scaled, so that
+    small gradients survive; the scale is part of the state.
+
+    A step waits for its device twice: for the matcher's costs and, before the optimizer's step, for the losses, with
+    which the gradients' norm travels. Several processes exchange one small tensor in it, beside the gradients.
     """
 
     def __init__(
-        self, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer, settings: StepSettings
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        settings: StepSettings,
+        seed: int,
     ):
-        """`data_loader` has a `seed`."""
         super().__init__(model, data_loader, optimizer)
-        self.settings = settings
+        self.settings, self.seed = settings, seed
         self.device = next(model.parameters()).device
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast == "float16")
 
@@ -72,17 +101,19 @@ class StepTrainer(SimpleTrainer):
         self.optimizer.zero_grad()
         losses = self._accumulate(batch)
         self.after_backward()
-        losses, all_finite = self._read(losses)
-        if not all_finite:
+        self.grad_scaler.unscale_(self.optimizer)
+        # Before the losses are known to be finite, so that both are read at once; if they are not, no step is made.
+        norm = self.optimizer.clip() if isinstance(self.optimizer, ClippedAdamW) else None
+        metrics = self._read(losses, norm, data_time)
+        if math.isfinite(metrics.total_loss):
+            metrics.write(get_event_storage(), self.iter)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
             self._report(batch, losses)
-            return
-        self._write_metrics(losses, data_time)
-        self.grad_scaler.unscale_(self.optimizer)  # before the step, which may clip what it finds
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
 
     def _seed(self) -> None:
-        seed_from(self.data_loader.seed, STEPS, comm.get_rank(), self.iter)
+        seed_from(self.seed, STEPS, comm.get_rank(), self.iter)
 
     def _accumulate(self, batch: list[dict]) -> dict[str, Tensor]:
         """Gradients of the whole batch, part by part; the losses of the whole batch, detached."""
@@ -99,19 +130,24 @@ class StepTrainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         return losses
 
-    def _read(self, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        """The losses on the host, and whether those of all processes are finite: they must agree on what to do.
-
-        All in one transfer: after the matcher's, the only time that a step waits for its device.
-        """
+    def _read(self, losses: dict[str, Tensor], norm: Tensor | None, data_time: float) -> Metrics:
+        """The losses, means over all processes, so that these agree on whether they are finite; all in one transfer."""
+        processes = comm.get_world_size()
         values = torch.stack(list(losses.values()))
-        bad = values.sum().isfinite().logical_not().to(values)
-        if comm.get_world_size() > 1:
-            dist.all_reduce(bad)
-        *on_host, bad = torch.cat([values, bad[None]]).cpu().unbind()
-        return dict(zip(losses, on_host, strict=True)), not bad
+        if processes > 1:
+            times = values.new_zeros(processes)
+            times[comm.get_rank()] = data_time
+            values = torch.cat([values / processes, times])
+            dist.all_reduce(values)
+        read = torch.cat([values, values.new_zeros(0) if norm is None else norm[None].to(values)]).tolist()
+        return Metrics(
+            losses=dict(zip(losses, read, strict=False)),
+            grad_norm=None if norm is None else read[-1],
+            data_time=max(read[len(losses) : len(losses) + processes]) if processes > 1 else data_time,
+        )
 
     def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
+        """Of this process alone: none may wait for another that fails in the middle of its own."""
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self._seed()  # so that the same numbers are drawn again
         with autocast(self.device.type, self.settings.autocast):

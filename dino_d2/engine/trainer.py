@@ -10,31 +10,25 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn, optim
-from torch.nn.parallel import DistributedDataParallel
 
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
 from dino_d2.data.loader import TrainingLoader, build_train_loader
 from dino_d2.evaluation import QueryEvaluator
 
+from .checkpoints import BestWeights, RecentCheckpoints
 from .ema import EMA
 from .optimizer import build_optimizer
+from .processes import check_same_start
+from .run_folder import settings_of_training
 from .step import StepSettings, StepTrainer
 from .writers import ProgressPrinter, WandbWriter
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    """`model`, wrapped if there are several processes."""
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    return DistributedDataParallel(model, [comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False)
 
 
 class DINOTrainer(DefaultTrainer):
@@ -46,13 +40,19 @@ class DINOTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         # Not DefaultTrainer's, which knows neither processes without GPUs nor this step; the order is its own.
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
+        for name in ("detectron2", "dino_d2"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set it up
+                setup_logger(distributed_rank=comm.get_rank(), name=name)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         self._trainer = StepTrainer(
-            distributed(model), self.build_train_loader(cfg), optimizer, StepSettings.of_config(cfg)
+            create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids),
+            self.build_train_loader(cfg),
+            optimizer,
+            StepSettings.of_config(cfg),
+            cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DINOCheckpointer(
@@ -63,9 +63,30 @@ class DINOTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
-        built = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
-        return [self.ema, *built]  # the average first: the checkpointer saves it
+        """detectron2's, with the average of the weights and the choice of what is kept."""
+        solver, period = self.cfg.SOLVER, self.cfg.TEST.EVAL_PERIOD
+        built: list[HookBase | None] = [self.ema]  # first: the checkpointer saves it
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                keep = solver.CHECKPOINT_KEEP or None
+                built.append(RecentCheckpoints(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep))
+            elif isinstance(hook, hooks.EvalHook):
+                built.append(hooks.EvalHook(period, self.evaluate))
+                if solver.BEST_METRIC and comm.is_main_process():
+                    built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
+            else:
+                built.append(hook)
+        return built
+
+    def _model_of_metric(self) -> nn.Module:
+        """Whose weights SOLVER.BEST_METRIC is measured with."""
+        if not self.cfg.SOLVER.BEST_METRIC.startswith("ema/"):
+            return self.checkpointer.model
+        if self.ema is None:
+            raise ValueError(
+                f"SOLVER.BEST_METRIC is {self.cfg.SOLVER.BEST_METRIC}, but there is no average: SOLVER.EMA.ENABLED True"
+            )
+        return self.ema.model
 
     def evaluate(self) -> dict[str, Any]:
         """Results of the weights, and of their average under "ema"."""
@@ -80,28 +101,50 @@ class DINOTrainer(DefaultTrainer):
         self._last_eval_results = results
         return results
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
-        self.data_loader.first_batch = self.start_iter
-
     def resume_from(self, checkpoint: str) -> None:
-        """Go on from that file instead of the last one."""
+        """Go on from that file instead of the last one.
+
+        Raises:
+            ValueError: it holds weights alone.
+        """
         self.checkpointer.load(checkpoint)
-        self.start_iter = self.data_loader.first_batch = self.iter + 1
+        self.start_iter = self.iter + 1
+
+    def train(self) -> dict[str, Any] | None:
+        """detectron2's.
+
+        Raises:
+            RuntimeError: the processes would start at different iterations, or with different configs or seeds.
+        """
+        check_same_start({"iteration": self.start_iter, "seed": self.seed, **settings_of_training(self.cfg)})
+        if isinstance(self.data_loader, TrainingLoader):
+            self.data_loader.seed, self.data_loader.first_batch = self.seed, self.start_iter
+        else:
+            logging.getLogger(__name__).warning(
+                "The training loader is a %s: a resumed run will not go on with the images that would have been next. "
+                "dino_d2.data.build_train_loader(cfg, mapper) makes a loader that does",
+                type(self.data_loader).__name__,
+            )
+        return super().train()
+
+    @property
+    def seed(self) -> int:
+        """Of all random numbers of the run: `cfg.SEED`, or drawn where that is negative; kept in checkpoints."""
+        return self._trainer.seed
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"seed": self.data_loader.seed}
+        return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.data_loader.seed = state_dict["seed"]
+        self._trainer.seed = state_dict["seed"]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
         mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
         return build_train_loader(cfg, mapper)
 

@@ -24,7 +24,7 @@ from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.modeling.query_selection import surest
-from dino_d2.structures import Memory, Predictions, Targets
+from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
 from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
 
@@ -161,20 +161,25 @@ class DINO(nn.Module):
 
     def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """`forward` without test-time augmentation."""
+        if self.training:
+            return self.criterion(*self.training_outputs(batched_inputs))
         images, padding_mask = self.preprocess_image(batched_inputs)
-        if not self.training:
-            with autocast(self.device.type, self.inference.autocast):
-                predictions = self.predict(images.tensor, padding_mask)
-            return self.postprocess(predictions, batched_inputs, images.image_sizes)
+        with autocast(self.device.type, self.inference.autocast):
+            predictions = self.predict(images.tensor, padding_mask)
+        return self.postprocess(predictions, batched_inputs, images.image_sizes)
 
+    def training_outputs(
+        self, batched_inputs: Sequence[dict[str, Any]]
+    ) -> tuple[list[Predictions], Predictions | None, DenoisingQueries, list[Targets]]:
+        """What the criterion takes: predictions of every layer and of the proposals, denoising queries, targets."""
+        images, padding_mask = self.preprocess_image(batched_inputs)
         memory = self.encode(images.tensor, padding_mask)
         selection = self.query_selection(memory)
         targets = self.prepare_targets(batched_inputs)
         denoising = self.denoising(targets)
         queries = denoising.followed_by(selection.queries)
         mask = denoising.attention_mask(selection.queries.content.shape[1])
-        layers = self.decoder(queries, memory, mask)
-        return self.criterion(layers, selection.proposals, denoising, targets)
+        return self.decoder(queries, memory, mask), selection.proposals, denoising, targets
 
     def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
         """Normalised images (B, 3, H, W) and their padding (B, H, W), True on it or None -> refined tokens."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
 from dino_d2.engine.step import StepSettings, StepTrainer
-from dino_d2.engine.trainer import distributed
 from dino_d2.modeling.criterion import boxes_per_process
-from tests.engine.test_distributed import Loader, make_model
+from tests.engine.test_distributed import make_model
 from tests.synthetic import make_batch
 
 CASES = {"objects": [3, 1, 2, 5], "a process without any": [4, 2, 0, 0], "nothing at all": [0, 0, 0, 0]}
@@ -24,9 +24,9 @@ def gradients(counts: list[int], parts: int, folder: Path) -> dict[str, torch.Te
     batch = make_batch(counts)
     share = len(batch) // comm.get_world_size()
     mine = batch[comm.get_rank() * share : (comm.get_rank() + 1) * share]
-    model = distributed(make_model(folder))
+    model = create_ddp_model(make_model(folder), broadcast_buffers=False, device_ids=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = StepTrainer(model, Loader(), optimizer, StepSettings(parts, None, "stop", str(folder)))
+    trainer = StepTrainer(model, [], optimizer, StepSettings(parts, None, "stop", str(folder)), seed=0)
     trainer.iter = 0
     optimizer.zero_grad()
     trainer._accumulate(mine)

@@ -20,10 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
 
 
-class Loader:
-    seed = 0
-
-
 def make_model(folder: Path) -> nn.Module:
     values = config_values((folder, folder), folder, "unused")
     torch.manual_seed(0)

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 import dino_d2
-from dino_d2.engine import build_optimizer
-from dino_d2.engine.step import StepSettings, StepTrainer
-from tests.synthetic import SameBatch, make_batch
+from dino_d2 import load_config
+from dino_d2.data import register_datasets
+from dino_d2.engine import DINOTrainer
+from tests.synthetic import SameBatch, config_values, make_batch, write_rectangles
 
 PACKAGE = Path(dino_d2.__file__).parent
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml"
 
 # What makes the host wait if the tensor is on a device: its numbers or their number are asked for.
 READS = {
@@ -53,38 +53,58 @@ def _has_mask(index: Any) -> bool:
     return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
 
 
-def make_trainer(cfg: CfgNode) -> StepTrainer:
+@pytest.fixture
+def trainer(tmp_path: Path) -> DINOTrainer:
+    """With all that a step may do: hooks, average of the weights, clipping; a batch with padding and an empty image."""
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    values = config_values(data, tmp_path / "run", f"waits_{tmp_path.name}")
+    more = ["SOLVER.MAX_ITER", "2", "SOLVER.EMA.ENABLED", "True", "DATASETS.TEST", "()", "MODEL.DEVICE", device()]
+    cfg = load_config(str(RECIPE), [*values, *more])
+    register_datasets(cfg)
+    trainer = DINOTrainer(cfg)
     batch = make_batch([3, 0, 5])
     batch[1]["image"] = batch[1]["image"][:, :40]  # padded
-    model = build_model(cfg)
-    return StepTrainer(model, SameBatch(batch), build_optimizer(cfg, model), StepSettings.of_config(cfg))
+    trainer._trainer.data_loader = SameBatch(batch)
+    return trainer
 
 
-def test_a_step_reads_from_its_device_twice(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def test_a_step_reads_from_its_device_twice(trainer: DINOTrainer) -> None:
     """The matcher's costs, and the losses at the end; all else that is read lies on the host wherever the model is."""
-    trainer = make_trainer(tiny_cfg)
-    metrics = {}
-    monkeypatch.setattr(trainer, "_write_metrics", lambda losses, seconds: metrics.update(losses))
-    with Reads() as reads:
-        trainer.run_step()
-    to_host = {file: count for (file, name), count in reads.found.items() if name == "cpu"}
-    assert to_host == {"matcher": 1, "step": 1}
-    on_host = {
-        "dino",  # the classes of the images' objects, before they are sent to the device
-        "matcher",  # NumPy's view of the costs that were read
-        "step",  # the losses that were read
-    }
-    assert {file for file, name in reads.found if name != "cpu"} == on_host
-    assert all(loss.device.type == "cpu" for loss in metrics.values())
+    counts = []
+    step = trainer._trainer.run_step
+    reads = Reads()
+
+    def counted() -> None:
+        reads.found.clear()
+        step()
+
+    trainer._trainer.run_step = counted
+    trainer.after_step, after = (lambda: (after(), counts.append(reads.found.copy()))), trainer.after_step
+    with reads:
+        trainer.train()
+    assert len(counts) == 2
+    for found in counts:
+        to_host = {(file, name): count for (file, name), count in found.items() if name in ("cpu", "tolist", "item")}
+        assert to_host == {("matcher", "cpu"): 1, ("step", "tolist"): 1}
+        others = {file for file, name in found if (file, name) not in to_host}
+        assert others == {
+            "dino",  # the classes of the images' objects, before they are sent to the device
+            "ema",  # how many weights were averaged
+            "matcher",  # NumPy's view of the costs that were read
+        }
+    assert {"total_loss", "grad_norm", "data_time", "loss_ce"} <= trainer.storage.histories().keys()
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
-def test_an_accelerator_sees_two_transfers_to_the_host(tiny_cfg: CfgNode) -> None:
-    tiny_cfg.MODEL.DEVICE = torch.accelerator.current_accelerator().type
-    trainer = make_trainer(tiny_cfg)
+def test_an_accelerator_sees_two_transfers_to_the_host(trainer: DINOTrainer) -> None:
     with EventStorage():
-        trainer.run_step()
+        trainer._trainer.iter = 0
+        trainer._trainer.run_step()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            trainer.run_step()
+            trainer._trainer.run_step()
     transfers = [event for event in profiled.events() if "Memcpy DtoH" in event.name]
     assert len(transfers) == 2
