@@ -236,7 +236,7 @@ OBJECTS365 = {  # what pre-training changes, whatever the model
         ["objects365_val", "datasets/objects365/zhiyuan_objv2_val.json", "datasets/objects365/val"],
     ],
     "DATASETS.TRAIN": ("objects365_train",),
-    "DATASETS.TEST": ("objects365_val",),
+    "DATASETS.TEST": (),
     "SOLVER.IMS_PER_BATCH": 64,
     "SOLVER.MAX_ITER": 26 * (1742289 // 64),
     "SOLVER.STEPS": (24 * (1742289 // 64),),

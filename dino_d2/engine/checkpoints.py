@@ -52,7 +52,7 @@ class BestWeights(hooks.BestCheckpointer):
         if self.trainer.start_iter == 0 or not PathManager.isfile(self._path):
             return
         best = torch.load(PathManager.get_local_path(self._path), map_location="cpu", weights_only=True, mmap=True)
-        if self._val_metric in best and best["iteration"] < self.trainer.start_iter:
+        if self._val_metric in best and best["iteration"] <= self.trainer.start_iter:
             self._update_best(best[self._val_metric], best["iteration"])
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,13 @@ def make_model(folder: Path) -> nn.Module:
     return build_model(load_config(str(RECIPE), [*values, "MODEL.DINO.DN.TYPE", "none"])).double()
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess:
+def torchrun(*command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, *command)
+
+
+def python(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        [sys.executable, *command],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -99,18 +104,111 @@ def test_training_and_gathered_evaluation(tmp_path: Path) -> None:
     assert ap_of(trained.stdout) == ap_of(alone.stdout) != []
 
 
-def test_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import torch, torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\n"
-        "if dist.get_rank() == 1:\n"
-        "    raise MemoryError('of process 1')\n"
-        "dist.all_reduce(torch.zeros(1))\n"
-    )
-    result = torchrun(str(script))
+FAILING = """
+import sys
+sys.path.insert(0, {tools!r})
+import torch, train_net
+from detectron2.utils import comm
+from detectron2.engine import launch
+from dino_d2.engine import DINOTrainer
+from dino_d2.engine.processes import run_in_every_process
+
+class Failing(DINOTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        calls = []
+        def hook(module, inputs, output):
+            calls.append(1)
+            {fault}
+        model.neck.register_forward_hook(hook)
+        return model
+
+train_net.DINOTrainer = Failing
+if __name__ == "__main__":
+    {start}
+"""
+OUT_OF_MEMORY = "if comm.get_rank() == 1 and len(calls) == 2: raise torch.OutOfMemoryError('of process 1')"
+# The loss of both is not finite; while it is reported one of them fails.
+IN_THE_REPORT = (
+    "if comm.get_rank() == 1 and len(calls) == 2: raise torch.OutOfMemoryError('of process 1')\n"
+    "            return [level * float('nan') for level in output]"
+)
+TORCHRUN = "run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))"
+LAUNCH = "launch(train_net.main, 2, dist_url='auto', args=(train_net.parse(sys.argv[1:]),))"
+
+
+@pytest.mark.parametrize("fault", [OUT_OF_MEMORY, IN_THE_REPORT], ids=["in a step", "in a report"])
+@pytest.mark.parametrize("start", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
+def test_process_that_fails_ends_the_others_with_its_message(tmp_path: Path, start: str, fault: str) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(tools=str(ROOT / "tools"), fault=fault, start=start))
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    values = [*config_values(data, tmp_path / "run", "failing"), "INPUT.MIN_SIZE_TRAIN", "[64]"]
+    values += ["SOLVER.MAX_ITER", "20", "DATASETS.TEST", "()", "SOLVER.ON_NON_FINITE", "skip"]
+    arguments = [str(script), "--config-file", str(RECIPE), *values]
+    begun = time.monotonic()
+    result = torchrun(*arguments) if start == TORCHRUN else python(*arguments)
     assert result.returncode != 0
-    assert "of process 1" in result.stderr
+    assert "OutOfMemoryError: of process 1" in result.stderr + result.stdout
+    assert time.monotonic() - begun < 120  # a process that waited for another would do so for half an hour
+
+
+def test_processes_that_would_start_at_different_places_do_not_start(tmp_path: Path) -> None:
+    """As on two machines without a shared file system, the second of which has no checkpoint."""
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    values = [*config_values(data, tmp_path / "0", "apart"), "INPUT.MIN_SIZE_TRAIN", "[64]", "DATASETS.TEST", "()"]
+    train = ["tools/train_net.py", "--config-file", str(RECIPE), "--resume"]
+    first = torchrun(*train, *values, "SOLVER.MAX_ITER", "2")
+    assert first.returncode == 0, first.stderr[-3000:]
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import train_net\n"
+        "from dino_d2.engine.processes import run_in_every_process\n"
+        f"folder = {str(tmp_path)!r} + '/' + os.environ['RANK']\n"
+        "run_in_every_process(train_net.main, train_net.parse([*sys.argv[1:], 'OUTPUT_DIR', folder]))\n"
+    )
+    second = torchrun(str(script), *train[1:], *values, "SOLVER.MAX_ITER", "4")
+    assert second.returncode != 0
+    assert "iteration: 2 in process 0, 0 in 1" in second.stderr
+    assert "let OUTPUT_DIR lie on a file system that all of them share" in second.stderr
+
+
+def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
+    """As after a preemption: torchrun starts all processes again, and --resume goes on to the same weights."""
+    data = write_rectangles(tmp_path / "data", count=4, size=64)
+
+    def command(output: Path) -> list[str]:
+        values = [*config_values(data, output, "killed"), "INPUT.MIN_SIZE_TRAIN", "[64]", "DATASETS.TEST", "()"]
+        values += ["SOLVER.MAX_ITER", "12", "SOLVER.STEPS", "(10,)", "SOLVER.CHECKPOINT_PERIOD", "4"]
+        return ["tools/train_net.py", "--config-file", str(RECIPE), "--resume", *values]
+
+    whole = torchrun(*command(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    script = tmp_path / "killed.py"  # a worker that kills itself once, after the first checkpoint
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import train_net\n"
+        "from dino_d2.engine import DINOTrainer\n"
+        "from dino_d2.engine.processes import run_in_every_process\n"
+        "class Killed(DINOTrainer):\n"
+        "    def run_step(self):\n"
+        "        super().run_step()\n"
+        "        if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.iter) == ('1', '0', 5):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train_net.DINOTrainer = Killed\n"
+        "run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))\n"
+    )
+    killed = torchrun(str(script), *command(tmp_path / "killed")[1:], options=("--max-restarts", "2"))
+    assert killed.returncode == 0, killed.stderr[-3000:]
+    assert "Starting training from iteration 4" in killed.stdout
+    ours, theirs = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in ("killed", "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_detectron2_launches_the_processes_too(tmp_path: Path) -> None:

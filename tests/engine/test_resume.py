@@ -66,6 +66,24 @@ def test_killed_run_goes_on_bit_for_bit(data: tuple[Path, Path], tmp_path: Path)
     assert list(differing(ours, theirs)) == []
 
 
+def test_one_command_begins_a_run_and_goes_on_with_it(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """As a queue starts a job again and again, killed at any time: here before its first checkpoint."""
+    command = train_net(data, tmp_path, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()", options=("--resume",))
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "last_checkpoint").exists()
+    begun = run(command)
+    assert begun.returncode == 0, begun.stderr[-3000:]
+    assert "Starting training from iteration 0" in begun.stdout
+    again = run([*command, "SOLVER.MAX_ITER", "3"])
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Starting training from iteration 2" in again.stdout
+
+
 def differing(ours: object, theirs: object, path: str = ""):
     """Paths in nested dicts and lists where two states are not the same."""
     if isinstance(ours, dict):
@@ -163,7 +181,7 @@ def test_truncated_checkpoint_is_reported_and_the_one_before_is_used_when_asked(
     earlier = re.search(r"--resume-from (\S+)", str(error.value))[1]
     again.resume_from(earlier)
     assert Path(earlier).name == "model_0000003.pth"
-    assert again.start_iter == again.data_loader.first_batch == 4
+    assert again.start_iter == 4
 
 
 def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path], tmp_path: Path) -> None:
@@ -179,8 +197,67 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
     assert other.returncode != 0
     assert "MODEL.DINO.NUM_QUERIES was 20, is 30" in other.stderr
 
-    nothing = run(train_net(data, tmp_path / "empty", *short, options=("--resume",)))
-    assert nothing.returncode != 0
-    assert "holds no run" in nothing.stderr
+    evaluated = run(train_net(data, tmp_path, "TEST.DETECTIONS_PER_IMAGE", "7", options=("--eval-only", "--resume")))
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    assert "DETECTIONS_PER_IMAGE: 7" in (tmp_path / "inference" / "config.yaml").read_text()
+    assert f"OUTPUT_DIR: {tmp_path}\n" in (tmp_path / "inference" / "config.yaml").read_text()
+    assert "AP,AP50,AP75" in (tmp_path / "inference" / "log.txt").read_text()
     assert {path: path.read_bytes() for path in held} == held
     assert "iteration" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+
+
+def test_going_on_from_weights_alone_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
+    first = trainer_for(data, tmp_path / "first", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+    first.train()
+    weights = str(tmp_path / "first" / "model_final_ema.pth")
+    with pytest.raises(ValueError, match=rf"{weights} holds weights alone.*MODEL\.WEIGHTS {weights}"):
+        trainer_for(data, tmp_path / "second").resume_from(weights)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("model_*.pth"))
+
+
+def test_old_checkpoints_are_removed_also_those_of_before_resuming(data: tuple[Path, Path], tmp_path: Path) -> None:
+    keep = ("SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.CHECKPOINT_KEEP", "2", "SOLVER.EMA.ENABLED", "False")
+    keep += ("DATASETS.TEST", "()")
+    trainer_for(data, tmp_path, "SOLVER.MAX_ITER", "3", *keep).train()
+    assert files_in(tmp_path) == ["model_0000001.pth", "model_0000002.pth", "model_final.pth"]
+    again = trainer_for(data, tmp_path, "SOLVER.MAX_ITER", "4", *keep)
+    again.resume_or_load(resume=True)
+    again.train()
+    assert files_in(tmp_path) == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
+def test_best_weights_are_kept_and_the_run_goes_on_from_its_last_checkpoint(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {0: 10.0, 1: 30.0, 3: float("nan"), 5: 25.0, 6: 31.0}  # the last evaluation comes after the last step
+    monkeypatch.setattr(
+        DINOTrainer, "evaluate", lambda self: {"bbox": {"AP": -self.iter}, "ema": {"bbox": {"AP": scores[self.iter]}}}
+    )
+    settings = ("TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.BEST_METRIC", "ema/bbox/AP")
+
+    def best(last_iteration: int) -> tuple[float, int]:
+        values = config_values(data, tmp_path, f"resume_{tmp_path.name}")
+        cfg = load_config(str(RECIPE), [*values, *SMALL, *settings, "SOLVER.MAX_ITER", str(last_iteration + 1)])
+        register_datasets(cfg)
+        trainer = DINOTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        content = torch.load(tmp_path / "model_best.pth", weights_only=True)
+        assert content.keys() == {"model", "iteration", "ema/bbox/AP"}
+        if content["iteration"] == last_iteration + 1:
+            weight = trainer.ema.model.decoder.norm.weight
+            assert torch.equal(content["model"]["decoder.norm.weight"], weight)
+        assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+        return content["ema/bbox/AP"], content["iteration"]
+
+    assert best(2) == (30.0, 1)
+    assert best(4) == (30.0, 1)  # of the run before
+    assert best(5) == (31.0, 6)
+
+
+def test_best_of_an_average_that_is_not_there_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"BEST_METRIC is ema/bbox/AP, but .*SOLVER\.EMA\.ENABLED"):
+        trainer_for(data, tmp_path, "SOLVER.BEST_METRIC", "ema/bbox/AP", "SOLVER.EMA.ENABLED", "False")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,29 @@ def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path)
     assert (tmp_path / "non_finite_0000001_0.json").exists()
     assert calls == [0, 1, 1, 2]  # once more for the report
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_float16_step_that_overflows_is_left_out_of_the_gradients_norm(data: tuple[Path, Path], tmp_path: Path) -> None:
+    half = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16")
+    trainer = DINOTrainer(config(data, tmp_path, "SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()", *half))
+    trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # the usual 65536 overflows at first
+    weight = trainer.model.decoder.norm.weight
+    weight.register_hook(lambda gradient: gradient * (float("inf") if trainer.iter == 1 else 1))
+    scales, weights = [], []
+    step = trainer._trainer.run_step
+
+    def remember() -> None:
+        step()
+        scales.append(trainer._trainer.grad_scaler.get_scale())
+        weights.append(weight.detach().clone())
+
+    trainer._trainer.run_step = remember
+    trainer.train()
+    norms = trainer.storage.history("grad_norm").values()
+    assert [iteration for _, iteration in norms] == [0, 2]
+    assert all(math.isfinite(norm) for norm, _ in norms)
+    assert scales[1] == scales[0] / 2
+    assert torch.equal(weights[0], weights[1])
 
 
 @pytest.mark.parametrize(

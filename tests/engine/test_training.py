@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader
 
 from dino_d2 import load_config
-from dino_d2.data import register_datasets
+from dino_d2.data import build_train_augmentation, register_datasets
 from dino_d2.engine import DINOTrainer
 from tests.synthetic import config_values, write_rectangles
 
@@ -111,3 +115,53 @@ def test_saved_weights_predict_the_same(four_pictures: tuple[Path, Path], tmp_pa
         found = fresh.eval()([dict(image)])[0]["instances"]
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=0)
+
+
+class WithDetectron2sLoader(DINOTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        mapper = DatasetMapper(cfg, True, augmentations=[build_train_augmentation(cfg)])
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+
+def test_detectron2s_own_loader_trains_with_a_warning(
+    four_pictures: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = load_config(
+        str(RECIPE),
+        [*config_values(four_pictures, tmp_path, "foreign"), "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"],
+    )
+    register_datasets(cfg)
+    trainer = WithDetectron2sLoader(cfg)
+    logging.getLogger("dino_d2").propagate = True
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert "a resumed run will not go on with the images that would have been next" in caplog.text
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["seed"] == 1
+
+
+def test_what_dino_d2_says_is_in_the_log_file(four_pictures: tuple[Path, Path], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import train_net\n"
+        "from dino_d2.engine import DINOTrainer\n"
+        "class Poisoned(DINOTrainer):\n"
+        "    @classmethod\n"
+        "    def build_model(cls, cfg):\n"
+        "        model = super().build_model(cfg)\n"
+        "        poison = lambda module, inputs, levels: [level * float('nan') for level in levels]\n"
+        "        model.neck.register_forward_hook(poison)\n"
+        "        return model\n"
+        "train_net.DINOTrainer = Poisoned\n"
+        "train_net.main(train_net.parse(sys.argv[1:]))\n"
+    )
+    values = config_values(four_pictures, tmp_path / "run", "logged")
+    values += ["SOLVER.MAX_ITER", "1", "SOLVER.ON_NON_FINITE", "skip", "DATASETS.TEST", "()"]
+    command = [sys.executable, str(script), "--config-file", str(RECIPE), *values]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = "the loss of iteration 0 is not finite"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    assert said in result.stdout
