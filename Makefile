@@ -4,13 +4,17 @@ VENV_PYTHON := .venv/bin/python
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning
 
-.PHONY: setup test demo lint format clean cuda-all torch-headers gpu-wheels
+.PHONY: setup test test-all demo lint format clean cuda-all torch-headers gpu-wheels
 
 setup:
 	@$(PYTHON) tools/setup_env.py
 
 test: setup lint
 	$(VENV_PYTHON) -m pytest
+
+# With the tests that take minutes or need unusual means (root, for two machines in network namespaces).
+test-all: setup lint
+	$(VENV_PYTHON) -m pytest -m "slow or not slow"
 
 demo: setup
 	$(VENV_PYTHON) tools/run_demo.py
