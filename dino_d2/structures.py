@@ -28,24 +28,31 @@ class Memory:
     tokens: (B, N, C).
     padding_mask: (B, N) bool, True where a token lies on padding; None: no image is padded.
     spatial_shapes: (height, width) of each of the L levels, on the host.
-    valid_ratios: (B, L, 2), the unpadded share of each level's width and height, in (0, 1].
+    valid_sizes: (B, L, 2), how many columns and rows of each level are not padding, at least 1.
     """
 
     tokens: Tensor
     padding_mask: Tensor | None
     spatial_shapes: tuple[tuple[int, int], ...]
-    valid_ratios: Tensor
+    valid_sizes: Tensor
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """(B, L, 2), the unpadded share of each level's width and height, in (0, 1]."""
+        return self.valid_sizes / map_sizes(self.spatial_shapes, self.valid_sizes.dtype, self.valid_sizes.device)
 
     def token_centres(self) -> Tensor:
         """Centre of every token as (x, y) relative to the unpadded image, (B, N, 2): above 1 on padding. Without
-        padding (1, N, 2)."""
-        ratios = self.valid_ratios
-        centres = centres_on_map(self.spatial_shapes, ratios.dtype, ratios.device)
-        if self.padding_mask is None:
-            return centres[None]
+        padding (1, N, 2).
+
+        One division of two numbers that are exact: 0.5 / 50 is what a comparison with 0.01 finds equal, and the
+        published programs ask for tokens strictly inside. The detour over the padded map rounds to either side.
+        """
+        valid = self.valid_sizes if self.padding_mask is not None else self.valid_sizes[:1]
+        pixels = pixel_centres(self.spatial_shapes, valid.dtype, valid.device)
         sizes = [height * width for height, width in self.spatial_shapes]
-        levels = zip(centres.split(sizes), ratios.unbind(1), strict=True)
-        return torch.cat([level / ratio[:, None] for level, ratio in levels], dim=1)
+        levels = zip(pixels.split(sizes), valid.unbind(1), strict=True)
+        return torch.cat([level / count[:, None] for level, count in levels], dim=1)
 
     def without_padding(self, x: Tensor) -> Tensor:
         """(B, N, channels), zero on padding."""
@@ -53,12 +60,19 @@ class Memory:
 
 
 @constant
-def centres_on_map(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Centre of every pixel of L maps as (x, y) in [0, 1] of its map, level by level in raster order: (N, 2)."""
+def map_sizes(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Width and height of L maps, (L, 2)."""
+    one = torch.ones((), dtype=dtype, device=device)  # sizes may be symbols, which no tensor can be made of
+    return torch.stack([torch.stack([one * width, one * height]) for height, width in spatial_shapes])
+
+
+@constant
+def pixel_centres(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Centre of every pixel of L maps as (x, y) in pixels of its map, level by level in raster order: (N, 2)."""
     centres = []
     for height, width in spatial_shapes:
-        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
+        y = torch.arange(height, dtype=dtype, device=device) + 0.5
+        x = torch.arange(width, dtype=dtype, device=device) + 0.5
         centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
     return torch.cat(centres)
 

@@ -20,7 +20,7 @@ def test_token_centres_are_relative_to_the_unpadded_image() -> None:
         tokens=torch.zeros(2, 5, 1),
         padding_mask=torch.zeros(2, 5, dtype=torch.bool),
         spatial_shapes=((2, 2), (1, 1)),
-        valid_ratios=torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.5, 1.0], [1.0, 1.0]]]),  # (width, height)
+        valid_sizes=torch.tensor([[[2.0, 2.0], [1.0, 1.0]], [[1.0, 2.0], [1.0, 1.0]]]),  # (width, height)
     )
     whole = [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75], [0.5, 0.5]]
     left_half = [[0.5, 0.25], [1.5, 0.25], [0.5, 0.75], [1.5, 0.75], [0.5, 0.5]]

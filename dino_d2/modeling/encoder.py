@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_d2.constants import constant
-from dino_d2.structures import Memory
+from dino_d2.structures import Memory, map_sizes
 
 from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward, call
@@ -80,17 +80,17 @@ class DeformableEncoder(nn.Module):
         device = features[0].device
         shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
         if padding_mask is None:
-            on_tokens, valid_ratios = None, torch.ones(batch, len(shapes), 2, dtype=dtype, device=device)
+            on_tokens, valid_sizes = None, map_sizes(shapes, dtype, device).expand(batch, -1, -1)
             position = position_on_map(shapes, channels, self.temperature, self.offset, dtype, device)[None]
         else:
             masks = [_resize_mask(padding_mask, shape) for shape in shapes]
             on_tokens = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-            valid_ratios = torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
+            valid_sizes = torch.stack([_valid_size(mask, dtype) for mask in masks], dim=1)
             position = _embed(masks, channels, self.temperature, self.offset, dtype)
         sizes = [height * width for height, width in shapes]
         levels = zip(position.split(sizes, dim=1), self.level_embed, strict=True)
         position = torch.cat([level + embed for level, embed in levels], dim=1)
-        return Memory(_flatten(features), on_tokens, shapes, valid_ratios), position.expand(batch, -1, -1)
+        return Memory(_flatten(features), on_tokens, shapes, valid_sizes), position.expand(batch, -1, -1)
 
 
 @constant
@@ -126,7 +126,7 @@ def _nearest(size: int, new_size: int, device: torch.device) -> Tensor:
     return (torch.arange(new_size, device=device) * step).long()
 
 
-def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 2): the unpadded share of width and height."""
+def _valid_size(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 2): unpadded columns and rows."""
     inside = ~mask
-    return torch.stack([inside[:, 0].to(dtype).mean(-1), inside[:, :, 0].to(dtype).mean(-1)], dim=-1)
+    return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], dim=-1).to(dtype)

@@ -16,20 +16,21 @@ def _make_memory(
     valid: Sequence[tuple[float, float]] = ((1.0, 1.0), (0.5, 2 / 3)),
     dtype: torch.dtype = torch.float64,
 ) -> Memory:
-    masks = []
+    masks, sizes = [], []
     for share_y, share_x in valid:
         levels = []
         for height, width in spatial_shapes:
             level = torch.ones(height, width, dtype=torch.bool)
-            level[: round(height * share_y), : round(width * share_x)] = False
+            rows, columns = round(height * share_y), round(width * share_x)
+            level[:rows, :columns] = False
             levels.append(level.flatten())
+            sizes.append((columns, rows))
         masks.append(torch.cat(levels))
-    ratios = torch.tensor([(share_x, share_y) for share_y, share_x in valid], dtype=dtype)
     return Memory(
         tokens=torch.randn(len(valid), len(masks[0]), channels, dtype=dtype),
         padding_mask=torch.stack(masks),
         spatial_shapes=tuple(spatial_shapes),
-        valid_ratios=ratios[:, None].repeat(1, len(spatial_shapes), 1),
+        valid_sizes=torch.tensor(sizes, dtype=dtype).view(len(valid), len(spatial_shapes), 2),
     )
 
 

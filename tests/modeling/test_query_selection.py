@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import MLP
 from dino_d2.modeling.query_selection import (
     EncoderProposals,
@@ -50,6 +52,39 @@ def test_proposals_at_the_very_border_are_infinite(make_memory) -> None:
     logits, valid = token_proposals(make_memory(((1, 60),), valid=((1, 1),)))
     assert (~valid[0]).nonzero().flatten().tolist() == [0, 59]  # their centres lie within 0.01 of the border
     assert logits[~valid].isposinf().all()
+
+
+def published_centres(length: int, padded: int, dtype: type) -> np.ndarray:
+    """(i + 0.5) / the number of valid tokens, as both published programs have it."""
+    return (np.arange(padded, dtype=dtype) + dtype(0.5)) / dtype(length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", [0, 1, 7, 34])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_centres_and_validity_are_those_of_the_published_programs_bit_for_bit(
+    axis: int, padding: int, dtype: torch.dtype
+) -> None:
+    """Every length up to 200: of 50 and 150 tokens the outermost lie exactly 0.01 from the border."""
+    encoder = DeformableEncoder([], embed_dim=4, num_levels=1, temperature=20, offset=0).to(dtype)
+    for length in range(2, 201):
+        padded = length + padding
+        shape = (padded, 4) if axis == 1 else (4, padded)
+        mask = torch.zeros(1, *shape, dtype=torch.bool)
+        if axis == 1:
+            mask[:, length:] = True
+        else:
+            mask[:, :, length:] = True
+        memory = encoder([torch.zeros(1, 4, *shape, dtype=dtype)], mask)
+        expected = published_centres(length, padded, np.float32 if dtype == torch.float32 else np.float64)
+        centres = memory.token_centres().view(*shape, 2)[..., axis]
+        line = centres[:, 0] if axis == 1 else centres[0]
+        assert np.array_equal(line.numpy(), expected)
+        valid = token_proposals(memory)[1].view(shape)
+        line = valid[:, 0] if axis == 1 else valid[0]
+        inside = (expected > 0.01) & (expected < 0.99) & (np.arange(padded) < length)
+        assert np.array_equal(line.numpy(), inside)
+        assert length not in (50, 150) or not line[0]
 
 
 def test_best_tokens_are_taken_best_first(make_memory) -> None:
