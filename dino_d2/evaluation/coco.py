@@ -122,7 +122,7 @@ def evaluate_boxes(
         [{"id": category["id"], "name": str(category.get("name", ""))} for category in dataset["categories"]],
         np.array([x["image_id"] for x in annotations], np.int64),
         np.array([x["category_id"] for x in annotations], np.int64),
-        np.array([x["bbox"] for x in annotations], np.float64).reshape(-1, 4),
+        np.array([x["bbox"] for x in annotations], np.float64).reshape(len(annotations), 4),
         ids=np.array([x["id"] for x in annotations], np.int64),
         area=np.array([x["area"] for x in annotations], np.float64),
         iscrowd=np.array([x["iscrowd"] for x in annotations], bool),
@@ -150,7 +150,8 @@ def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], ma
     if any(not x.keys() >= ANNOTATION_FIELDS for x in annotations):
         return f"annotations lack one of {', '.join(sorted(ANNOTATION_FIELDS))}"
     image_ids = {image["id"] for image in dataset["images"]}
-    ids = [*image_ids, *(x["id"] for x in dataset["categories"]), *(x["id"] for x in annotations)]
+    ids = [*image_ids, *(x["id"] for x in dataset["categories"])]
+    ids += [x[key] for x in annotations for key in ("id", "image_id", "category_id")]
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in ids):
         return "hotcoco takes no ids but whole numbers from 0"
     annotation_ids = {x["id"] for x in annotations}
@@ -158,6 +159,7 @@ def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], ma
         return "annotations have the id 0 or share one, which pycocotools counts as never found"
     if not {x["image_id"] for x in detections} <= image_ids:
         return "there are detections of images that the data set does not have"
-    if not math.isfinite(sum(x["score"] + sum(x["bbox"]) for x in detections)):
-        return "detections are infinite or NaN"
+    sizes = sum(x["area"] + sum(x["bbox"]) for x in annotations)
+    if not math.isfinite(sizes + sum(x["score"] + sum(x["bbox"]) for x in detections)):
+        return "annotations or detections are infinite or NaN"
     return ""

@@ -212,9 +212,14 @@ def infinite_score(made: Generated) -> None:
     made.detections[5]["score"] = float("inf")
 
 
+def nan_area(made: Generated) -> None:
+    made.dataset["annotations"][2]["area"] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (nan_area, "NaN"),
         (text_image_ids, "whole numbers"),
         (negative_image_ids, "whole numbers"),
         (no_iscrowd, "iscrowd"),
