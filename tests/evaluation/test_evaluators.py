@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -202,6 +204,15 @@ def test_without_hotcoco_pycocotools_computes_and_lvis_is_refused(tmp_path: Path
     assert "AP is a number: True" in done.stdout, done.stderr
     assert "hotcoco, which is faster, is not installed" in done.stderr
     assert "ImportError: LVIS's AP of 'without_hotcoco' needs hotcoco, which is not installed" in done.stderr
+
+
+def test_evaluator_can_be_copied_and_pickled_after_hotcoco_ran(register: Register) -> None:
+    """hotcoco's own objects can be neither."""
+    made = generate(5, 2, 3, 10)
+    evaluator = COCOEvaluator(register(made))
+    expected = json.dumps(detect(evaluator, made))
+    for again in (copy.deepcopy(evaluator), pickle.loads(pickle.dumps(evaluator))):
+        assert json.dumps(detect(again, made)) == expected
 
 
 # --- which evaluator a data set gets
