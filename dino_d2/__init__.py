@@ -5,11 +5,15 @@ Without torch or detectron2 there is nothing to register: `dino_d2.deploy` alone
 
 from typing import Any
 
+from . import lvis
+
 __all__ = ["DINO", "add_dino_config", "load_config"]
 
 try:
     from .config import add_dino_config, load_config
     from .meta_arch import DINO
+
+    lvis.provide()
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "detectron2"):
         raise

@@ -109,6 +109,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.TEST.AMP = CN()  # evaluation and prediction in mixed precision
     cfg.TEST.AMP.ENABLED = False
     cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16
+    cfg.TEST.COCO_BACKEND = "auto"  # auto | pycocotools | hotcoco: what computes COCO's AP; auto: the faster if equal
+    cfg.TEST.MAX_DETS_PER_IMAGE = 100  # detections of an image and class that count in AP; others are no longer COCO's
     cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
 
     cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used

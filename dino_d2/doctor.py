@@ -18,7 +18,9 @@ import torch
 
 from dino_d2 import ops
 
-PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "iopath", "pycocotools", "scipy", "timm", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "detectron2", "fvcore", "iopath", "pycocotools", "hotcoco", "scipy", "timm", "numpy",
+)  # fmt: skip
 SHAPES = [(13, 17), (7, 9), (4, 5), (2, 3)]
 # Largest error allowed, relative to the largest number: a few roundings of what is computed in.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}

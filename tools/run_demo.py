@@ -23,13 +23,13 @@ import matplotlib
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 
 from demo import detect
 from demo_data import Photo, fetch, grid, read_photo, write_backbone, write_coco
 from dino_d2 import load_config
+from dino_d2.evaluation import APSettings, COCOEvaluator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -83,8 +83,8 @@ def train(seed: int, folder: Path) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float | None]:
-    """COCO metrics, in percent, of what was found in a whole photograph (up to 1000 detections count).
+def evaluate(photo: Photo, found: Instances, name: str, settings: APSettings) -> dict[str, float | None]:
+    """COCO metrics, in percent, of what was found in a whole photograph.
 
     None where the photograph has no tree of that size.
     """
@@ -93,7 +93,7 @@ def evaluate(photo: Photo, found: Instances, name: str) -> dict[str, float | Non
         write_coco([photo], json_file, Path(folder))
         register_coco_instances(name, {}, str(json_file), folder)
         DatasetCatalog.get(name)  # loading is what makes the category ids known
-        evaluator = COCOEvaluator(name, max_dets_per_image=1000)
+        evaluator = COCOEvaluator(name, settings)
         evaluator.reset()
         evaluator.process([{"image_id": 1}], [{"instances": found}])
         metrics = evaluator.evaluate()["bbox"]
@@ -146,12 +146,13 @@ def main() -> None:
     folder = args.output / "train"
     train(args.seed, folder)
     weights = folder / "model_final.pth"
-    predictor = DefaultPredictor(load_config(CONFIG, ["MODEL.WEIGHTS", str(weights)]))
+    cfg = load_config(CONFIG, ["MODEL.WEIGHTS", str(weights)])
+    predictor, settings = DefaultPredictor(cfg), APSettings.of_config(cfg)
     results = {}
     for which, picture in (("test", "photograph.png"), ("second_site", "second_site.png")):
         photo = read_photo(DATA, which)
         found = detect(predictor, photo.pixels[:, :, ::-1], TEST_TILE)
-        results[which] = evaluate(photo, found, f"demo_{which}")
+        results[which] = evaluate(photo, found, f"demo_{which}", settings)
         draw(photo, found, args.output / picture)
     metrics = {**results["test"], "second_site": results["second_site"], "seed": args.seed}
     metrics["seconds"] = round(time.time() - start)

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
@@ -20,7 +20,7 @@ from torch import nn, optim
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
 from dino_d2.data.loader import TrainingLoader, build_train_loader
-from dino_d2.evaluation import QueryEvaluator
+from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 
 from .checkpoints import BestWeights, RecentCheckpoints
 from .ema import EMA
@@ -160,8 +160,10 @@ class DINOTrainer(DefaultTrainer):
         return [line, *others, *([WandbWriter(self.cfg)] if self.cfg.WANDB_PROJECT else [])]
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO's, LVIS's or Pascal VOC's, by the data set's `evaluator_type`."""
+        folder = str(Path(cfg.OUTPUT_DIR, "inference", dataset_name))
+        return build_evaluator(dataset_name, APSettings.of_config(cfg), folder)
 
     @classmethod
     def test(
@@ -169,8 +171,9 @@ class DINOTrainer(DefaultTrainer):
     ) -> dict[str, Any]:
         """detectron2's; with `TEST.QUERY_METRICS` the default evaluators measure the queries too."""
         if cfg.TEST.QUERY_METRICS and evaluators is None:
+            settings = APSettings.of_config(cfg)
             evaluators = [
-                DatasetEvaluators([cls.build_evaluator(cfg, name), QueryEvaluator(name, model)])
+                DatasetEvaluators([cls.build_evaluator(cfg, name), QueryEvaluator(name, model, settings=settings)])
                 for name in cfg.DATASETS.TEST
             ]
         return super().test(cfg, model, evaluators)

@@ -1,7 +1,20 @@
-"""What the paper measures beside AP, as detectron2 evaluators."""
+"""Average precision by detectron2's evaluators, and what the paper measures beside it."""
 
 from .atd import average_top_k_distance
+from .build import build_evaluator
+from .coco import COCOEvaluator
+from .lvis import LVISEvaluator
 from .query_evaluator import QueryEvaluator, predictions_per_object
 from .recorder import DecoderRecorder
+from .settings import APSettings
 
-__all__ = ["DecoderRecorder", "QueryEvaluator", "average_top_k_distance", "predictions_per_object"]
+__all__ = [
+    "APSettings",
+    "COCOEvaluator",
+    "DecoderRecorder",
+    "LVISEvaluator",
+    "QueryEvaluator",
+    "average_top_k_distance",
+    "build_evaluator",
+    "predictions_per_object",
+]

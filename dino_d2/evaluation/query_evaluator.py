@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from dino_d2.geometry import xyxy_to_cxcywh
 from dino_d2.structures import Targets
 
 from .atd import average_top_k_distance
+from .build import evaluator_type
+from .coco import COCOEvaluator
+from .lvis import LVISEvaluator
 from .recorder import DecoderRecorder
+from .settings import APSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +58,28 @@ class QueryEvaluator(DatasetEvaluator):
     a hook from `reset` to `evaluate` and changes nothing that the model computes.
 
     Args:
-        dataset_name: registered with detectron2. If not in COCO's format it needs a `COCOEvaluator` made before this
-            evaluator: that one writes the annotation file which the AP of the layers is measured by.
+        dataset_name: registered with detectron2. If neither in COCO's nor in another known format it needs a
+            `COCOEvaluator` made before this evaluator: that one writes the annotation file which the AP of the layers
+            is measured by.
         model: the DINO that is evaluated, or its DistributedDataParallel.
         k: of the average top-k distance; the paper's is 100.
         score_threshold: predictions below it are no duplicates: nobody would see them. 0.3 is where the published
             demonstration draws its boxes.
+        settings: of the AP of the layers.
 
     Raises:
         TypeError: the model has no decoder to watch.
         ValueError: an image of the data set has no "image_id", or the model augments its images.
     """
 
-    def __init__(self, dataset_name: str, model: nn.Module, k: int = 100, score_threshold: float = 0.3):
+    def __init__(
+        self,
+        dataset_name: str,
+        model: nn.Module,
+        k: int = 100,
+        score_threshold: float = 0.3,
+        settings: APSettings | None = None,
+    ):
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         if not hasattr(self._model, "decoder"):
             raise TypeError(
@@ -82,7 +95,7 @@ class QueryEvaluator(DatasetEvaluator):
         self._recorder = DecoderRecorder(self._model.decoder)
         self._objects = {_image_id(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
         # One for all layers, one after the other; the batches are gathered before.
-        self._coco_evaluator = COCOEvaluator(dataset_name, tasks=("bbox",), distributed=False)
+        self._layer_evaluator = _layer_evaluator(dataset_name, settings)
         self._batches: list[_Batch] = []
 
     def reset(self) -> None:
@@ -119,7 +132,8 @@ class QueryEvaluator(DatasetEvaluator):
         """
         Returns:
             {"queries": {"ATD100", "ATD100s", "duplicates", "AP_layer1", … "AP_layerN"}} of all processes in the main
-            one, {} in the others. The APs are missing where the data set has no annotations.
+            one, {} in the others. The APs are COCO's or LVIS's, as the data set asks; they are missing where it has no
+            annotations or asks for another evaluation.
         """
         self._recorder.detach()
         comm.synchronize()
@@ -135,18 +149,20 @@ class QueryEvaluator(DatasetEvaluator):
             f"ATD{self._k}s": average_top_k_distance(boxes[small], anchors[small], self._k).item(),
             "duplicates": (hits[hits > 0] - 1).double().mean().item(),
         }
-        for layer in range(len(batches[0].detections)):
-            results |= self._average_precision(batches, layer)
+        if self._layer_evaluator is not None:
+            for layer in range(len(batches[0].detections)):
+                results |= self._average_precision(self._layer_evaluator, batches, layer)
         return {"queries": results}
 
-    def _average_precision(self, batches: Sequence[_Batch], layer: int) -> dict[str, float]:
+    @staticmethod
+    def _average_precision(evaluator: DatasetEvaluator, batches: Sequence[_Batch], layer: int) -> dict[str, float]:
         logger.info("Average precision after decoder layer %d:", layer + 1)
-        self._coco_evaluator.reset()
+        evaluator.reset()
         for batch in batches:
             inputs = [{"image_id": image_id} for image_id in batch.image_ids]
             outputs = [{"instances": instances} for instances in batch.detections[layer]]
-            self._coco_evaluator.process(inputs, outputs)
-        results = self._coco_evaluator.evaluate()
+            evaluator.process(inputs, outputs)
+        results = evaluator.evaluate()
         return {f"AP_layer{layer + 1}": results["bbox"]["AP"]} if "bbox" in results else {}
 
     def _objects_in(self, x: dict[str, Any], num_classes: int) -> Instances:
@@ -186,6 +202,17 @@ def predictions_per_object(predictions: Instances, objects: Instances) -> Tensor
     overlap = pairwise_iou(predictions.pred_boxes, objects.gt_boxes) * same_class
     overlap, nearest = overlap.max(dim=1)
     return nearest[overlap >= DUPLICATE_IOU].bincount(minlength=len(objects))
+
+
+def _layer_evaluator(dataset_name: str, settings: APSettings | None) -> DatasetEvaluator | None:
+    """What measures the AP of the layers in the main process alone."""
+    kind = evaluator_type(dataset_name)
+    makers = {"coco": COCOEvaluator, "lvis": LVISEvaluator}
+    if kind not in makers:
+        logger.warning("%s has evaluator_type %s: the AP of each layer is measured for coco and lvis alone and is left "
+                       "out", dataset_name, kind)  # fmt: skip
+        return None
+    return makers[kind](dataset_name, settings, tasks=("bbox",), distributed=False)
 
 
 def _image_id(record: dict[str, Any]) -> int | str:

@@ -1,0 +1,165 @@
+"""COCO's average precision by hotcoco, wherever its numbers are pycocotools' to the bit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2 import evaluation
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.utils.file_io import PathManager
+
+from .settings import APSettings, hotcoco_is_installed
+
+logger = logging.getLogger(__name__)
+
+ANNOTATION_FIELDS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}
+COUNTS = (1, 10)  # of detections, at which COCO measures recall beside that of APSettings.max_dets
+
+
+class COCOEvaluator(evaluation.COCOEvaluator):
+    """detectron2's, which says which program computes and takes the faster one if it is equal.
+
+    hotcoco matches boxes and accumulates precision and recall; the metrics are then taken from those arrays by the
+    same lines of detectron2 as from pycocotools' arrays. Masks and keypoints are left to pycocotools.
+
+    Args:
+        dataset_name: registered with detectron2.
+        settings: backend and the number of detections that count.
+        tasks, distributed, output_dir: see :class:`detectron2.evaluation.COCOEvaluator`.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        settings: APSettings | None = None,
+        *,
+        tasks: tuple[str, ...] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+    ):
+        self._settings = settings or APSettings()
+        super().__init__(
+            dataset_name,
+            tasks,
+            distributed,
+            output_dir,
+            max_dets_per_image=self._settings.max_dets,
+            use_fast_impl=False,  # detectron2's own C++, unofficial by its own words and missing in most builds
+        )
+
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
+        """See :meth:`detectron2.evaluation.COCOEvaluator._eval_predictions`; it fills `self._results`."""
+        detections = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
+        if not self._do_evaluation or not detections:
+            super()._eval_predictions(predictions, img_ids)
+            return
+        tasks = self._tasks or self._tasks_from_predictions(detections)
+        reason = self._why_pycocotools(tasks, detections)
+        if reason:
+            version = importlib.metadata.version("pycocotools")
+            logger.info("AP of %s is computed by pycocotools %s: %s", self._metadata.name, version, reason)
+            super()._eval_predictions(predictions, img_ids)
+            return
+        version = importlib.metadata.version("hotcoco")
+        logger.info("AP of %s is computed by hotcoco %s", self._metadata.name, version)
+        self._to_dataset_categories(detections)
+        if self._output_dir:
+            with PathManager.open(str(Path(self._output_dir, "coco_instances_results.json")), "w") as file:
+                file.write(json.dumps(detections))
+        evaluated = evaluate_boxes(self._coco_api.dataset, detections, self._settings.max_dets, img_ids)
+        self._results["bbox"] = self._derive_coco_results(evaluated, "bbox", self._metadata.get("thing_classes"))
+
+    def _why_pycocotools(self, tasks: Iterable[str], detections: Sequence[dict[str, Any]]) -> str:
+        """Empty if hotcoco can and may do it."""
+        if self._settings.backend == "pycocotools":
+            return "TEST.COCO_BACKEND asks for it"
+        if set(tasks) != {"bbox"}:
+            return "masks and keypoints are not left to hotcoco"
+        if not hotcoco_is_installed():
+            return "hotcoco, which is faster, is not installed"
+        return difference(self._coco_api.dataset, detections, self._settings.max_dets)
+
+    def _to_dataset_categories(self, detections: Iterable[dict[str, Any]]) -> None:
+        """From classes counted from 0 to the ids of the annotation file, in place."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            return
+        dataset_ids = {label: dataset_id for dataset_id, label in mapping.items()}
+        for detection in detections:
+            if detection["category_id"] not in dataset_ids:
+                raise ValueError(
+                    f"A prediction has class {detection['category_id']}, but {self._metadata.name!r} has "
+                    f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                )
+            detection["category_id"] = dataset_ids[detection["category_id"]]
+
+
+def evaluate_boxes(
+    dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int, img_ids: list[int] | None = None
+) -> COCOevalMaxDets:
+    """Boxes by hotcoco, as pycocotools would give them back: with `stats` and `eval`.
+
+    Args:
+        dataset: in COCO's format, without any `difference`.
+        detections: at least one, in COCO's result format.
+        max_dets: how many of an image and class count.
+        img_ids: the images to evaluate on. None: all.
+    """
+    import hotcoco  # late: who trains without evaluating never needs it
+
+    annotations = dataset["annotations"]
+    # Columns, not the dictionaries: masks, captions and the like are not read, so nothing in them can be wrong.
+    ground_truth = hotcoco.COCO.from_arrays(
+        [{"id": image["id"]} for image in dataset["images"]],
+        [{"id": category["id"], "name": str(category.get("name", ""))} for category in dataset["categories"]],
+        np.array([x["image_id"] for x in annotations], np.int64),
+        np.array([x["category_id"] for x in annotations], np.int64),
+        np.array([x["bbox"] for x in annotations], np.float64).reshape(len(annotations), 4),
+        ids=np.array([x["id"] for x in annotations], np.int64),
+        area=np.array([x["area"] for x in annotations], np.float64),
+        iscrowd=np.array([x["iscrowd"] for x in annotations], bool),
+    )
+    rows = np.array([(x["image_id"], *x["bbox"], x["score"], x["category_id"]) for x in detections], np.float64)
+    matched = hotcoco.COCOeval(ground_truth, ground_truth.load_res(rows), "bbox")
+    matched.params.max_dets = [*COUNTS, max_dets]
+    if img_ids is not None:
+        matched.params.img_ids = img_ids
+    matched.evaluate()
+    matched.accumulate()
+
+    summary = COCOevalMaxDets(iouType="bbox")
+    summary.params.maxDets = [*COUNTS, max_dets]
+    summary.eval = {key: matched.eval[key] for key in ("precision", "recall", "scores")}
+    summary.summarize()
+    return summary
+
+
+def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int) -> str:
+    """Why hotcoco would not give pycocotools' numbers, or empty: then it does, to the bit."""
+    annotations = dataset["annotations"]
+    if max_dets < max(COUNTS):
+        return f"hotcoco differs where fewer than {max(COUNTS)} detections count"
+    if any(not x.keys() >= ANNOTATION_FIELDS for x in annotations):
+        return f"annotations lack one of {', '.join(sorted(ANNOTATION_FIELDS))}"
+    image_ids = {image["id"] for image in dataset["images"]}
+    ids = [*image_ids, *(x["id"] for x in dataset["categories"])]
+    ids += [x[key] for x in annotations for key in ("id", "image_id", "category_id")]
+    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in ids):
+        return "hotcoco takes no ids but whole numbers from 0"
+    annotation_ids = {x["id"] for x in annotations}
+    if 0 in annotation_ids or len(annotation_ids) < len(annotations):
+        return "annotations have the id 0 or share one, which pycocotools counts as never found"
+    if not {x["image_id"] for x in detections} <= image_ids:
+        return "there are detections of images that the data set does not have"
+    sizes = sum(x["area"] + sum(x["bbox"]) for x in annotations)
+    if not math.isfinite(sizes + sum(x["score"] + sum(x["bbox"]) for x in detections)):
+        return "annotations or detections are infinite or NaN"
+    return ""

@@ -1,0 +1,49 @@
+"""How average precision is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+
+BACKENDS = ("auto", "pycocotools", "hotcoco")
+
+
+def hotcoco_is_installed() -> bool:
+    return importlib.util.find_spec("hotcoco") is not None
+
+
+def require_hotcoco(purpose: str) -> None:
+    """
+    Raises:
+        ImportError: hotcoco is not installed. The message names `purpose`.
+    """
+    if not hotcoco_is_installed():
+        raise ImportError(f'{purpose} needs hotcoco, which is not installed: pip install "hotcoco>=1.3,<2"')
+
+
+@dataclass(frozen=True)
+class APSettings:
+    """backend: of COCO's AP; "auto" is hotcoco where it is installed and equal to pycocotools. max_dets: how many
+    detections of an image and class count, the surest; COCO's own number is 100.
+
+    Raises:
+        ValueError: a backend that does not exist, or no detections that count.
+        ImportError: hotcoco is asked for and not installed.
+    """
+
+    backend: str = "auto"
+    max_dets: int = 100
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> APSettings:
+        return cls(cfg.TEST.COCO_BACKEND, cfg.TEST.MAX_DETS_PER_IMAGE)
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"TEST.COCO_BACKEND is {self.backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if self.max_dets < 1:
+            raise ValueError(f"TEST.MAX_DETS_PER_IMAGE is {self.max_dets}; it must be at least 1")
+        if self.backend == "hotcoco":
+            require_hotcoco("TEST.COCO_BACKEND hotcoco")
