@@ -9,7 +9,13 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        _get_cuda_arch_flags,
+    )
 except ImportError:
     sys.exit(
         "\n\ndino_d2 is built against the torch that you run it with, and this build environment has none.\n"
@@ -21,7 +27,8 @@ STABLE_ABI_SINCE = (2, 10)
 # Every torch from 2.10 on loads the same file (and, by `py_limited_api`, every Python from 3.10 on).
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HEADERS = sorted(str(path) for path in Path("ops/csrc").rglob("*h") if path.suffix in (".h", ".cuh"))
-DEFAULT_CUDA_ARCHITECTURE = "9.0+PTX"
+# Machine code for A100 and, of the same generation, RTX 30 and 40; for H100; portable code for what comes after.
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def wants_cuda() -> bool:
@@ -43,9 +50,11 @@ def extension():
         )
     if not torch.cuda.is_available():
         # PyTorch's builder asks the visible GPU, and fails where there is none.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURE)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     sources += sorted(str(path) for path in Path("ops/csrc/cuda").glob("*.cu"))
-    nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", *ABI]
+    # What PyTorch's builder will ask nvcc for, so that the op can tell which cards it has code for.
+    code = [flag.rsplit("=", 1)[1] for flag in _get_cuda_arch_flags()]
+    nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DDINO_D2_CUDA_CODE={','.join(code)}", *ABI]
     result = CUDAExtension(
         "dino_d2.ops._C",
         sources,

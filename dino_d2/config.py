@@ -18,7 +18,9 @@ def add_dino_config(cfg: CN) -> None:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"  # no GPU is an ordinary case
 
-    cfg.MODEL.TRUST_WEIGHTS = False  # load files that could run code, too (pickled objects, not mere tensors)
+    # Load files that could run code, too (pickled objects, not mere tensors). In a config file it is ignored: who
+    # publishes one beside weights must not decide on it.
+    cfg.MODEL.TRUST_WEIGHTS = False
 
     c = cfg.MODEL.DINO = CN()
     c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
@@ -138,6 +140,13 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
         raise ValueError(f"{overrides[-1]} in the overrides has no value: they are KEY VALUE KEY VALUE …")
     cfg.merge_from_list(list(defaults))
     cfg.merge_from_file(config_file, allow_unsafe=False)
+    if cfg.MODEL.TRUST_WEIGHTS:
+        cfg.MODEL.TRUST_WEIGHTS = False
+        logging.getLogger(__name__).warning(
+            "MODEL.TRUST_WEIGHTS in %s (or the _BASE_ of it) is ignored: say MODEL.TRUST_WEIGHTS True on the command "
+            "line if you trust the weights",
+            config_file,
+        )
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,12 @@ def test_files_that_are_not_mere_yaml_are_refused_and_run_nothing(
     with pytest.raises(ValueError, match=r"^config\.yaml .*cannot be read as mere YAML"):
         load_config("config.yaml")
     assert not Path("ran").exists()
+
+
+def test_config_file_cannot_make_weights_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    published = tmp_path / "published.yaml"
+    published.write_text(f"_BASE_: {RECIPE.parent / 'Base-DINO.yaml'}\nMODEL:\n  TRUST_WEIGHTS: True\n")
+    logging.getLogger("dino_d2").propagate = True
+    assert load_config(str(published)).MODEL.TRUST_WEIGHTS is False
+    assert f"MODEL.TRUST_WEIGHTS in {published} (or the _BASE_ of it) is ignored" in caplog.text
+    assert load_config(str(published), ["MODEL.TRUST_WEIGHTS", "True"]).MODEL.TRUST_WEIGHTS is True

@@ -39,7 +39,15 @@ def compile_all(include: Path) -> list[str]:
     """What the compilers said of the sources that do not compile."""
     paths = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{sysconfig.get_paths()['include']}"]
     cpp = ["g++", "-fPIC", *COMMON, *paths]
-    cuda = ["nvcc", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-arch=sm_90", *COMMON, *paths]
+    cuda = [
+        "nvcc",
+        "-DUSE_CUDA",
+        "--expt-relaxed-constexpr",
+        "-arch=sm_90",
+        "-DDINO_D2_CUDA_CODE=sm_90",
+        *COMMON,
+        *paths,
+    ]
     # kernels_*.cpp are without torch.
     sources = [(cpp, path) for path in ROOT.glob("ops/csrc/**/*.cpp") if not path.name.startswith("kernels_")]
     if shutil.which("nvcc"):

@@ -34,6 +34,7 @@ def compile_for(architecture: str, binary: Path) -> str:
     kind = "-ptx" if architecture.startswith("compute") else "-cubin"
     command = ["nvcc", kind, "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-arch={architecture}"]
+    command += [f"-DDINO_D2_CUDA_CODE={architecture}"]
     command += [f"-I{path}" for path in include_paths("cuda")]
     result = subprocess.run([*command, str(SOURCE), "-o", str(binary)], capture_output=True, text=True)
     if result.returncode != 0:

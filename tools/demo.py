@@ -3,15 +3,18 @@
 
     tools/demo.py --config-file CONFIG --weights MODEL.pth --input PHOTO... --output DIR [KEY VALUE ...]
 
-For each photograph DIR gets a PNG with the boxes and a JSON file that lists them. Large photographs with small
-objects: --tile 400 looks at them piece by piece.
+For each photograph DIR gets a PNG with the boxes and a JSON file that lists them, of the same name (where two have one,
+of their folders' names too). Large photographs with small objects: --tile 400 looks at them piece by piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,20 @@ def as_json(instances: Instances, names: list[str]) -> list[dict]:
     ]
 
 
+def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """A PNG for each photograph: DIR/name.png; where two have that name, with their folders and suffixes in it."""
+    photos = list(dict.fromkeys(photos))  # given twice, it is one
+    counts = Counter(path.stem for path in photos)
+    common = Path(os.path.commonpath([path.resolve().parent for path in photos]))
+    names = {}
+    for path in photos:
+        name = path.stem
+        if counts[name] > 1:
+            name = "_".join(path.resolve().relative_to(common).parts)
+        names[path] = folder / f"{name}.png"
+    return names
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
@@ -92,7 +109,8 @@ def main() -> None:
     predictor.aug = build_test_augmentation(cfg)  # detectron2's own fails on very long pictures
     args.output.mkdir(parents=True, exist_ok=True)
     unreadable = 0
-    for path in map(Path, args.input):
+    pictures = names_of_results([Path(path) for path in args.input], args.output)
+    for path, picture in pictures.items():
         try:
             image = read_image(path, "BGR")
         except ValueError as error:
@@ -101,7 +119,7 @@ def main() -> None:
             continue
         instances = detect(predictor, image, args.tile)
         instances = instances[instances.scores > args.score_threshold]
-        picture = args.output / f"{path.stem}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(image, instances, names)).save(picture)
         picture.with_suffix(".json").write_text(json.dumps(as_json(instances, names), indent=1))
         print(f"{path}: {len(instances)} objects -> {picture}")

@@ -7,7 +7,7 @@ facts are JSON in a byte tensor of one fixed size, which `DINO` returns as its e
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from detectron2.config import CfgNode
@@ -28,6 +28,7 @@ class Assumptions:
     position_temperature, position_offset: of the pixels' sine embedding.
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
     encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
+    num_classes: of the class logits; None, in older checkpoints without names: not known.
     """
 
     class_names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Assumptions:
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     encoder: str = "deformable"
+    num_classes: int | None = None
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
@@ -56,6 +58,7 @@ class Assumptions:
             pixel_mean=tuple(float(x) for x in cfg.MODEL.PIXEL_MEAN),
             pixel_std=tuple(float(x) for x in cfg.MODEL.PIXEL_STD),
             encoder=c.ENCODER,
+            num_classes=c.NUM_CLASSES,
         )
 
     def to_tensor(self) -> Tensor:
@@ -71,23 +74,28 @@ class Assumptions:
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Assumptions:
         facts = json.loads(bytes(tensor.cpu().numpy()).rstrip(b"\0"))
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+        read = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+        return read if read.num_classes else replace(read, num_classes=len(read.class_names) or None)
 
     def contradictions(self, other: Assumptions) -> list[str]:
         """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change.
 
-        Classes of another number are none: their rows have another shape, and detectron2's checkpointer says that it
-        leaves them out. As many classes with other names would be scrambled in silence. `DINOCheckpointer` has
-        copied rows by name before this is asked.
+        `DINOCheckpointer` has copied the rows of classes by name, and written down that it did, before this is asked.
+        Others, as `DefaultPredictor`'s, would leave the class heads random or scramble them.
         """
         lines = []
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "class_names" and len(ours) != len(theirs):
+            unknown = field.name in ("encoder", "num_classes") and not theirs
+            told_by_number = field.name == "class_names" and len(ours) != len(theirs)
+            if ours == theirs or unknown or told_by_number:
                 continue
-            if field.name == "encoder" and not theirs:
-                continue
-            if ours != theirs:
+            if field.name == "num_classes":
+                lines.append(
+                    f"MODEL.DINO.NUM_CLASSES is {ours}, the weights are for {theirs}: set it to {theirs}, or load them "
+                    "by dino_d2.checkpoint.DINOCheckpointer, as tools/train_net.py does, which copies classes by name"
+                )
+            else:
                 lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
         return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class DINOCheckpointer(DetectionCheckpointer):
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         write_checkpoint({"model": self.model.state_dict(), **parts, **kwargs}, self.save_dir, f"{name}.pth")
-        self.logger.info("Saved %s", Path(self.save_dir, f"{name}.pth"))
+        self.logger.info("Saved %s", os.path.join(self.save_dir, f"{name}.pth"))
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
@@ -113,11 +114,6 @@ class DINOCheckpointer(DetectionCheckpointer):
         return torch.load(f, map_location="cpu", weights_only=not self.trust_files)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        if self._resumes and not self.checkpointables.keys() <= checkpoint.keys():
-            raise ValueError(
-                f"{self._path} holds weights alone, no state of training that could be gone on with. To start a new "
-                f"training from them: MODEL.WEIGHTS {self._path} and another OUTPUT_DIR, without --resume-from"
-            )
         state = checkpoint["model"]
         names = list(state)
         if not all(isinstance(value, (Tensor, np.ndarray)) for value in state.values()):
@@ -126,6 +122,11 @@ class DINOCheckpointer(DetectionCheckpointer):
         consume_prefix_in_state_dict_if_present(state, "module.")
         self._fit_classes(state)
         self._fit_queries(state)
+        if self._resumes and not self.checkpointables.keys() <= checkpoint.keys():
+            raise ValueError(
+                f"{self._path} holds weights alone, no state of training that could be gone on with. To start a new "
+                f"training from them: MODEL.WEIGHTS {self._path} and another OUTPUT_DIR, without --resume-from"
+            )
         incompatible = super()._load_model(checkpoint)
 
         found = self._own_names() - set(incompatible.missing_keys)
@@ -171,6 +172,8 @@ class DINOCheckpointer(DetectionCheckpointer):
                 raise ValueError(problem)
             for name in [name for name in state if CLASS_ROWS.fullmatch(name)]:
                 del state[name]
+            if assumed:
+                state[EXTRA_STATE] = replace(assumed, num_classes=own_number).to_tensor()
             self.logger.warning(f"{problem} Newly initialised: all {own_number} classes.")
 
     def _copy_by_name(self, state: dict[str, Tensor], assumed: Assumptions) -> None:
@@ -190,7 +193,7 @@ class DINOCheckpointer(DetectionCheckpointer):
         for name, own in self.model.state_dict().items():
             if CLASS_ROWS.fullmatch(name) and name in state and state[name].shape[1:] == own.shape[1:]:
                 state[name] = match.copy_rows(state[name], own)
-        state[EXTRA_STATE] = replace(assumed, class_names=ours).to_tensor()
+        state[EXTRA_STATE] = replace(assumed, class_names=ours, num_classes=len(ours)).to_tensor()
         self.logger.info(table)
 
     def _fit_queries(self, state: dict[str, Tensor]) -> None:

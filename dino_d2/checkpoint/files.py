@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 # What a pickle of NumPy arrays in plain containers is made of (detectron2's model zoo).
@@ -65,9 +66,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
     """Write `folder`/`name` whole or not at all: under another name first, which then takes this one's place.
 
+    Paths of other storage (`PREFIX://`) are written by iopath's handler for them, as everywhere in detectron2.
+
     Raises:
         OSError: nothing could be written; what was there is untouched.
     """
+    if "://" in str(folder):
+        with PathManager.open(os.path.join(folder, name), "wb") as file:
+            torch.save(content, file)
+        return
     path = Path(folder, name)
     temporary = path.with_name(f"{name}.{os.getpid()}.part")
     try:
@@ -80,3 +87,19 @@ def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(f"{path} could not be written ({free:.0f} MiB free in its folder): {error}") from error
+
+
+def average_of(path: str | Path) -> dict[str, Tensor]:
+    """The moving average of the weights in a checkpoint that training wrote.
+
+    Raises:
+        ValueError: there is none in it.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    state = content.get("trainer", {}).get("hooks", {}).get("EMA") if isinstance(content, dict) else None
+    if state is None:
+        raise ValueError(
+            f"{path} holds no moving average: checkpoints of a training with SOLVER.EMA.ENABLED True do, but for "
+            "model_best.pth and model_final_ema.pth, which are weights already"
+        )
+    return {name.removeprefix("module."): value for name, value in state.items() if name.startswith("module.")}

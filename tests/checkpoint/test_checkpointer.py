@@ -10,18 +10,23 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from torch import Tensor, nn
 
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.checkpoint.assumptions import CAPACITY, Assumptions
+from dino_d2.engine.run_folder import check_run_folder
 from dino_d2.meta_arch import DINO
 from tests.checkpoint.test_convert import resnet_config
 
@@ -400,3 +405,83 @@ def test_arrays_of_the_model_zoo_need_no_trust(protocol: int, detector: Callable
     expected = {name: torch.from_numpy(x) for name, x in state.items()}
     own = {name.removeprefix("body."): x for name, x in model.backbone.state_dict().items() if x.dim()}
     assert all(torch.equal(own[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("names", [["red", "green"], []], ids=["names", "no names"])
+def test_detectron2s_checkpointer_refuses_weights_of_another_number_of_classes(
+    names: list[str], detector: Callable, tmp_path: Path
+) -> None:
+    path = saved(detector(*names, NUM_CLASSES=2), tmp_path)
+    other = detector(NUM_CLASSES=3)
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 3, the weights are for 2: .*DINOCheckpointer"):
+        DetectionCheckpointer(other).load(path)
+    DetectionCheckpointer(detector(NUM_CLASSES=2, CLASS_NAMES=names)).load(path)
+
+
+def test_predictor_refuses_weights_of_another_number_of_classes(tiny_config: Callable, tmp_path: Path) -> None:
+    cfg = tiny_config(NUM_CLASSES=2)
+    cfg.DATASETS.TEST = ()
+    cfg.MODEL.WEIGHTS = saved(build_model(cfg), tmp_path)
+    DefaultPredictor(cfg)
+    cfg.MODEL.DINO.NUM_CLASSES = 4
+    with pytest.raises(ValueError, match="NUM_CLASSES is 4, the weights are for 2"):
+        DefaultPredictor(cfg)
+
+
+def test_number_of_classes_of_older_checkpoints_is_that_of_their_names(detector: Callable) -> None:
+    for names, number in ((["red", "green"], 2), ([], None)):
+        facts = asdict(detector(*names, NUM_CLASSES=2).assumptions)
+        del facts["num_classes"]
+        old = torch.zeros(CAPACITY, dtype=torch.uint8)
+        text = json.dumps(facts).encode()
+        old[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        assert Assumptions.from_tensor(old).num_classes == number
+        lines = detector(NUM_CLASSES=3).assumptions.contradictions(Assumptions.from_tensor(old))
+        assert len(lines) == (0 if number is None else 1)
+
+
+class Storage(PathHandler):
+    """`test://a/b` is `root/a/b`: storage that is reached by its own handler."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["test://"]
+
+    def _local(self, path: str) -> Path:
+        return self.root / path.removeprefix("test://")
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: object) -> IO:
+        return open(self._local(path), mode)
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: object) -> str:
+        return str(self._local(path))
+
+    def _exists(self, path: str, **kwargs: object) -> bool:
+        return self._local(path).exists()
+
+    def _isfile(self, path: str, **kwargs: object) -> bool:
+        return self._local(path).is_file()
+
+    def _mkdirs(self, path: str, **kwargs: object) -> None:
+        self._local(path).mkdir(parents=True, exist_ok=True)
+
+    def _rm(self, path: str, **kwargs: object) -> None:
+        self._local(path).unlink()
+
+
+def test_runs_lie_where_iopath_reaches(detector: Callable, tiny_config: Callable, tmp_path: Path) -> None:
+    PathManager.register_handler(Storage(tmp_path), allow_override=True)
+    cfg = tiny_config()
+    cfg.OUTPUT_DIR = "test://run"
+    check_run_folder(cfg, resume=False)
+    checkpointer = DINOCheckpointer(detector("red", "blue"), "test://run")
+    checkpointer.save("model_0000001")
+    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["last_checkpoint", "model_0000001.pth"]
+    again = DINOCheckpointer(detector("red", "blue"), "test://run")
+    again.resume_or_load("", resume=True)
+    assert torch.equal(class_rows(again.model), class_rows(checkpointer.model))
+    with pytest.raises(FileExistsError, match="test://run holds a run"):
+        check_run_folder(cfg, resume=False)

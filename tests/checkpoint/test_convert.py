@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dino_d2 import load_config
-from dino_d2.checkpoint import from_published, read_state_dict, to_published
+from dino_d2.checkpoint import DINOCheckpointer, from_published, read_state_dict, to_published
 from dino_d2.checkpoint.assumptions import EXTRA_STATE, Assumptions
 from dino_d2.checkpoint.convert import COCO, ConversionError, detect_source, layout_of
 from dino_d2.checkpoint.names import SOURCES
@@ -242,7 +242,7 @@ def test_weights_of_other_classes_can_be_fine_tuned(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "w.pth")
     model = build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", "['cat', 'dog']"))
     before = model.decoder.class_heads[0].weight.clone()
-    DetectionCheckpointer(model).load(str(tmp_path / "w.pth"))
+    DINOCheckpointer(model).load(str(tmp_path / "w.pth"))
     assert torch.equal(model.decoder.class_heads[0].weight, before)
     assert torch.equal(model.encoder.level_embed, state["encoder.level_embed"])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -38,6 +39,25 @@ def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path) -
     with pytest.raises(SystemExit, match=r"published\.pth: .*does not fit"):
         convert_checkpoint.main(["--source", "official", str(published), str(ours), *CONFIG, *SMALL[:-1], "3"])
     assert not ours.exists()
+
+
+def test_average_is_taken_out_of_a_checkpoint_of_training(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    average = AveragedModel(model)
+    torch.nn.init.constant_(average.module.weight, 7)
+    training = {"model": model.state_dict(), "trainer": {"hooks": {"EMA": average.state_dict()}}, "iteration": 3}
+    torch.save(training, tmp_path / "model_0000003.pth")
+    arguments = [str(tmp_path / "model_0000003.pth"), str(tmp_path / "ema.pth"), *CONFIG, *SMALL]
+    convert_checkpoint.main(["--source", "ema", *arguments])
+    found = torch.load(tmp_path / "ema.pth", weights_only=True)["model"]
+    assert found.keys() == model.state_dict().keys()
+    assert (found["weight"] == 7).all()
+
+
+def test_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
+    torch.save({"model": {}}, tmp_path / "model.pth")
+    with pytest.raises(SystemExit, match=r"model\.pth holds no moving average.*SOLVER\.EMA\.ENABLED"):
+        convert_checkpoint.main(["--source", "ema", str(tmp_path / "model.pth"), "out.pth", *CONFIG, *SMALL])
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

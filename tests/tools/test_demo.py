@@ -53,6 +53,22 @@ def test_photographs_are_predicted_drawn_and_listed(trained: tuple[Path, list[st
     assert {thing["class"] for thing in objects} <= {"red", "blue"}
 
 
+def test_photographs_of_one_name_have_results_of_their_own(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, values = trained
+    paths = [tmp_path / name for name in ("a/same.png", "b/same.png", "b/same.jpg", "b/other.png")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40 + number, 40)).save(path)
+    result = run_demo(
+        "--weights", str(folder / "weights.pth"), "--input", *map(str, paths), "--output", str(tmp_path / "found"),
+        *values,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    sizes = {path.name: Image.open(path).size[0] for path in (tmp_path / "found").glob("*.png")}
+    assert sizes == {"a_same.png.png": 40, "b_same.png.png": 41, "b_same.jpg.png": 42, "other.png": 43}
+    assert len(list((tmp_path / "found").glob("*.json"))) == 4
+
+
 def test_weights_without_a_class_are_refused(tmp_path: Path) -> None:
     data = write_rectangles(tmp_path / "data", count=1, size=64)
     values = config_values(data, tmp_path / "out", "demo_green")

@@ -265,14 +265,12 @@ std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, con
                   deterministic);
 }
 
-std::string architectures() {
-  std::string names;
-  for (const int architecture : {__CUDA_ARCH_LIST__}) {  // ten times the number that NVIDIA writes with a point
-    if (!names.empty()) names += ", ";
-    names += std::to_string(architecture / 100) + "." + std::to_string(architecture / 10 % 10);
-  }
-  return "compute capability " + names;
-}
+// Its argument as text, commas and all.
+#define DINO_D2_TEXT_OF(...) #__VA_ARGS__
+#define DINO_D2_TEXT(...) DINO_D2_TEXT_OF(__VA_ARGS__)
+
+// What nvcc put into the binary, as setup.py asked for: machine code (sm_80) and portable code (compute_90).
+std::string architectures() { return DINO_D2_TEXT(DINO_D2_CUDA_CODE); }
 
 }  // namespace
 }  // namespace dino_d2::cuda
