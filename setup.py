@@ -54,7 +54,7 @@ def extension():
     sources += sorted(str(path) for path in Path("ops/csrc/cuda").glob("*.cu"))
     # What PyTorch's builder will ask nvcc for, so that the op can tell which cards it has code for.
     code = [flag.rsplit("=", 1)[1] for flag in _get_cuda_arch_flags()]
-    nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DDINO_D2_CUDA_CODE={','.join(code)}", *ABI]
+    nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DDINO_D2_CUDA_CODE={'+'.join(code)}", *ABI]
     result = CUDAExtension(
         "dino_d2.ops._C",
         sources,

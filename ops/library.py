@@ -73,7 +73,7 @@ def _unserved_cards() -> str | None:
 
 def _code() -> list[str]:
     """What the binary holds: sm_80 (machine code), compute_90 (portable code), …"""
-    return torch.ops.dino_d2.accelerator_architectures().replace(" ", "").split(",")
+    return torch.ops.dino_d2.accelerator_architectures().split("+")
 
 
 def _cards() -> list[tuple[str, tuple[int, int]]]:

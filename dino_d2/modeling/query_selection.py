@@ -102,15 +102,29 @@ class EncoderProposals(nn.Module):
         self.box_head = box_head
 
     def forward(self, memory: Memory, num_queries: int) -> Proposals:
-        """The best min(num_queries, N) tokens. The box head runs on those alone: the others are not used."""
+        """The best min(num_queries, N) tokens. The box head runs on those alone: the others are not used.
+
+        With gradients the tokens are ranked without, and the chosen ones go through projection and class head again:
+        what is kept for the backward pass is that of Q tokens, not of N, and no gradient changes, since all others
+        are 0.
+        """
         proposal_logits, valid = token_proposals(memory)
-        features = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0)))
-        logits = self.class_head(features)
-        # Images of a few pixels have fewer tokens than queries.
-        _, best = highest(logits.max(-1).values, num_queries)
-        features, logits, proposal_logits = (_take(x, best) for x in (features, logits, proposal_logits))
-        boxes = (self.box_head(features) + proposal_logits).sigmoid()
+        tokens = memory.tokens.masked_fill(~valid[..., None], 0)
+        with torch.no_grad():
+            features, logits = self.score(tokens)
+            # Images of a few pixels have fewer tokens than queries.
+            _, best = highest(logits.max(-1).values, num_queries)
+        if torch.is_grad_enabled():
+            features, logits = self.score(_take(tokens, best))
+        else:
+            features, logits = _take(features, best), _take(logits, best)
+        boxes = (self.box_head(features) + _take(proposal_logits, best)).sigmoid()
         return Proposals(best, features, Predictions(logits, boxes))
+
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n, C) -> features (B, n, C) and class logits (B, n, K)."""
+        features = self.norm(self.project(tokens))
+        return features, self.class_head(features)
 
 
 class MixedQuerySelection(nn.Module):

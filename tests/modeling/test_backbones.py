@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -165,3 +166,27 @@ def test_trained_norms_are_not_folded() -> None:
     backbone = build_backbone(cfg)
     fold_frozen_norms(backbone)
     assert not any(isinstance(module, ConvWithFrozenNorm) for module in backbone.modules())
+
+
+def test_swin_recomputed_block_by_block_has_the_same_gradients_and_no_warning() -> None:
+    cfg = config("build_swin_backbone")
+    cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS, cfg.MODEL.SWIN.DROP_PATH_RATE = 12, [2, 2, 1, 1], 0.2
+    results, kept = [], []
+    for recompute in (False, True):
+        cfg.MODEL.SWIN.CHECKPOINT = recompute
+        torch.manual_seed(0)
+        backbone = deepcopy(build_backbone(cfg)).train()  # as the moving average copies it
+        sizes: list[int] = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*reentrant.*")
+            warnings.filterwarnings("error", message=".*requires_grad.*")
+            torch.manual_seed(1)
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.numel()) or x, lambda x: x):
+                loss = sum(level.sum() for level in backbone(torch.rand(1, 3, 64, 64)).values())
+            loss.backward()
+        kept.append(sum(sizes))
+        results.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
+    assert kept[1] < 0.5 * kept[0]
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, msg=name)

@@ -180,3 +180,37 @@ def test_fewer_tokens_than_queries_make_fewer_queries(kind: str, make_memory) ->
     assert result.queries.content.shape == (2, 8, CHANNELS)
     assert result.queries.anchors.shape == (2, 8, 4)
     assert result.proposals.logits.shape == (2, 8, 5)
+
+
+def scored_at_once(proposals: EncoderProposals, memory: Memory, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Logits and boxes with the gradient through all tokens, as the published programs have it."""
+    start, valid = token_proposals(memory)
+    features = proposals.norm(proposals.project(memory.tokens.masked_fill(~valid[..., None], 0)))
+    logits = proposals.class_head(features)
+    best = logits.max(-1).values.topk(num_queries).indices[..., None]
+    features, start = (x.gather(1, best.expand(-1, -1, x.shape[-1])) for x in (features, start))
+    return logits.gather(1, best.expand(-1, -1, logits.shape[-1])), (proposals.box_head(features) + start).sigmoid()
+
+
+def test_ranking_without_gradient_changes_no_gradient_and_keeps_less(make_memory) -> None:
+    proposals, weights = make_proposals(), None
+    results, kept = [], []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        memory = make_memory(((16, 16), (8, 8)))
+        tokens = leaf(memory)
+        proposals.zero_grad()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.numel()) or x, lambda x: x):
+            if ours:
+                predictions = proposals(memory, 10).predictions
+                logits, boxes = predictions.logits, predictions.boxes
+            else:
+                logits, boxes = scored_at_once(proposals, memory, 10)
+        weights = torch.randn_like(logits) if weights is None else weights
+        ((logits * weights).sum() + boxes.pow(2).sum()).backward()
+        kept.append(sum(sizes))
+        results.append([logits, boxes, tokens.grad, *(p.grad for p in proposals.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert kept[0] < 0.5 * kept[1]

@@ -265,11 +265,10 @@ std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, con
                   deterministic);
 }
 
-// Its argument as text, commas and all.
-#define DINO_D2_TEXT_OF(...) #__VA_ARGS__
-#define DINO_D2_TEXT(...) DINO_D2_TEXT_OF(__VA_ARGS__)
+#define DINO_D2_TEXT_OF(x) #x
+#define DINO_D2_TEXT(x) DINO_D2_TEXT_OF(x)
 
-// What nvcc put into the binary, as setup.py asked for: machine code (sm_80) and portable code (compute_90).
+// What nvcc put into the binary, as setup.py asked for: sm_80+sm_90+compute_90, machine code and portable code.
 std::string architectures() { return DINO_D2_TEXT(DINO_D2_CUDA_CODE); }
 
 }  // namespace
