@@ -171,7 +171,8 @@ class StepTrainer(SimpleTrainer):
 
 
 def split(batch: list[dict], parts: int) -> list[list[dict]]:
-    """`parts` parts of the same size.
+    """`parts` parts of the same size, whose images know how many objects the fullest image of the batch has: it
+    decides on the groups of denoising queries.
 
     Raises:
         ValueError: the batch has no such parts.
@@ -180,6 +181,10 @@ def split(batch: list[dict], parts: int) -> list[list[dict]]:
         raise ValueError(
             f"SOLVER.ACCUMULATION_STEPS is {parts}, but the {len(batch)} images of a process cannot be parted evenly"
         )
+    if parts == 1:
+        return [batch]
+    most = max(len(x["instances"]) for x in batch)
+    batch = [x | {"most_objects": most} for x in batch]
     size = len(batch) // parts
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 

@@ -26,7 +26,7 @@ from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.modeling.query_selection import surest
 from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
-from .test_time_augmentation import TestTimeAugmentation, build_test_time_augmentation
+from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
 
 
 @dataclass
@@ -149,7 +149,8 @@ class DINO(nn.Module):
         """
         Args:
             batched_inputs: detectron2's format. "image": (3, H, W) in the range of `pixel_mean`; "instances" with
-                `gt_boxes` and `gt_classes` in training; "height", "width" of the wanted result (else the image's).
+                `gt_boxes` and `gt_classes` in training, and "most_objects" of an image if they are part of a larger
+                batch; "height", "width" of the wanted result (else the image's).
 
         Returns:
             In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
@@ -176,7 +177,7 @@ class DINO(nn.Module):
         memory = self.encode(images.tensor, padding_mask)
         selection = self.query_selection(memory)
         targets = self.prepare_targets(batched_inputs)
-        denoising = self.denoising(targets)
+        denoising = self.denoising(targets, max(x.get("most_objects", 0) for x in batched_inputs))
         queries = denoising.followed_by(selection.queries)
         mask = denoising.attention_mask(selection.queries.content.shape[1])
         return self.decoder(queries, memory, mask), selection.proposals, denoising, targets

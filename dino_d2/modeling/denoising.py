@@ -81,9 +81,10 @@ class PlainDenoising(nn.Module):
         self.reorder_negatives = reorder_negatives
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim)
 
-    def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
+    def forward(self, targets: Sequence[Targets], most_objects: int = 0) -> DenoisingQueries:
+        """`most_objects`: of an image in other parts of the batch, which have as many groups and slots."""
         device = self.label_embed.weight.device
-        most = max((len(t) for t in targets), default=0)
+        most = max([most_objects, *(len(t) for t in targets)])
         slots = min(most, self.max_queries // self.parts) if self.max_queries else most
         groups = max(1, self.number // max(most, 1))
         if self.max_queries and slots:
@@ -126,7 +127,7 @@ class NoDenoising(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
 
-    def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
+    def forward(self, targets: Sequence[Targets], most_objects: int = 0) -> DenoisingQueries:
         boxes = targets[0].boxes
         none = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         return DenoisingQueries(

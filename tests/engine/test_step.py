@@ -44,11 +44,14 @@ def gradients(model: nn.Module, batch: list[dict], parts: int) -> dict[str, torc
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("counts", [[3, 1, 2, 5], [0, 0, 4, 1]], ids=["objects", "parts without any"])
+@pytest.mark.parametrize("denoising", ["none", "dn", "cdn"])
 def test_gradient_of_parts_is_that_of_the_batch(
-    data: tuple[Path, Path], tmp_path: Path, parts: int, counts: list[int]
+    data: tuple[Path, Path], tmp_path: Path, parts: int, counts: list[int], denoising: str
 ) -> None:
+    """Without noise: its numbers are drawn part by part."""
     torch.manual_seed(0)
-    model = build_model(config(data, tmp_path, "MODEL.DINO.DN.TYPE", "none")).double()
+    noiseless = ("MODEL.DINO.DN.LABEL_NOISE_RATIO", "0.0", "MODEL.DINO.DN.BOX_NOISE_SCALE", "0.0")
+    model = build_model(config(data, tmp_path, "MODEL.DINO.DN.TYPE", denoising, *noiseless)).double()
     batch = make_batch(counts)
     whole, accumulated = gradients(model, batch, 1), gradients(model, batch, parts)
     assert whole.keys() == accumulated.keys()
