@@ -19,7 +19,7 @@ from dino_d2 import DINO
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.evaluation import QueryEvaluator
-from dino_d2.meta_arch import test_time_augmentation  # the module: pytest would take the class for a test
+from dino_d2.meta_arch import augmented_inference  # the module: pytest would take the class for a test
 from tests.synthetic import write_rectangles
 
 
@@ -66,8 +66,8 @@ def instances(boxes: Sequence[Sequence[float]], scores: Sequence[float], classes
 
 def augmentation(
     sizes: Sequence[int], flip: bool, most: int = 100, threshold: float = 0.7
-) -> test_time_augmentation.TestTimeAugmentation:
-    return test_time_augmentation.TestTimeAugmentation(DatasetMapperTTA(sizes, 1000, flip), threshold, most)
+) -> augmented_inference.TestTimeAugmentation:
+    return augmented_inference.TestTimeAugmentation(DatasetMapperTTA(sizes, 1000, flip), threshold, most)
 
 
 def find_bright(inputs: Sequence[dict]) -> list[dict]:
