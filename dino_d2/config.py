@@ -95,6 +95,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (pictures without an up, as from the air)
     cfg.INPUT.QUARTER_TURN = False  # turn by 90 degrees, half of the time
     cfg.INPUT.COLOR_JITTER = 0.0  # brightness, contrast and saturation change by up to this share
+    cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does at a picture that cannot be read; docs/data.md
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
     cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED

@@ -1,18 +1,25 @@
-"""Reading and augmentation of pictures, data set registration and inspection; loading is detectron2's."""
+"""Reading and augmentation of pictures, data sets, their inspection, and loaders that can go on at any batch."""
 
 from .augmentation import build_test_augmentation, build_train_augmentation
 from .datasets import CocoFiles, class_names, load_config_for_files, read_coco, register_datasets
-from .images import read_image
+from .images import UnreadableImage, read_image
+from .loader import TrainingLoader, build_test_loader, build_train_loader
 from .mapper import ImageMapper
+from .records import share_on_node
 
 __all__ = [
     "CocoFiles",
     "ImageMapper",
+    "TrainingLoader",
+    "UnreadableImage",
     "build_test_augmentation",
+    "build_test_loader",
     "build_train_augmentation",
+    "build_train_loader",
     "class_names",
     "load_config_for_files",
     "read_coco",
     "read_image",
     "register_datasets",
+    "share_on_node",
 ]

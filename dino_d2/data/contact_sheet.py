@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +20,7 @@ from dino_d2.structures import Targets
 from .augmentation import build_train_augmentation
 from .datasets import class_names
 from .mapper import ImageMapper
+from .records import load_records
 
 PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of a picture, space around it, samples side by side
 TITLE, CAPTION, LABEL = 64, 24, 12  # height in pixels
@@ -43,7 +43,7 @@ def draw_contact_sheet(cfg: CfgNode, denoising: nn.Module, count: int) -> Image.
         cfg: whose data sets are registered (`register_datasets`).
         denoising: the model's, of `dino_d2.modeling.build.build_denoising`.
     """
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True)
+    records = load_records(cfg.DATASETS.TRAIN, filter_empty=True, needs_annotations=True)
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)]
     mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
     names = class_names(cfg)

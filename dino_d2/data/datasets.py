@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import builtin
 
 from dino_d2.config import load_config
 
+from .coco import CocoRecords, stream_lists
+
 TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of data sets that are given as files
+DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the data sets that detectron2 registers itself
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class CocoFiles:
 def register_datasets(cfg: CfgNode) -> None:
     """Register every (name, annotation file, image folder) of `DATASETS.COCO_FORMAT` with detectron2.
 
-    Registering the same data set again changes nothing.
+    Their records hold boxes alone (:class:`CocoRecords`); so do, from now on, those of detectron2's own COCO sets that
+    the config uses. Registering the same data set again changes nothing.
 
     Raises:
         ValueError: an entry is no such triple, or its name is taken.
@@ -46,8 +50,12 @@ def register_datasets(cfg: CfgNode) -> None:
             if _REGISTERED.get(name) == (annotations, images):
                 continue
             raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another data set; choose a new one")
-        register_coco_instances(name, {}, annotations, images)
+        DatasetCatalog.register(name, partial(CocoRecords, annotations, images, name))
+        MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
         _REGISTERED[name] = (annotations, images)
+    for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} & set(DETECTRON2_COCO):
+        metadata = MetadataCatalog.get(name)
+        DatasetCatalog[name] = partial(CocoRecords, metadata.json_file, metadata.image_root, name)
 
 
 _REGISTERED: dict[str, tuple[str, str]] = {}
@@ -76,7 +84,7 @@ def load_config_for_files(
         if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
             raise ValueError(f"{key} is given beside annotation files, which take its place: leave one of the two out")
 
-    names = _common_class_names(list(given.values()))
+    names = _common_class_names(train, val)
     # As defaults, so that whatever differs afterwards was said by the config file or the overrides.
     classes = ["MODEL.DINO.NUM_CLASSES", len(names), "MODEL.DINO.CLASS_NAMES", names]
     cfg = load_config(config_file, overrides, defaults=classes)
@@ -103,8 +111,10 @@ def load_config_for_files(
     return cfg
 
 
-def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
-    """The "images", "annotations" and "categories" of a file in COCO's format.
+def read_coco(
+    annotations: Path, needed: Sequence[str] = ("images", "annotations", "categories")
+) -> dict[str, list[dict[str, Any]]]:
+    """The lists named `needed` of a file in COCO's format.
 
     Of their entries only the categories are checked: each has a number of its own and a name, and there is one.
 
@@ -112,25 +122,11 @@ def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or not COCO's format.
     """
-    if not annotations.is_file():
-        raise FileNotFoundError(f"{annotations}: there is no such annotation file")
-    try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{annotations} is not JSON: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f'{annotations} is not in COCO\'s format: it has no list of objects named "{key}"')
-    categories = content["categories"]
-    if not categories:
-        raise ValueError(f'{annotations}: "categories" is empty; it must hold an id and a name for each class')
-    for category in categories:
-        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
-            raise ValueError(f'{annotations}: the category {category} needs an "id", an integer, and a "name", a text')
-    twice = [number for number, count in Counter(c["id"] for c in categories).items() if count > 1]
-    if twice:
-        raise ValueError(f"{annotations}: several categories have the id {twice[0]}; give each its own")
+    content = {name: list(entries) for name, entries in _lists_of(annotations) if name in needed}
+    for name in needed:
+        if not all(isinstance(entry, dict) for entry in content.get(name, [None])):
+            raise _not_coco(annotations, name)
+    _check_categories(annotations, content.get("categories", []))
     return content
 
 
@@ -139,23 +135,106 @@ def class_names(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.DINO.CLASS_NAMES:
         return list(cfg.MODEL.DINO.CLASS_NAMES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == name]
-        if entries and Path(entries[0][1]).is_file():
-            return _class_names_of(Path(entries[0][1]))
-        if not entries and name in MetadataCatalog.list():
-            return list(MetadataCatalog.get(name).get("thing_classes", []))
+        names = _names_in(cfg, name)
+        if names is not None:
+            return names
     return []
 
 
+def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
+    """Compare the classes of the config with those of the data sets, as far as these are known.
+
+    Raises:
+        ValueError: their number, their names or the order of the names differ; both sides are named.
+    """
+    number, names = cfg.MODEL.DINO.NUM_CLASSES, list(cfg.MODEL.DINO.CLASS_NAMES)
+    for dataset in datasets:
+        loaded = MetadataCatalog.get(dataset).get("thing_classes") if dataset in MetadataCatalog.list() else None
+        theirs = loaded or _names_in(cfg, dataset)
+        if not theirs:
+            continue
+        if len(theirs) != number:
+            raise ValueError(
+                f"MODEL.DINO.NUM_CLASSES is {number}, but the data set {dataset} has {len(theirs)} categories "
+                f"({_some(theirs)}): set it to {len(theirs)}, or use data that has the model's classes"
+            )
+        if names and names != list(theirs):
+            place = next(i for i, (ours, other) in enumerate(zip(names, theirs, strict=False)) if ours != other)
+            raise ValueError(
+                f"MODEL.DINO.CLASS_NAMES and the categories of the data set {dataset} differ: class {place} is "
+                f"{names[place]!r} in the config and {theirs[place]!r} in the data (classes are numbered in order of "
+                f"category id). The config: {_some(names)}. The data: {_some(theirs)}. Correct CLASS_NAMES, or the "
+                f"categories of the file"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def _names_in(cfg: CfgNode, dataset: str) -> list[str] | None:
+    """Its classes, without loading it; None if it is not known, empty if its classes are not."""
+    entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == dataset]
+    if entries:
+        return _class_names_of(Path(entries[0][1])) if Path(entries[0][1]).is_file() else None
+    return list(MetadataCatalog.get(dataset).get("thing_classes", [])) if dataset in MetadataCatalog.list() else None
+
+
 def _class_names_of(annotations: Path) -> list[str]:
-    return [category["name"] for category in sorted(read_coco(annotations)["categories"], key=lambda c: c["id"])]
+    return list(_file_outline(annotations)[1])
 
 
-def _common_class_names(data: Sequence[CocoFiles]) -> list[str]:
+def _file_outline(annotations: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the lists in a file of COCO's format, and of its classes in order of their ids."""
+    state = annotations.stat() if annotations.is_file() else None
+    return _outline(annotations, (state.st_mtime_ns, state.st_size) if state else None)
+
+
+@lru_cache
+def _outline(annotations: Path, state: Hashable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found, categories = [], []
+    for name, entries in _lists_of(annotations):
+        found.append(name)
+        if name == "categories":
+            categories = list(entries)
+    for name in ("images", "categories"):
+        if name not in found:
+            raise _not_coco(annotations, name)
+    _check_categories(annotations, categories)
+    return tuple(found), tuple(category["name"] for category in sorted(categories, key=lambda c: c["id"]))
+
+
+def _lists_of(annotations: Path) -> Iterator[tuple[str, Iterator[Any]]]:
+    if not annotations.is_file():
+        raise FileNotFoundError(f"{annotations}: there is no such annotation file")
+    return stream_lists(str(annotations))
+
+
+def _not_coco(annotations: Path, name: str) -> ValueError:
+    return ValueError(f'{annotations} is not in COCO\'s format: it has no list of objects named "{name}"')
+
+
+def _check_categories(annotations: Path, categories: Sequence[dict[str, Any]]) -> None:
+    if not categories:
+        raise ValueError(f'{annotations}: "categories" is empty; it must hold an id and a name for each class')
+    for category in categories:
+        if not isinstance(category, dict):
+            raise _not_coco(annotations, "categories")
+        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+            raise ValueError(f'{annotations}: the category {category} needs an "id", an integer, and a "name", a text')
+    twice = [number for number, count in Counter(c["id"] for c in categories).items() if count > 1]
+    if twice:
+        raise ValueError(f"{annotations}: several categories have the id {twice[0]}; give each its own")
+
+
+def _common_class_names(train: CocoFiles | None, val: CocoFiles | None) -> list[str]:
+    data = [files for files in (train, val) if files is not None]
     for files in data:
         if not files.images.is_dir():
             raise FileNotFoundError(f"{files.images}: there is no such image folder (of {files.annotations})")
     names = _class_names_of(data[0].annotations)
+    if train and "annotations" not in _file_outline(train.annotations)[0]:
+        raise _not_coco(train.annotations, "annotations")
     for files in data[1:]:
         others = _class_names_of(files.annotations)
         if others == names:

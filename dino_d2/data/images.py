@@ -1,4 +1,4 @@
-"""Reading pictures: detectron2's function, and what it gets wrong or leaves unsaid."""
+"""Reading pictures as detectron2 does, and what it gets wrong or leaves unsaid."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 DEEP_MODES = ("I", "F")  # how PIL's names of pixels with more than 8 bits begin; converting those clips at 255
+
+
+class UnreadableImage(ValueError):
+    """A file that is no picture, or a damaged one."""
 
 
 def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
@@ -25,20 +29,23 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: the file is no picture, is damaged, or its pixels have no known range; it is named.
+        UnreadableImage: the file is no picture, or is damaged; it is named.
+        ValueError: its pixels have no known range.
         FileNotFoundError: there is no such file.
     """
     path = str(path)
     try:
         with PathManager.open(path, "rb") as file:
-            mode = Image.open(file).mode
-        if not mode.startswith(DEEP_MODES):
-            return detection_utils.read_image(path, image_format)
-        grey = detection_utils.read_image(path)
+            image = Image.open(file)
+            mode = image.mode
+            image = detection_utils._apply_exif_orientation(image)
+            if not mode.startswith(DEEP_MODES):
+                return detection_utils.convert_PIL_to_numpy(image, image_format)
+            grey = np.asarray(image)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise all kinds
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise UnreadableImage(f"{path} cannot be read as a picture: {error}") from error
     if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
         raise ValueError(
             f"{path} has pixels of unknown range (PIL's mode {mode}): save it with 8 or 16 bits per colour"

@@ -13,6 +13,7 @@ from typing import Any
 
 from dino_d2.modeling.denoising import PlainDenoising
 
+from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
 from .images import read_image
 
@@ -216,7 +217,7 @@ def _sound_objects(
             cases[NEGATIVE_BOX].append(f"{name}: {box}")
         elif entry.get("ignore", 0) != 0:
             cases[IGNORED].append(name)
-        elif _has_no_valid_polygon(entry.get("segmentation")):
+        elif has_no_valid_polygon(entry.get("segmentation")):
             cases[NO_POLYGON].append(name)
         else:
             if not {"area", "iscrowd"} <= entry.keys():
@@ -302,9 +303,3 @@ def _is_length(value: object) -> bool:
 
 def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _has_no_valid_polygon(segmentation: object) -> bool:
-    """As detectron2 judges it: no segmentation at all is fine."""
-    polygons = segmentation if isinstance(segmentation, list) else []
-    return bool(polygons) and not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)

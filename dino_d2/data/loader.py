@@ -6,34 +6,68 @@ before. Grouping by shape is done on indices, so that going on at batch n loads 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.data.build import worker_init_reset_seed
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import DataLoader, Dataset
 
 from dino_d2.randomness import own_random_numbers
 
+from .datasets import check_classes
+from .images import UnreadableImage
+from .records import SharedRecords, load_records
+
 DATA = 0  # first number of the keys of the random numbers that augmentation draws
+MOST_UNREADABLE = 10  # pictures in a row: then it is not a single file that is damaged
+
+logger = logging.getLogger(__name__)
 
 
 class SeededSamples(Dataset):
-    """Samples by (place in the stream, index), mapped with random numbers of their own."""
+    """Samples by (place in the stream, index), mapped with random numbers of their own.
 
-    def __init__(self, records: Dataset, mapper: Callable[[dict], dict], key: tuple[int, ...]):
-        self.records, self.mapper, self.key = records, mapper, key
+    Each comes with the complaints about pictures that could not be read, in whose place it was taken: another one of
+    the same group, and which one depends on the key and the place alone.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict],
+        groups: np.ndarray,
+        mapper: Callable[[dict], dict],
+        key: tuple[int, ...],
+        skip_unreadable: bool,
+    ):
+        self.records, self.groups, self.mapper, self.key = records, groups, mapper, key
+        self.skip_unreadable = skip_unreadable
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, place_and_index: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, place_and_index: tuple[int, int]) -> tuple[dict[str, Any], list[str]]:
         place, index = place_and_index
+        complaints: list[str] = []
         with own_random_numbers(*self.key, place):
-            return self.mapper(self.records[index])
+            while True:
+                try:
+                    return self.mapper(self.records[index]), complaints
+                except UnreadableImage as error:
+                    if not self.skip_unreadable:
+                        raise
+                    complaints.append(str(error))
+                    if len(complaints) == MOST_UNREADABLE:
+                        raise ValueError(
+                            f"{MOST_UNREADABLE} pictures in a row cannot be read; the last: {error}"
+                        ) from error
+                index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
 
 
 class GroupedBatches:
@@ -63,57 +97,81 @@ class GroupedBatches:
 class TrainingLoader:
     """Endless batches (lists of mapped samples) for this process.
 
-    `seed` and `first_batch`, the number of the batch that iteration begins with, may be set until then.
+    `seed` and `first_batch`, the number of the batch that iteration begins with, may be set until then. Pictures that
+    were skipped as unreadable are logged, and counted in `unreadable` and in detectron2's `EventStorage`.
     """
 
     def __init__(
         self,
-        records: list[dict],
+        records: SharedRecords,
         mapper: Callable[[dict], dict],
         indices: Callable[[int], Iterable[int]],
         batch_size: int,
         group_by_shape: bool,
         num_workers: int,
         seed: int,
+        skip_unreadable: bool,
     ):
         """
         Args:
-            records: detectron2's dataset dicts, with "width" and "height".
             indices: from a seed to the endless stream of this process.
             batch_size: of this process.
             group_by_shape: wide pictures with wide ones, tall with tall.
+            skip_unreadable: take another picture in place of one that cannot be read.
         """
-        self.records = DatasetFromList(records, copy=False)
-        self.groups = [int(group_by_shape and record["width"] > record["height"]) for record in records]
-        self.mapper, self.indices = mapper, indices
+        self.records, self.mapper, self.indices = records, mapper, indices
+        self.groups = records.wide if group_by_shape else np.zeros(len(records), dtype=bool)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.first_batch = seed, 0
+        self.skip_unreadable, self.unreadable = skip_unreadable, 0
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        key = (self.seed, DATA, comm.get_rank())
         loader = DataLoader(
-            SeededSamples(self.records, self.mapper, (self.seed, DATA, comm.get_rank())),
+            SeededSamples(self.records, self.groups, self.mapper, key, self.skip_unreadable),
             batch_sampler=GroupedBatches(self.indices(self.seed), self.groups, self.batch_size, self.first_batch),
             num_workers=self.num_workers,
             collate_fn=list,
             worker_init_fn=worker_init_reset_seed,
         )
-        return iter(loader)
+        return map(self._count_unreadable, iter(loader))
+
+    def _count_unreadable(self, batch: list[tuple[dict[str, Any], list[str]]]) -> list[dict[str, Any]]:
+        complaints = [complaint for _, of_sample in batch for complaint in of_sample]
+        for complaint in complaints:
+            self.unreadable += 1
+            logger.warning(f"{complaint}; another one takes its place (the {self.unreadable}. since the start)")
+        if complaints and has_event_storage():
+            get_event_storage().put_scalar("unreadable_images", self.unreadable, smoothing_hint=False)
+        return [sample for sample, _ in batch]
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> TrainingLoader:
-    """As detectron2's `build_detection_train_loader`.
+    """As detectron2's `build_detection_train_loader`, for exact resuming. All processes must call it.
+
+    Args:
+        cfg: whose data sets are registered.
+        mapper: from a record in detectron2's format to an input of the model, as `ImageMapper`; it draws its random
+            numbers from Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` another picture is taken where it
+            raises `UnreadableImage`, as `read_image` does.
 
     Raises:
-        ValueError: the batch cannot be shared among the processes, or the sampler is one that cannot resume.
+        ValueError: the batch cannot be shared among the processes, the sampler is one that cannot resume, the classes
+            of a data set are not those of the config, or there is nothing to train on.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=0
-    )
+    samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
+    _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
+    _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN names no data set to train on")
+    check_classes(cfg, cfg.DATASETS.TEST)  # before hours of training
+    records = load_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, needs_annotations=True)
+    check_classes(cfg, cfg.DATASETS.TRAIN)
 
     def indices(seed: int) -> Iterable[int]:
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
@@ -123,11 +181,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         )
         return RepeatFactorTrainingSampler(repeats, seed=seed)
 
-    if cfg.DATALOADER.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; "
-            "it must be TrainingSampler or RepeatFactorTrainingSampler"
-        )
     return TrainingLoader(
         records,
         mapper,
@@ -136,4 +189,21 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         cfg.DATALOADER.NUM_WORKERS,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        cfg.INPUT.ON_UNREADABLE == "skip",
     )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]) -> DataLoader:
+    """As detectron2's `build_detection_test_loader`. All processes must call it.
+
+    Raises:
+        ValueError: the classes of the data set are not those of the config.
+    """
+    records = load_records([dataset_name], filter_empty=False, needs_annotations=False)
+    check_classes(cfg, [dataset_name])
+    return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}; it must be {' or '.join(choices)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -27,10 +26,11 @@ class ImageMapper(DatasetMapper):
             it with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
 
         Raises:
-            ValueError: a picture that cannot be read or has another size than the record says, an annotation whose
-                box is not four numbers or whose category is no number.
+            UnreadableImage: the picture cannot be read.
+            ValueError: it has another size than the record says, or an annotation a box that is not four numbers or a
+                category that is no number.
         """
-        record = copy.deepcopy(dataset_dict)
+        record = dict(dataset_dict)
         pixels = read_image(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, pixels)
         augmented = T.AugInput(pixels)
@@ -40,6 +40,7 @@ class ImageMapper(DatasetMapper):
             record.pop("annotations", None)
         elif "annotations" in record:
             check_annotations(record)
+            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
             self._transform_annotations(record, transforms, augmented.image.shape[:2])
         return record
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
@@ -18,8 +17,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn, optim
 
 from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augmentation
-from dino_d2.data.loader import TrainingLoader, build_train_loader
+from dino_d2.data import (
+    ImageMapper,
+    TrainingLoader,
+    build_test_augmentation,
+    build_test_loader,
+    build_train_augmentation,
+    build_train_loader,
+)
 from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 
 from .checkpoints import BestWeights, RecentCheckpoints
@@ -151,7 +156,7 @@ class DINOTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
         mapper = ImageMapper(cfg, is_train=False, augmentations=[build_test_augmentation(cfg)])
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_test_loader(cfg, dataset_name, mapper)
 
     def build_writers(self) -> list[EventWriter]:
         """A line for people first: it records what the others write."""
