@@ -19,7 +19,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from .assumptions import EXTRA_STATE, Assumptions
 from .backbone import COMPUTED
 from .classes import CLASS_BIAS, CLASS_ROWS, match_classes
-from .files import check_arrays_only, write_checkpoint
+from .files import check_arrays_only, write_checkpoint, write_whole
 
 LOADABLE = (
     "What can be loaded: checkpoints that tools/train_net.py wrote; what tools/convert_checkpoint.py makes of "
@@ -73,6 +73,10 @@ class DINOCheckpointer(DetectionCheckpointer):
         write_checkpoint({"model": self.model.state_dict(), **parts, **kwargs}, self.save_dir, f"{name}.pth")
         self.logger.info("Saved %s", os.path.join(self.save_dir, f"{name}.pth"))
         self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """See fvcore, whose file is empty for a moment: a run that is killed in it would not be found again."""
+        write_whole(self.save_dir, "last_checkpoint", lambda file: file.write(last_filename_basename.encode()))
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
         """See fvcore.

@@ -6,8 +6,9 @@ import argparse
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from detectron2.utils.file_io import PathManager
@@ -64,7 +65,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
-    """Write `folder`/`name` whole or not at all: under another name first, which then takes this one's place.
+    """Write `folder`/`name` whole or not at all; see :func:`write_whole`."""
+    write_whole(folder, name, lambda file: torch.save(content, file))
+
+
+def write_whole(folder: str | Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file under another name first, which then takes this one's place.
 
     Paths of other storage (`PREFIX://`) are written by iopath's handler for them, as everywhere in detectron2.
 
@@ -73,13 +79,13 @@ def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
     """
     if "://" in str(folder):
         with PathManager.open(os.path.join(folder, name), "wb") as file:
-            torch.save(content, file)
+            write(file)
         return
     path = Path(folder, name)
     temporary = path.with_name(f"{name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

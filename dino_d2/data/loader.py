@@ -59,7 +59,7 @@ class SeededSamples(Dataset):
             while True:
                 try:
                     return self.mapper(self.records[index]), complaints
-                except UnreadableImage as error:
+                except (UnreadableImage, FileNotFoundError) as error:
                     if not self.skip_unreadable:
                         raise
                     complaints.append(str(error))
@@ -153,7 +153,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         cfg: whose data sets are registered.
         mapper: from a record in detectron2's format to an input of the model, as `ImageMapper`; it draws its random
             numbers from Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` another picture is taken where it
-            raises `UnreadableImage`, as `read_image` does.
+            raises `UnreadableImage` or `FileNotFoundError`, as `read_image` does.
 
     Raises:
         ValueError: the batch cannot be shared among the processes, the sampler is one that cannot resume, the classes
