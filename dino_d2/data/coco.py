@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-CHUNK = 2**22  # characters that are read at a time
+CHUNK = 2**20  # characters that are read at a time
 LONGEST = 2**26  # characters of one entry; an error in so long a one is no entry that goes on behind the chunk
 SPACE = re.compile(r"[ \t\n\r]*")
 

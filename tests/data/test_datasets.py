@@ -5,10 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dino_d2 import load_config
-from dino_d2.data import CocoFiles, class_names, load_config_for_files, register_datasets
+from dino_d2.data import (
+    CocoFiles,
+    ImageMapper,
+    build_test_loader,
+    build_train_loader,
+    class_names,
+    load_config_for_files,
+    register_datasets,
+)
+from dino_d2.data.coco import CocoRecords
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from tests.synthetic import config_values, write_rectangles
 
@@ -166,3 +176,83 @@ def test_missing_files_and_folders_are_named(two_sets: tuple[CocoFiles, CocoFile
         load_config_for_files(RECIPE, [], CocoFiles(tmp_path / "none.json", tmp_path), None)
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such image folder"):
         load_config_for_files(RECIPE, [], CocoFiles(two_sets[0].annotations, tmp_path / "nowhere"), None)
+
+
+def without_annotations(files: CocoFiles) -> None:
+    content = json.loads(files.annotations.read_text())
+    del content["annotations"]
+    files.annotations.write_text(json.dumps(content))
+
+
+def test_images_without_annotations_are_predicted_and_not_trained_on(two_sets: tuple[CocoFiles, CocoFiles]) -> None:
+    train, val = two_sets
+    without_annotations(val)
+    cfg = load_config_for_files(RECIPE, ["MODEL.DEVICE", "cpu"], train, val)
+    register_datasets(cfg)
+    assert class_names(cfg) == ["red", "blue"]
+    cfg.DATALOADER.NUM_WORKERS = 0
+    mapper = ImageMapper(cfg, is_train=False, augmentations=[])
+    assert [inputs["image_id"] for (inputs,) in build_test_loader(cfg, VAL_NAME, mapper)] == [1, 2]
+    with pytest.raises(ValueError, match=rf'{val.annotations} .* no list of objects named "annotations"'):
+        load_config_for_files(RECIPE, [], val, None)
+    cfg.DATASETS.TRAIN = (VAL_NAME,)
+    with pytest.raises(ValueError, match=rf'{val.annotations} of the data set {VAL_NAME} has no "annotations"'):
+        build_train_loader(cfg, mapper)
+
+
+def named(name: str, data: tuple[Path, Path], *overrides: str) -> CfgNode:
+    cfg = load_config(RECIPE, [*config_values(data, Path("unused"), name), *overrides])
+    register_datasets(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.DINO.NUM_CLASSES", "80"], r"NUM_CLASSES is 80, .*{} has 2 categories \(red, blue\): set it to 2"),
+        (
+            ["MODEL.DINO.CLASS_NAMES", "['blue', 'red']"],
+            r"the data set {} differ: class 0 is 'blue' in the config and 'red' in the data .* blue, red\..* red, blue",
+        ),
+        (["MODEL.DINO.CLASS_NAMES", "['red', 'green']"], r"class 1 is 'green' in the config and 'blue' in the data"),
+    ],
+)
+def test_classes_of_the_config_and_of_the_data_are_compared(overrides: list[str], message: str, tmp_path: Path) -> None:
+    name = tmp_path.name
+    cfg = named(name, write_rectangles(tmp_path / "data", count=1, size=64), *overrides)
+    mapper = ImageMapper(cfg, is_train=True, augmentations=[])
+    with pytest.raises(ValueError, match=message.format(name)):
+        build_test_loader(cfg, name, mapper)
+    with pytest.raises(ValueError, match=message.format(name)):
+        build_train_loader(cfg, mapper)
+    cfg.DATASETS.TEST = ()
+    with pytest.raises(ValueError, match=message.format(name)):
+        build_train_loader(cfg, mapper)
+
+
+def test_classes_of_the_evaluated_set_are_compared_before_training(tmp_path: Path) -> None:
+    train, test = (write_rectangles(tmp_path / part, count=1, size=64) for part in ("train", "test"))
+    set_categories(CocoFiles(*test), [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}])
+    entries = [["compared_train", *map(str, train)], ["compared_test", *map(str, test)]]
+    cfg = named("compared_train", train, "DATASETS.COCO_FORMAT", str(entries), "DATASETS.TEST", "['compared_test']")
+    cfg.MODEL.DINO.CLASS_NAMES = ["red", "blue"]
+    with pytest.raises(ValueError, match="the data set compared_test differ: class 0 is 'red'"):
+        build_train_loader(cfg, ImageMapper(cfg, is_train=True, augmentations=[]))
+
+
+def test_data_set_without_names_is_left_alone(tmp_path: Path) -> None:
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    records = list(CocoRecords(str(data[0]), str(data[1]), "nameless_source"))
+    DatasetCatalog.register("nameless", lambda: records)
+    cfg = named("names", data, "DATASETS.TRAIN", "['nameless']", "DATASETS.TEST", "()", "MODEL.DINO.NUM_CLASSES", "5")
+    loader = build_train_loader(cfg, ImageMapper(cfg, is_train=True, augmentations=[]))
+    assert len(next(iter(loader))) == 2
+
+
+def test_detectron2s_own_coco_sets_are_read_without_polygons() -> None:
+    cfg = load_config(RECIPE)
+    register_datasets(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        registered = DatasetCatalog[name]
+        assert registered.func is CocoRecords
+        assert registered.args == (MetadataCatalog.get(name).json_file, MetadataCatalog.get(name).image_root, name)

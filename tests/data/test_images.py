@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageFile
 
-from dino_d2.data import read_image
+from dino_d2.data import UnreadableImage, read_image
 
 GREY = np.linspace(0, 255, 6 * 8).astype(np.uint8).reshape(6, 8)
 
@@ -72,6 +74,39 @@ def test_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
     path.write_bytes({"no picture": b"hello", "empty": b""}.get(kind, whole.getvalue()[:700]))
     with pytest.raises(ValueError, match=r"damaged\.jpg cannot be read as a picture: "):
         read_image(path, "RGB")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_cut_off_jpeg_is_named_and_not_filled_with_grey(share: float, options: dict, tmp_path: Path) -> None:
+    path = saved(Image.effect_noise((200, 150), 50).convert("RGB"), tmp_path / "cut.jpg", **options)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # no library that is imported here has set it
+    with pytest.raises(UnreadableImage, match=r"cut\.jpg cannot be read as a picture: .*truncated"):
+        read_image(path, "BGR")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_file_is_opened_once(dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(GREY.astype(dtype), tmp_path / "a.png")
+    opened = []
+
+    def counting_open(name: str, *arguments: object) -> object:
+        opened.append(name)
+        return open(name, *arguments)
+
+    monkeypatch.setattr(PathManager, "open", counting_open)
+    read_image(path, "BGR")
+    assert opened == [str(path)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_pixels_are_those_of_detectron2(orientation: int, mode: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = saved(Image.fromarray(GREY).convert(mode), tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(path, "BGR"), detection_utils.read_image(str(path), "BGR"))
 
 
 def test_missing_file_is_missing(tmp_path: Path) -> None:

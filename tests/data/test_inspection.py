@@ -126,6 +126,15 @@ def test_files_that_are_missing_broken_or_of_another_size(files: CocoFiles) -> N
     assert not training_can_start(found.values())
 
 
+def test_cut_off_jpeg_is_found(files: CocoFiles) -> None:
+    Image.effect_noise((SIDE, SIDE), 50).convert("RGB").save(files.images / "1.jpg")
+    change(files, lambda c: c["images"][0].update(file_name="1.jpg"))
+    assert inspect(files) == {}
+    whole = (files.images / "1.jpg").read_bytes()
+    (files.images / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    assert "1.jpg" in inspect(files)[inspection.UNREADABLE_IMAGE].examples[0]
+
+
 def test_picture_is_measured_as_it_is_turned_by_exif(files: CocoFiles) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by a quarter

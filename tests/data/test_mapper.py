@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,14 @@ def test_damaged_picture_is_named(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     (tmp_path / "damaged.png").write_bytes((tmp_path / "damaged.png").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"damaged\.png cannot be read"):
         train_mapper(tiny_cfg)(damaged)
+
+
+def test_record_is_not_changed(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    tiny_cfg.INPUT.CROP.ENABLED = False
+    original = record(tmp_path / "a.png", (30, 20))
+    original["annotations"].append(original["annotations"][0] | {"segmentation": [[1, 1, 5, 1, 5, 5]], "note": [1]})
+    del original["width"], original["height"]  # the mapper adds them
+    before = copy.deepcopy(original)
+    mapped = train_mapper(tiny_cfg)(original)
+    assert mapped["instances"].gt_classes.tolist() == [2, 2]
+    assert str(original) == str(before)
