@@ -111,10 +111,8 @@ def load_config_for_files(
     return cfg
 
 
-def read_coco(
-    annotations: Path, needed: Sequence[str] = ("images", "annotations", "categories")
-) -> dict[str, list[dict[str, Any]]]:
-    """The lists named `needed` of a file in COCO's format.
+def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
+    """The "images", "annotations" and "categories" of a file in COCO's format.
 
     Of their entries only the categories are checked: each has a number of its own and a name, and there is one.
 
@@ -122,11 +120,12 @@ def read_coco(
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or not COCO's format.
     """
-    content = {name: list(entries) for name, entries in _lists_of(annotations) if name in needed}
-    for name in needed:
+    names = ("images", "annotations", "categories")
+    content = {name: list(entries) for name, entries in _lists_of(annotations) if name in names}
+    for name in names:
         if not all(isinstance(entry, dict) for entry in content.get(name, [None])):
             raise _not_coco(annotations, name)
-    _check_categories(annotations, content.get("categories", []))
+    _check_categories(annotations, content["categories"])
     return content
 
 

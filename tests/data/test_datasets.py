@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 
 from dino_d2 import load_config
 from dino_d2.data import (
@@ -20,6 +21,7 @@ from dino_d2.data import (
 )
 from dino_d2.data.coco import CocoRecords
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
+from dino_d2.engine import DINOTrainer
 from tests.synthetic import config_values, write_rectangles
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml")
@@ -198,6 +200,18 @@ def test_images_without_annotations_are_predicted_and_not_trained_on(two_sets: t
     cfg.DATASETS.TRAIN = (VAL_NAME,)
     with pytest.raises(ValueError, match=rf'{val.annotations} of the data set {VAL_NAME} has no "annotations"'):
         build_train_loader(cfg, mapper)
+
+
+def test_images_without_annotations_are_evaluated_to_results_alone(tmp_path: Path) -> None:
+    data = write_rectangles(tmp_path / "data", count=2, size=64)
+    without_annotations(CocoFiles(*data))
+    cfg = named("test_dev", data)
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    assert class_names(cfg) == ["red", "blue"]
+    assert not DINOTrainer.test(cfg, build_model(cfg))
+    results = json.loads((tmp_path / "out/inference/test_dev/coco_instances_results.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2}
+    assert {result["category_id"] for result in results} <= {1, 2}
 
 
 def named(name: str, data: tuple[Path, Path], *overrides: str) -> CfgNode:
