@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,8 +21,6 @@ RECIPE = str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")
 sys.path.insert(0, str(ROOT / "tools"))
 
 import train_net  # noqa: E402
-
-SWAPPED = ("MODEL.DINO.CLASS_NAMES", "['blue', 'red']")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,22 @@ def trainer_for(values: list[str], *overrides: str) -> DINOTrainer:
     return DINOTrainer(cfg)
 
 
+def data_of(trained: tuple[Path, list[str]]) -> tuple[Path, Path]:
+    folder = trained[0].parent / "data"
+    return folder / "annotations.json", folder / "images"
+
+
+def swapped(folder: Path, data: tuple[Path, Path]) -> list[str]:
+    """The same pictures with the classes in the other order."""
+    content = json.loads(data[0].read_text())
+    content["categories"] = [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}]
+    annotations, name = folder / "swapped.json", f"swapped_{folder.name}"
+    annotations.write_text(json.dumps(content))
+    entries = str([[name, str(annotations), str(data[1])]])
+    sets = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", f"['{name}']", "DATASETS.TEST", f"['{name}']"]
+    return ["MODEL.DINO.CLASS_NAMES", "['blue', 'red']", *sets]
+
+
 def rows(trainer: DINOTrainer) -> torch.Tensor:
     return trainer.model.decoder.class_heads[0].weight.detach()
 
@@ -57,23 +72,25 @@ def test_training_checkpoint_is_mere_tensors_and_knows_its_classes(trained: tupl
     assert Assumptions.from_tensor(content["model"][EXTRA_STATE]).class_names == ("red", "blue")
 
 
-def test_training_resumes_with_the_same_classes_only(trained: tuple[Path, list[str]]) -> None:
+def test_training_resumes_with_the_same_classes_only(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     trainer = trainer_for(trained[1])
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 1
     saving = [hook for hook in trainer._hooks if isinstance(hook, PeriodicCheckpointer)]
     assert [hook.checkpointer for hook in saving] == [trainer.checkpointer]
+    other = trainer_for(trained[1], *swapped(tmp_path, data_of(trained)))
     with pytest.raises(ValueError, match="Training cannot be resumed"):
-        trainer_for(trained[1], *SWAPPED).resume_or_load(resume=True)
+        other.resume_or_load(resume=True)
 
 
 def test_new_training_starts_from_rows_of_the_same_names(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     weights = ("MODEL.WEIGHTS", str(trained[0] / "model_final.pth"), "OUTPUT_DIR", str(tmp_path))
-    swapped, same = trainer_for(trained[1], *weights, *SWAPPED), trainer_for(trained[1], *weights)
-    for trainer in (swapped, same):
+    other = trainer_for(trained[1], *weights, *swapped(tmp_path, data_of(trained)))
+    same = trainer_for(trained[1], *weights)
+    for trainer in (other, same):
         trainer.resume_or_load(resume=False)
     assert not torch.equal(rows(same)[0], rows(same)[1])
-    assert torch.equal(rows(swapped), rows(same).flip(0))
+    assert torch.equal(rows(other), rows(same).flip(0))
 
 
 def test_evaluation_of_classes_that_the_weights_lack_is_refused(
