@@ -73,7 +73,7 @@ class LVISResults:
     Args:
         lvis_gt: annotations.
         results: detections in COCO's result format.
-        max_dets: how many of an image's detections count, the surest of all classes.
+        max_dets: how many of an image's detections count, those with the highest scores of all classes.
     """
 
     def __init__(self, lvis_gt: LVIS, results: list[dict[str, Any]], max_dets: int = 300):

@@ -112,12 +112,12 @@ class Predictions:
         """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
         classes = self.logits.shape[2]
         pairs = self.logits.sigmoid().flatten(1)
-        scores, index = highest(pairs, count)
+        scores, index = topk(pairs, count)
         query = (index // classes)[..., None].expand(-1, -1, 4)
         return Detections(scores, self.boxes.gather(1, query), index % classes)
 
 
-def highest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def topk(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest numbers of the last dimension, or as many as there are, and where they stand.
 
     That dimension may be a symbol (torch.export) or a tensor (torch.jit).

@@ -106,13 +106,13 @@ def draw(photo: Photo, found: Instances, path: Path) -> None:
     """What was found in one colour, what was drawn by hand in another."""
     picture = Image.fromarray(photo.pixels)
     pen = ImageDraw.Draw(picture)
-    surest = found[found.scores > DRAWN_ABOVE].pred_boxes.tensor.tolist()
-    for boxes, colour, width in ((photo.boxes.tolist(), TRUTH, 1), (surest, FOUND, 2)):
+    drawn = found[found.scores > DRAWN_ABOVE].pred_boxes.tensor.tolist()
+    for boxes, colour, width in ((photo.boxes.tolist(), TRUTH, 1), (drawn, FOUND, 2)):
         for box in boxes:
             pen.rectangle(box, outline=colour, width=width)
     pen.rectangle((0, 0, 330, 18), fill=(0, 0, 0))
     pen.text((6, 4), f"{len(photo.boxes)} drawn by hand", fill=TRUTH)
-    pen.text((130, 4), f"{len(surest)} found with score > {DRAWN_ABOVE}", fill=FOUND)
+    pen.text((130, 4), f"{len(drawn)} found with score > {DRAWN_ABOVE}", fill=FOUND)
     picture.save(path)
 
 

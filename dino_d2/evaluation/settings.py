@@ -26,7 +26,7 @@ def require_hotcoco(purpose: str) -> None:
 @dataclass(frozen=True)
 class APSettings:
     """backend: of COCO's AP; "auto" is hotcoco where it is installed and equal to pycocotools. max_dets: how many
-    detections of an image and class count, the surest; COCO's own number is 100.
+    detections of an image and class count, those with the highest scores; COCO's own number is 100.
 
     Raises:
         ValueError: a backend that does not exist, or no detections that count.

@@ -23,7 +23,7 @@ from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
 from dino_d2.modeling.layers import call
 from dino_d2.modeling.neck import ChannelMapper
-from dino_d2.modeling.query_selection import surest
+from dino_d2.modeling.query_selection import filter_by_score
 from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
 from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
@@ -194,7 +194,7 @@ class DINO(nn.Module):
         selection = self.query_selection(memory)
         if self.inference.query_score_threshold == 0:
             return self.decoder(selection.queries, memory)[-1]
-        queries, own = surest(selection, self.inference.query_score_threshold)
+        queries, own = filter_by_score(selection, self.inference.query_score_threshold)
         # An image must find what it finds alone, though another in its batch has more queries: nobody looks at those.
         blocked = ~own[:, None].expand(-1, own.shape[1], -1)
         mask = blocked.repeat_interleave(self.decoder.layers[0].self_attn.num_heads, dim=0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_d2.structures import Memory, Predictions, Queries, highest
+from dino_d2.structures import Memory, Predictions, Queries, topk
 
 SMALLEST_PROPOSAL = 0.05  # of the image, at the finest level; doubles from level to level
 VALID_RANGE = (0.01, 0.99)
@@ -66,7 +66,7 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
     return torch.logit(box).masked_fill(~valid[..., None], torch.inf), valid
 
 
-def surest(selection: Selection, threshold: float) -> tuple[Queries, Tensor]:
+def filter_by_score(selection: Selection, threshold: float) -> tuple[Queries, Tensor]:
     """The queries of tokens that score above a threshold, and at least the best one of each image.
 
     Reads one number from the device: how many the image with the most has.
@@ -113,7 +113,7 @@ class EncoderProposals(nn.Module):
         with torch.no_grad():
             features, logits = self.score(tokens)
             # Images of a few pixels have fewer tokens than queries.
-            _, best = highest(logits.max(-1).values, num_queries)
+            _, best = topk(logits.max(-1).values, num_queries)
         if torch.is_grad_enabled():
             features, logits = self.score(_take(tokens, best))
         else:

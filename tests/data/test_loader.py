@@ -116,11 +116,14 @@ def test_folder_of_unreadable_pictures_ends_training(tmp_path: Path) -> None:
         next(iter(make_loader(config(ruined, "INPUT.ON_UNREADABLE", "skip"))))
 
 
-def test_missing_pictures_are_not_skipped(tmp_path: Path) -> None:
+def test_missing_pictures_are_skipped_too(tmp_path: Path) -> None:
     gone = write_rectangles(tmp_path / "gone", 2, size=64)
     (gone[1] / "1.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1\.png"):
-        list(itertools.islice(make_loader(config(gone, "INPUT.ON_UNREADABLE", "skip")), 2))
+        list(itertools.islice(make_loader(config(gone)), 2))
+    loader = make_loader(config(gone, "INPUT.ON_UNREADABLE", "skip"))
+    assert {sample["image_id"] for batch in itertools.islice(loader, 4) for sample in batch} == {2}
+    assert loader.unreadable >= 4  # a replacement may be the same picture again
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_what_every_copy_shows_is_found_once_and_where_it_is(dtype: torch.dtype)
     result = augmentation([30, 60, 150], flip=True)(find_bright, image)["instances"]
     assert result.image_size == (120, 360)
     torch.testing.assert_close(result.pred_boxes.tensor, torch.tensor([[60.0, 20, 300, 60]]), rtol=0, atol=1e-4)
-    assert result.scores.tolist() == pytest.approx([1 / 30])  # the surest of the six
+    assert result.scores.tolist() == pytest.approx([1 / 30])  # the one with the highest score of the six
 
 
 def test_flipped_copy_is_mapped_back() -> None:
