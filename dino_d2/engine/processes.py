@@ -33,8 +33,8 @@ def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> No
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=TIMEOUT)
+        torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(dist.Backend.default_device_backend_map[device.type], timeout=TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     main(args)
     # Not after an error: the others may wait for this process, which would wait for them. Its end ends them.
