@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import shlex
 import warnings
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ _REMEDY = (
 )
 
 
+# For the trace of a model both are constants: which devices are served does not change while a process runs.
+@torch.compiler.assume_constant_result
 def compiled(device_type: str = "cpu") -> bool:
     """Whether kernels for that type of device ("cpu", "cuda") were loaded and run on every card that is there.
 
@@ -42,13 +45,18 @@ def require_compiled(device_type: str = "cpu") -> None:
         raise ImportError(f"dino_d2's compiled op cannot serve: {_why_not_for(device_type)}. {_REMEDY}")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def warn_that_reference_serves(device_type: str) -> None:
     """Say once that the slow path is taken, why, and how to get the fast one."""
+    _warn_once(device_type)
+
+
+@functools.cache
+def _warn_once(device_type: str) -> None:
     warnings.warn(
         f"dino_d2's compiled op cannot serve: {_why_not_for(device_type)}; the plain PyTorch formulation is used "
         f"instead: the same results, many times slower. {_REMEDY}",
-        stacklevel=3,
+        stacklevel=4,  # of this function, its caller and the op: where the op was called
     )
 
 
@@ -66,9 +74,10 @@ def _unserved_cards() -> str | None:
     unserved = {name: capability for name, capability in cards if not has_code_for(code, capability)}
     if not unserved:
         return None
-    wanted = ";".join(sorted({f"{major}.{minor}" for _, (major, minor) in cards}))
+    wanted = shlex.quote(";".join(f"{major}.{minor}" for major, minor in sorted({present for _, present in cards})))
     which = ", ".join(f"{name} (compute capability {major}.{minor})" for name, (major, minor) in unserved.items())
-    return f'it was built for {", ".join(code)}, not for {which}; set TORCH_CUDA_ARCH_LIST="{wanted}" and build again'
+    command = f"TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
+    return f"it was built for {', '.join(code)}, not for {which}; build for what is there: `{command}`"
 
 
 def _code() -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from dino_d2 import doctor
-from dino_d2.ops import compiled, library, require_compiled
+from dino_d2.ops import compiled, library, ms_deform_attn, require_compiled
 
 DEFAULT = ["sm_80", "sm_90", "compute_90"]  # 8.0;9.0+PTX
 
@@ -48,10 +50,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: True)
         monkeypatch.setattr(library, "_code", lambda: code)
         monkeypatch.setattr(library, "_cards", lambda: list(cards))
-        library.warn_that_reference_serves.cache_clear()
+        library._warn_once.cache_clear()
 
     yield make
-    library.warn_that_reference_serves.cache_clear()
+    library._warn_once.cache_clear()
 
 
 def test_card_without_code_is_not_served_and_the_way_out_is_named(machine) -> None:
@@ -59,7 +61,7 @@ def test_card_without_code_is_not_served_and_the_way_out_is_named(machine) -> No
     assert not compiled("cuda")
     assert compiled("cpu")
     advice = (
-        r"built for sm_90, compute_90, not for NVIDIA A100 \(compute capability 8\.0\).*TORCH_CUDA_ARCH_LIST=\"8\.0\""
+        r"built for sm_90, compute_90, not for NVIDIA A100 \(compute capability 8\.0\).*TORCH_CUDA_ARCH_LIST=8\.0 pip install"
     )
     with pytest.raises(ImportError, match=advice):
         require_compiled("cuda")
@@ -68,9 +70,9 @@ def test_card_without_code_is_not_served_and_the_way_out_is_named(machine) -> No
 
 
 def test_every_card_must_be_served(machine) -> None:
-    machine(DEFAULT, ("NVIDIA A100", (8, 0)), ("Tesla T4", (7, 5)))
+    machine(["sm_80"], ("NVIDIA B200", (10, 0)), ("NVIDIA A100", (8, 0)), ("Tesla T4", (7, 5)))
     assert not compiled("cuda")
-    with pytest.raises(ImportError, match=r"not for Tesla T4 \(compute capability 7\.5\).*=\"7\.5;8\.0\""):
+    with pytest.raises(ImportError, match=r"Tesla T4 \(compute capability 7\.5\).*ARCH_LIST='7\.5;8\.0;10\.0' pip install"):
         require_compiled("cuda")
 
 
@@ -83,6 +85,26 @@ def test_card_with_code_is_served(machine) -> None:
     machine(DEFAULT, ("NVIDIA GeForce RTX 4090", (8, 9)))
     assert compiled("cuda")
     require_compiled("cuda")
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_first_call_may_be_one_that_is_traced(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked to find the answer, nothing of it is traced, and no graph breaks."""
+    monkeypatch.setattr(library, "_served", {})
+    if not served:
+        monkeypatch.setattr(library, "_DISPATCH_KEYS", {})
+    library._warn_once.cache_clear()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(value: torch.Tensor) -> torch.Tensor:
+        return ms_deform_attn(value, [(2, 3)], None, torch.full((1, 6, 2, 1, 2, 2), 0.5), torch.ones(1, 6, 2, 1, 2))
+
+    context = contextlib.nullcontext() if served else pytest.warns(UserWarning, match="plain PyTorch")
+    with context:
+        function(torch.randn(1, 6, 2, 8))
+    assert compiled("cpu") == served
+    library._warn_once.cache_clear()
 
 
 def test_doctor_says_that_a_card_is_not_served(machine, monkeypatch: pytest.MonkeyPatch) -> None:

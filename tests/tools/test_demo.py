@@ -69,6 +69,22 @@ def test_photographs_of_one_name_have_results_of_their_own(trained: tuple[Path, 
     assert len(list((tmp_path / "found").glob("*.json"))) == 4
 
 
+@pytest.mark.parametrize(
+    ("photos", "results"),
+    [
+        (["a/x.jpg", "b/y.jpg"], ["x", "y"]),
+        (["a/x.jpg", "b/x.jpg", "b/y.jpg"], ["a_x.jpg", "b_x.jpg", "y"]),
+        (["a/x.jpg", "a/x.png"], ["x.jpg", "x.png"]),
+        (["a_b/x.jpg", "c/x.jpg", "a/b_x.jpg", "c/b_x.jpg"], ["a_b/x.jpg", "c/x.jpg", "a/b_x.jpg", "c/b_x.jpg"]),
+        (["a/x.jpg", "b/x.jpg", "b/a_x.jpg.png"], ["a/x.jpg", "b/x.jpg", "b/a_x.jpg.png"]),
+    ],
+    ids=["other names", "other folders", "other suffixes", "folders and names alike", "named as a result"],
+)
+def test_no_two_photographs_have_one_result(photos: list[str], results: list[str], tmp_path: Path) -> None:
+    found = demo.names_of_results([tmp_path / photo for photo in photos], Path("out"))
+    assert list(found.values()) == [Path("out", f"{result}.png") for result in results]
+
+
 def test_weights_without_a_class_are_refused(tmp_path: Path) -> None:
     data = write_rectangles(tmp_path / "data", count=1, size=64)
     values = config_values(data, tmp_path / "out", "demo_green")
