@@ -65,17 +65,19 @@ def as_json(instances: Instances, names: list[str]) -> list[dict]:
 
 
 def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A PNG for each photograph: DIR/name.png; where two have that name, with their folders and suffixes in it."""
+    """A PNG of its own for each photograph: DIR/name.png; where two have that name, with their folders and suffixes.
+
+    Where that is still one name for two, all of them lie in DIR as the photographs do in the folder they share.
+    """
     photos = list(dict.fromkeys(photos))  # given twice, it is one
     counts = Counter(path.stem for path in photos)
     common = Path(os.path.commonpath([path.resolve().parent for path in photos]))
-    names = {}
-    for path in photos:
-        name = path.stem
-        if counts[name] > 1:
-            name = "_".join(path.resolve().relative_to(common).parts)
-        names[path] = folder / f"{name}.png"
-    return names
+    places = [path.resolve().relative_to(common) for path in photos]
+    pairs = zip(photos, places, strict=True)
+    names = [path.stem if counts[path.stem] == 1 else "_".join(place.parts) for path, place in pairs]
+    if len(set(names)) < len(set(places)):
+        names = [str(place) for place in places]
+    return {path: folder / f"{name}.png" for path, name in zip(photos, names, strict=True)}
 
 
 def parse() -> argparse.Namespace:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
 sys.path.insert(0, str(ROOT / "tools"))
 
+import demo  # noqa: E402
 from demo_data import Photo, cut, grid, write_coco  # noqa: E402
 
 
