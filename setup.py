@@ -48,9 +48,9 @@ def extension():
         return CppExtension(
             "dino_d2.ops._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True, depends=HEADERS
         )
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         # PyTorch's builder asks the visible GPU, and fails where there is none.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
     sources += sorted(str(path) for path in Path("ops/csrc/cuda").glob("*.cu"))
     # What PyTorch's builder will ask nvcc for, so that the op can tell which cards it has code for.
     code = [flag.rsplit("=", 1)[1] for flag in _get_cuda_arch_flags()]

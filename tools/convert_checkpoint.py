@@ -15,11 +15,13 @@ checkpoint of your own training.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 
 from dino_d2 import load_config
 from dino_d2.checkpoint import from_backbone, from_published, read_state_dict, to_published
@@ -35,15 +37,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     way.add_argument("--source", choices=[*SOURCES, "backbone", "ema", "auto"], help="whose weights IN holds")
     way.add_argument("--to", choices=["official"], help="write OUT in the published program's names")
     parser.add_argument("input", metavar="IN")
-    parser.add_argument("output", metavar="OUT", type=Path)
+    parser.add_argument("output", metavar="OUT")
     parser.add_argument("--config-file", required=True, metavar="CFG")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values to change")
     return parser.parse_intermixed_args(arguments)
 
 
-def write(state: dict[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint({"model": state}, path.parent, path.name)
+def write(state: dict[str, torch.Tensor], path: str) -> None:
+    folder, name = os.path.split(path)
+    PathManager.mkdirs(folder or ".")
+    write_checkpoint({"model": state}, folder, name)
     print(f"{path}: {len(state)} tensors")
 
 

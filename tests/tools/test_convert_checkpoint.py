@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.file_io import PathManager
 from torch.optim.swa_utils import AveragedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import convert_checkpoint  # noqa: E402
+from tests.checkpoint.test_checkpointer import Storage  # noqa: E402
 from tests.checkpoint.test_convert import published_by  # noqa: E402
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")]
@@ -52,6 +54,15 @@ def test_average_is_taken_out_of_a_checkpoint_of_training(tmp_path: Path) -> Non
     found = torch.load(tmp_path / "ema.pth", weights_only=True)["model"]
     assert found.keys() == model.state_dict().keys()
     assert (found["weight"] == 7).all()
+
+
+def test_output_lies_where_iopath_reaches(tmp_path: Path) -> None:
+    PathManager.register_handler(Storage(tmp_path), allow_override=True)
+    average = AveragedModel(torch.nn.Linear(2, 3))
+    torch.save({"trainer": {"hooks": {"EMA": average.state_dict()}}}, tmp_path / "model.pth")
+    arguments = [str(tmp_path / "model.pth"), "test://new/ema.pth", *CONFIG, *SMALL]
+    convert_checkpoint.main(["--source", "ema", *arguments])
+    assert torch.load(tmp_path / "new" / "ema.pth", weights_only=True)["model"].keys() == {"weight", "bias"}
 
 
 def test_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
