@@ -112,6 +112,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     unreadable = 0
     pictures = names_of_results([Path(path) for path in args.input], args.output)
+    overwritten = {path.resolve() for path in pictures} & {picture.resolve() for picture in pictures.values()}
+    if overwritten:
+        sys.exit(f"--output {args.output}: a result would take the place of {min(overwritten)}; name another folder")
     for path, picture in pictures.items():
         try:
             image = read_image(path, "BGR")

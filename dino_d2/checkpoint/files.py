@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -78,8 +79,11 @@ def write_whole(folder: str | Path, name: str, write: Callable[[IO[bytes]], obje
         OSError: nothing could be written; what was there is untouched.
     """
     if "://" in str(folder):
-        with PathManager.open(os.path.join(folder, name), "wb") as file:
-            write(file)
+        with tempfile.TemporaryFile() as whole:
+            write(whole)
+            whole.seek(0)
+            with PathManager.open(os.path.join(folder, name), "wb") as file:
+                shutil.copyfileobj(whole, file)
         return
     path = Path(folder, name)
     temporary = path.with_name(f"{name}.{os.getpid()}.part")
@@ -90,9 +94,10 @@ def write_whole(folder: str | Path, name: str, write: Callable[[IO[bytes]], obje
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(f"{path} could not be written ({free:.0f} MiB free in its folder): {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def average_of(path: str | Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Reading and augmentation of pictures, data sets, their inspection, and loaders that can go on at any batch."""
 
 from .augmentation import build_test_augmentation, build_train_augmentation
-from .datasets import CocoFiles, class_names, load_config_for_files, read_coco, register_datasets
+from .datasets import CocoFiles, check_classes, class_names, load_config_for_files, read_coco, register_datasets
 from .images import UnreadableImage, read_image
 from .loader import TrainingLoader, build_test_loader, build_train_loader
 from .mapper import ImageMapper
@@ -16,6 +16,7 @@ __all__ = [
     "build_test_loader",
     "build_train_augmentation",
     "build_train_loader",
+    "check_classes",
     "class_names",
     "load_config_for_files",
     "read_coco",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,11 @@ def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
                 f"({_some(theirs)}): set it to {len(theirs)}, or use data that has the model's classes"
             )
         if names and names != list(theirs):
-            place = next(i for i, (ours, other) in enumerate(zip(names, theirs, strict=False)) if ours != other)
+            pairs = enumerate(zip_longest(names, theirs, fillvalue="no class"))
+            place, ours, other = next((i, *pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 f"MODEL.DINO.CLASS_NAMES and the categories of the data set {dataset} differ: class {place} is "
-                f"{names[place]!r} in the config and {theirs[place]!r} in the data (classes are numbered in order of "
+                f"{ours!r} in the config and {other!r} in the data (classes are numbered in order of "
                 f"category id). The config: {_some(names)}. The data: {_some(theirs)}. Correct CLASS_NAMES, or the "
                 f"categories of the file"
             )

@@ -65,7 +65,7 @@ class SeededSamples(Dataset):
                     complaints.append(str(error))
                     if len(complaints) == MOST_UNREADABLE:
                         raise ValueError(
-                            f"{MOST_UNREADABLE} pictures in a row cannot be read; the last: {error}"
+                            f"{MOST_UNREADABLE} pictures in a row cannot be read:\n" + "\n".join(complaints)
                         ) from error
                 index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
 
@@ -140,7 +140,7 @@ class TrainingLoader:
         complaints = [complaint for _, of_sample in batch for complaint in of_sample]
         for complaint in complaints:
             self.unreadable += 1
-            logger.warning(f"{complaint}; another one takes its place (the {self.unreadable}. since the start)")
+            logger.warning(f"{complaint}; another one takes its place ({self.unreadable} since the start)")
         if complaints and has_event_storage():
             get_event_storage().put_scalar("unreadable_images", self.unreadable, smoothing_hint=False)
         return [sample for sample, _ in batch]

@@ -24,6 +24,7 @@ from dino_d2.data import (
     build_test_loader,
     build_train_augmentation,
     build_train_loader,
+    check_classes,
 )
 from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 
@@ -51,10 +52,12 @@ class DINOTrainer(DefaultTrainer):
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        check_classes(cfg, cfg.DATASETS.TRAIN)  # whoever made the loader; their names are known now
         device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         self._trainer = StepTrainer(
             create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids),
-            self.build_train_loader(cfg),
+            data_loader,
             optimizer,
             StepSettings.of_config(cfg),
             cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),

@@ -110,7 +110,7 @@ class EncoderProposals(nn.Module):
         """
         proposal_logits, valid = token_proposals(memory)
         tokens = memory.tokens.masked_fill(~valid[..., None], 0)
-        with torch.no_grad():
+        with torch.no_grad(), _autocast_without_cache(tokens.device.type):
             features, logits = self.score(tokens)
             # Images of a few pixels have fewer tokens than queries.
             _, best = topk(logits.max(-1).values, num_queries)
@@ -189,6 +189,13 @@ class StaticQueries(nn.Module):
         content = self.content.weight.expand(batch, -1, -1)
         queries = Queries(content, self.anchor_logits.weight.sigmoid().expand(batch, -1, -1))
         return Selection(queries, None, torch.empty(batch, 0, dtype=torch.int64, device=content.device))
+
+
+def _autocast_without_cache(device_type: str) -> torch.autocast:
+    """Autocast as it is, but the casts of weights are not kept: older versions of PyTorch use those that were made
+    without gradient again where there should be one."""
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

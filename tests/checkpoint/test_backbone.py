@@ -12,7 +12,7 @@ import torchvision
 from detectron2.modeling import build_model
 
 from dino_d2 import load_config
-from dino_d2.checkpoint import from_backbone
+from dino_d2.checkpoint import DINOCheckpointer, from_backbone
 from dino_d2.checkpoint.backbone import is_backbone
 from dino_d2.checkpoint.convert import ConversionError
 from dino_d2.meta_arch import DINO
@@ -38,6 +38,16 @@ def test_torchvisions_resnet() -> None:
         expected = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image)))))
         expected = theirs.layer2(expected)
         torch.testing.assert_close(model.backbone(image)["res3"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_is_good_for_any_number_of_classes(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    conversion = from_backbone(state, build_model(resnet_config("MODEL.DINO.NUM_CLASSES", "91")))
+    torch.save({"model": conversion.state}, tmp_path / "backbone.pth")
+    for number in ("2", "91"):
+        DINOCheckpointer(build_model(resnet_config("MODEL.DINO.NUM_CLASSES", number))).load(
+            str(tmp_path / "backbone.pth")
+        )
 
 
 @pytest.mark.parametrize("shifted", [True, False], ids=["timm", "Swin release"])

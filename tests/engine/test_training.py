@@ -140,6 +140,18 @@ def test_detectron2s_own_loader_trains_with_a_warning(
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["seed"] == 1
 
 
+@pytest.mark.parametrize("names", ["['red']", "['blue','red']", "['red','blue','green']"])
+def test_classes_are_compared_whoever_made_the_loader(
+    four_pictures: tuple[Path, Path], tmp_path: Path, names: str
+) -> None:
+    values = config_values(four_pictures, tmp_path, f"compared_{tmp_path.name}")
+    number = str(names.count(",") + 1)
+    cfg = load_config(str(RECIPE), [*values, "MODEL.DINO.CLASS_NAMES", names, "MODEL.DINO.NUM_CLASSES", number])
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match=r"MODEL\.DINO\.(NUM_CLASSES|CLASS_NAMES).*red, blue"):
+        WithDetectron2sLoader(cfg)
+
+
 def test_what_dino_d2_says_is_in_the_log_file(four_pictures: tuple[Path, Path], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -214,3 +214,13 @@ def test_ranking_without_gradient_changes_no_gradient_and_keeps_less(make_memory
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert kept[0] < 0.5 * kept[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_parameter_has_a_gradient_in_mixed_precision(make_memory, dtype: torch.dtype) -> None:
+    proposals = make_proposals().float()
+    memory = make_memory(dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        predictions = proposals(memory, 10).predictions
+    (predictions.logits.sum() + predictions.boxes.sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in proposals.parameters())

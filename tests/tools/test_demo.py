@@ -70,6 +70,18 @@ def test_photographs_of_one_name_have_results_of_their_own(trained: tuple[Path, 
     assert len(list((tmp_path / "found").glob("*.json"))) == 4
 
 
+def test_photograph_is_not_overwritten(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, values = trained
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    before = photo.read_bytes()
+    arguments = ("--weights", str(folder / "weights.pth"), "--input", str(photo), "--output", str(tmp_path), *values)
+    result = run_demo(*arguments)
+    assert result.returncode != 0
+    assert f"would take the place of {photo}" in result.stderr
+    assert photo.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("photos", "results"),
     [
