@@ -34,11 +34,29 @@ def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> No
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(dist.Backend.default_device_backend_map[device.type], timeout=TIMEOUT)
+    backend = dist.Backend.default_device_backend_map[device.type]
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, timeout=TIMEOUT, store=_store(processes), rank=rank, world_size=processes)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     main(args)
     # Not after an error: the others may wait for this process, which would wait for them. Its end ends them.
     dist.destroy_process_group()
+
+
+def _store(processes: int) -> dist.Store:
+    """Where processes find one another.
+
+    torchrun keeps one through all its restarts, in which processes would find the addresses of those that died, and
+    wait for them: on one machine each start has a part of its own. Agents of several machines count their restarts
+    each by itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new one.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = os.environ["RANK"] == "0" and not kept_by_torchrun
+    store = dist.TCPStore(host, port, processes, is_server, timeout=TIMEOUT)
+    if kept_by_torchrun and os.environ["GROUP_WORLD_SIZE"] == "1":
+        return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
 
 
 def check_same_start(facts: Mapping[str, object]) -> None:
