@@ -138,6 +138,7 @@ TORCHRUN = "run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))"
 LAUNCH = "launch(train_net.main, 2, dist_url='auto', args=(train_net.parse(sys.argv[1:]),))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [OUT_OF_MEMORY, IN_THE_REPORT], ids=["in a step", "in a report"])
 @pytest.mark.parametrize("start", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
 def test_process_that_fails_ends_the_others_with_its_message(tmp_path: Path, start: str, fault: str) -> None:
@@ -154,6 +155,7 @@ def test_process_that_fails_ends_the_others_with_its_message(tmp_path: Path, sta
     assert time.monotonic() - begun < 120  # a process that waited for another would do so for half an hour
 
 
+@pytest.mark.slow
 def test_processes_that_would_start_at_different_places_do_not_start(tmp_path: Path) -> None:
     """As on two machines without a shared file system, the second of which has no checkpoint."""
     data = write_rectangles(tmp_path / "data", count=2, size=64)
@@ -176,6 +178,7 @@ def test_processes_that_would_start_at_different_places_do_not_start(tmp_path: P
     assert "let OUTPUT_DIR lie on a file system that all of them share" in second.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
     """As after a preemption: torchrun starts all processes again, and --resume goes on to the same weights."""
     data = write_rectangles(tmp_path / "data", count=4, size=64)

@@ -66,6 +66,7 @@ def test_killed_run_goes_on_bit_for_bit(data: tuple[Path, Path], tmp_path: Path)
     assert list(differing(ours, theirs)) == []
 
 
+@pytest.mark.slow
 def test_one_command_begins_a_run_and_goes_on_with_it(data: tuple[Path, Path], tmp_path: Path) -> None:
     """As a queue starts a job again and again, killed at any time: here before its first checkpoint."""
     command = train_net(data, tmp_path, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()", options=("--resume",))
