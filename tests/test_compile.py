@@ -110,6 +110,7 @@ def test_losses_and_gradients_with_a_compiled_part(part: str, tiny_cfg: CfgNode)
                 torch.testing.assert_close(b[name], a[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_compiled_to_machine_code(tiny_cfg: CfgNode) -> None:
     model = make_model(tiny_cfg).eval()
     encoder = compiled(model.encoder, backend="inductor")

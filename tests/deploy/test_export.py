@@ -119,6 +119,7 @@ def test_half_precision_is_near(small_model: DINO) -> None:
         check_agreement(small_model, half, HALF)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("half", "tolerance"), [(False, FULL), (True, HALF)])
 def test_programs_for_other_shapes(
     half: bool, tolerance: Tolerance, small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path
