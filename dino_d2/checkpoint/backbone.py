@@ -54,7 +54,6 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
             lines.append(f"left over: {name}")
     if lines:
         raise ConversionError("These backbone weights do not fit the config:\n  " + "\n  ".join(lines))
-    result[EXTRA_STATE] = replace(
-        model.assumptions, class_names=(), num_classes=None, encoder=""
-    ).to_tensor()  # good for any
+    good_for_any = replace(model.assumptions, class_names=(), num_classes=None, encoder="")
+    result[EXTRA_STATE] = good_for_any.to_tensor()
     return Conversion(result, notes)

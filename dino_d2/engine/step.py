@@ -77,7 +77,7 @@ class StepTrainer(SimpleTrainer):
     small gradients survive; the scale is part of the state.
 
     A step waits for its device twice: for the matcher's costs and, before the optimizer's step, for the losses, with
-    which the gradients' norm travels. Several processes exchange one small tensor in it, beside the gradients.
+    which the gradients' norm travels; for these, several processes exchange one small tensor.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -32,7 +32,7 @@ from .checkpoints import BestWeights, RecentCheckpoints
 from .ema import EMA
 from .optimizer import build_optimizer
 from .processes import check_same_start
-from .run_folder import settings_of_training
+from .run_folder import EVALUATION, settings_of_training
 from .step import StepSettings, StepTrainer
 from .writers import ProgressPrinter, WandbWriter
 
@@ -102,7 +102,7 @@ class DINOTrainer(DefaultTrainer):
         if self.ema is not None:
             cfg = self.cfg.clone()
             cfg.defrost()
-            cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "ema"))
+            cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
             averaged = self.test(cfg, self.ema.model)
             if averaged:
                 results["ema"] = averaged
@@ -170,7 +170,7 @@ class DINOTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """COCO's, LVIS's or Pascal VOC's, by the data set's `evaluator_type`."""
-        folder = str(Path(cfg.OUTPUT_DIR, "inference", dataset_name))
+        folder = os.path.join(cfg.OUTPUT_DIR, EVALUATION, dataset_name)
         return build_evaluator(dataset_name, APSettings.of_config(cfg), folder)
 
     @classmethod

@@ -7,8 +7,8 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         logger.info("AP of %s is computed by hotcoco %s", self._metadata.name, version)
         self._to_dataset_categories(detections)
         if self._output_dir:
-            with PathManager.open(str(Path(self._output_dir, "coco_instances_results.json")), "w") as file:
+            with PathManager.open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
                 file.write(json.dumps(detections))
         evaluated = evaluate_boxes(self._coco_api.dataset, detections, self._settings.max_dets, img_ids)
         self._results["bbox"] = self._derive_coco_results(evaluated, "bbox", self._metadata.get("thing_classes"))
