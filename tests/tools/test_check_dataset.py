@@ -20,14 +20,11 @@ from dino_d2.checkpoint.assumptions import Assumptions
 from dino_d2.data import class_names
 from dino_d2.data.contact_sheet import NEGATIVE, OBJECT, POSITIVE
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
+from dino_d2.tools import check_dataset, train_net
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import check_dataset  # noqa: E402
-import train_net  # noqa: E402
 
 
 @pytest.fixture

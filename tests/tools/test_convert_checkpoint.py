@@ -9,11 +9,9 @@ from detectron2.utils.file_io import PathManager
 from torch.optim.swa_utils import AveragedModel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_checkpoint  # noqa: E402
-from tests.checkpoint.test_checkpointer import Storage  # noqa: E402
-from tests.checkpoint.test_convert import published_by  # noqa: E402
+from dino_d2.tools import convert_checkpoint
+from tests.checkpoint.test_checkpointer import Storage
+from tests.checkpoint.test_convert import published_by
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")]
 SMALL = [

@@ -12,11 +12,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from dino_d2 import DINO
+from dino_d2.tools import export
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import export  # noqa: E402
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 
-from demo import detect
 from demo_data import Photo, fetch, grid, read_photo, write_backbone, write_coco
 from dino_d2 import load_config
 from dino_d2.evaluation import APSettings, COCOEvaluator
+from dino_d2.tiles import predict_in_tiles
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
