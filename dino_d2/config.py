@@ -126,7 +126,8 @@ def add_dino_config(cfg: CN) -> None:
 def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Sequence[Any] = ()) -> CN:
     """detectron2's defaults, DINO's, `defaults`, the file's values, then `overrides`; both are KEY VALUE KEY VALUE ….
 
-    `config_file` is a path, or the name of a recipe (:func:`find_config_file`). A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
+    `config_file` is a path, or the name of a recipe (:func:`find_config_file`). A config saved on a machine with a GPU
+    is used on the CPU where there is none, and says so.
 
     Raises:
         FileNotFoundError: there is neither a file nor a recipe of that name.

@@ -229,7 +229,7 @@ def _draw(detections: Detections, picture: Image) -> Image:
         colour = COLOURS[found.class_id % len(COLOURS)]
         pen.rectangle(found.box, outline=colour, width=line)
         text = f"{found.name} {found.score:.2f}"
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+        left, _, right, bottom = pen.textbbox((0, 0), text, font=font)
         x = min(max(found.box[0], 0), max(picture.width - right - 2 * line, 0))
         y = found.box[1] - bottom - line
         y = y if y >= 0 else min(max(found.box[1], 0), picture.height)

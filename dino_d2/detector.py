@@ -131,7 +131,7 @@ class Detector:
         return list(self._all(bar, threshold, classes, tile, batch_size, channel_order))
 
     def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write config.yaml, model.safetensors and README.md, which :meth:`from_pretrained` reads here or from a hub."""
+        """Write config.yaml, model.safetensors and README.md, which :meth:`from_pretrained` reads."""
         from safetensors.torch import save_file
 
         folder = Path(folder)

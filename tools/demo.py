@@ -18,8 +18,8 @@ EXAMPLES = [
     "--config-file CONFIG --weights MODEL.pth --input PHOTO --output found [KEY VALUE ...]",
 ]
 DESCRIPTION = """\
-Finds objects in photographs and draws them. For each photograph DIR gets a PNG with the boxes and a JSON file that lists
-them, of the same name (where two have one, of their folders' names too)."""
+Finds objects in photographs and draws them. For each photograph DIR gets a PNG with the boxes and a JSON file that
+lists them, of the same name (where two have one, of their folders' names too)."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

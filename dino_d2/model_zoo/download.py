@@ -58,8 +58,8 @@ def download(url: str, path: Path, sha256: str) -> None:
     if not digest.startswith(expected):
         part.unlink()
         raise DownloadError(
-            f"{url} is another file than it was: its SHA-256 is {digest}, it should begin with {expected}. It was removed"
-            + ("" if sha256 else f"; if the publisher has replaced it, remove {path.parent / RECORD}")
+            f"{url} is another file than it was: its SHA-256 is {digest}, it should begin with {expected}. "
+            "It was removed" + ("" if sha256 else f"; if the publisher has replaced it, remove {path.parent / RECORD}")
         )
     _record(path.parent, url, digest)
     part.replace(path)
