@@ -23,7 +23,7 @@ COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the published prog
 POSITION = {"official": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
 PIXELS = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
-DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, present or not
+DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, whatever a file says
 OPTIONAL = (  # what a config may do without
     "denoising.label_embed.weight",
     "query_selection.content.weight",
@@ -78,13 +78,16 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Con
         names = SOURCES[source](name, layout)
         present = [n for n in names if n in state]
         used.update(present)
+        if name.endswith(DERIVED):
+            result[name] = own.clone()
+            continue
         if not present:
             default = _default(name, own, source)
             if default is None:
                 missing.append(f"{names[0]} (for {name})")
             else:
                 result[name] = default
-                notes.append(f"{name}: not in the checkpoint, {'zero' if not default.any() else 'computed'}")
+                notes.append(f"{name}: not in the checkpoint, zero")
             continue
         value = state[present[0]]
         if any(not torch.equal(value, state[n]) for n in present[1:]):
@@ -163,9 +166,7 @@ def _known(name: str, source: str) -> bool:
 
 
 def _default(name: str, own: Tensor, source: str) -> Tensor | None:
-    """Values of what a source may lack: derived buffers, and biases that MMDetection's convolutions do not have."""
-    if name.endswith(DERIVED):
-        return own.clone()
+    """Values of what a source may lack: biases that MMDetection's convolutions do not have."""
     if source == "mmdet" and name.startswith("neck.") and name.endswith(".0.bias"):
         return torch.zeros_like(own)
     return None
