@@ -7,9 +7,9 @@
 
 The config says what the weights are used with; a name left over, missing or of another shape stops the conversion.
 detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,
-MMDetection's need MODEL.DINO.SHARE_HEADS False. ImageNet weights of a backbone alone (torchvision's ResNets, the Swin
-release, timm's Swin) become weights to start training from. `ema` takes the moving average of the weights out of a
-checkpoint of your own training.
+MMDetection's need MODEL.DINO.SHARE_HEADS False, and its "improved" R-50 the other two as well. ImageNet weights of a
+backbone alone (torchvision's ResNets, the Swin release, timm's Swin, MAE's ViTs) become weights to start training from.
+`ema` takes the moving average of the weights out of a checkpoint of your own training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from dino_d2 import load_config
-from dino_d2.checkpoint import from_backbone, from_published, read_state_dict, to_published
+from dino_d2.checkpoint import from_backbone, from_published, read_published, to_published
 from dino_d2.checkpoint.backbone import is_backbone
 from dino_d2.checkpoint.convert import ConversionError, detect_source, summarize
 from dino_d2.checkpoint.files import average_of, write_checkpoint
@@ -60,14 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
         if args.source == "ema":
             write(average_of(args.input), args.output)
             return
-        state = read_state_dict(args.input)
+        published = read_published(args.input)
+        state = published.state
         if args.to:
             conversion = to_published(state, args.to, model)
         elif args.source == "backbone" or (args.source == "auto" and is_backbone(state)):
             conversion = from_backbone(state, model)
         else:
             source = detect_source(state) if args.source == "auto" else args.source
-            conversion = from_published(state, source, model)
+            conversion = from_published(state, source, model, published.config)
     except (ConversionError, ValueError) as error:
         sys.exit(f"{args.input}: {error}")
     write(conversion.state, args.output)

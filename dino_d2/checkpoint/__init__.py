@@ -4,7 +4,7 @@ from .assumptions import Assumptions
 from .backbone import from_backbone
 from .checkpointer import DINOCheckpointer
 from .convert import Conversion, from_published, to_published
-from .files import read_state_dict
+from .files import read_published, read_state_dict
 
 __all__ = [
     "Assumptions",
@@ -12,6 +12,7 @@ __all__ = [
     "DINOCheckpointer",
     "from_backbone",
     "from_published",
+    "read_published",
     "read_state_dict",
     "to_published",
 ]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from functools import partial
@@ -14,7 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dino_d2 import load_config
-from dino_d2.checkpoint import DINOCheckpointer, from_published, read_state_dict, to_published
+from dino_d2.checkpoint import DINOCheckpointer, from_published, to_published
 from dino_d2.checkpoint.assumptions import EXTRA_STATE, Assumptions
 from dino_d2.checkpoint.convert import COCO, ConversionError, detect_source, layout_of
 from dino_d2.checkpoint.names import SOURCES
@@ -241,6 +240,39 @@ def test_detrex_weights_under_the_published_position_embedding_are_refused() -> 
         from_published(state, "detrex", build_model(resnet_config(*PER_LAYER)))
 
 
+IMPROVED = ["MODEL.DINO.POS_TEMPERATURE", "10000.0", "MODEL.DINO.POS_OFFSET", "-0.5"]
+ENCODING = "model = dict(\n    positional_encoding=dict(\n        normalize=True, num_feats=128, %s),\n    type='DINO')"
+OF_20 = ENCODING % "offset=0.0, temperature=20"
+OF_10000 = ENCODING % "offset=-0.5, temperature=10000"
+
+
+@pytest.mark.parametrize(
+    ("values", "config"),
+    [([], ""), (IMPROVED, ""), ([], OF_20), (IMPROVED, OF_10000), (IMPROVED, ENCODING % "offset=-0.5")],
+)
+def test_position_of_mmdetections_weights_is_that_of_their_config_or_else_ours(values: list[str], config: str) -> None:
+    values = [*PER_LAYER, *values]
+    model = build_model(resnet_config(*values))
+    conversion = from_published(published_by("mmdet", *values), "mmdet", model, config)
+    assert Assumptions.from_tensor(conversion.state[EXTRA_STATE]) == model.assumptions
+    assert any("as the config says" in note for note in conversion.notes) == (config == "")
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "message"),
+    [
+        ([], OF_10000, r"POS_TEMPERATURE is 20\.0, the weights are for 10000\.0"),
+        (IMPROVED, OF_20, r"POS_OFFSET is -0\.5, the weights are for 0\.0"),
+        (IMPROVED[2:], "", r"POS_OFFSET is -0\.5, the weights are for 0\.0\n.*or for .*POS_TEMPERATURE 10000\.0"),
+        (["MODEL.DINO.POS_TEMPERATURE", "7.0"], "", r"POS_TEMPERATURE is 7\.0, the weights are for 20\.0\n"),
+    ],
+)
+def test_position_that_mmdetections_weights_cannot_have_is_refused(values: list, config: str, message: str) -> None:
+    state = published_by("mmdet", *PER_LAYER)
+    with pytest.raises(ConversionError, match=message):
+        from_published(state, "mmdet", build_model(resnet_config(*PER_LAYER, *values)), config)
+
+
 def test_loading_under_a_config_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:
     model = build_model(resnet_config())
     torch.save({"model": from_published(published_by("official"), "official", model).state}, tmp_path / "w.pth")
@@ -291,21 +323,6 @@ def test_assumptions_survive_the_byte_tensor() -> None:
     names = ("MODEL.DINO.NUM_CLASSES", "2", "MODEL.DINO.CLASS_NAMES", "['Straße', '犬']")
     assumptions = Assumptions.of_config(resnet_config(*names))
     assert Assumptions.from_tensor(assumptions.to_tensor()) == assumptions
-
-
-def test_published_files_with_a_namespace_are_read_and_code_is_not_run(tmp_path: Path) -> None:
-    path = tmp_path / "published.pth"
-    torch.save({"model": {"module.x": torch.ones(2)}, "args": argparse.Namespace(lr=1)}, path)
-    assert read_state_dict(path)["x"].tolist() == [1, 1]
-
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "sprung",))
-
-    torch.save({"model": {"x": torch.ones(2)}, "args": Trap()}, path)
-    with pytest.raises(ValueError, match=r"published\.pth holds more than weights"):
-        read_state_dict(path)
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_file_of_something_else_is_named() -> None:
