@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .assumptions import EXTRA_STATE, Assumptions
-from .backbone import COMPUTED
+from .backbone import COMPUTED, DETECTORS_OWN
 from .classes import CLASS_BIAS, CLASS_ROWS, match_classes
 from .files import check_arrays_only, write_checkpoint, write_whole
 
@@ -145,9 +145,10 @@ class DINOCheckpointer(DetectionCheckpointer):
         """Whether most of the detector was found in a file with these names, or its whole backbone and little else."""
         own = self._own_names()
         backbone = {name for name in own if name.startswith("backbone.")}
+        pretrained = {name for name in backbone if not DETECTORS_OWN.fullmatch(name.removeprefix("backbone."))}
         used = len(found) / max(1, sum(not name.endswith(OPTIONAL) for name in names))
         is_detector = 2 * len(found - backbone) >= len(own - backbone)
-        return is_detector or (len(found & backbone) >= BACKBONE_SHARE * len(backbone) and used >= BACKBONE_SHARE)
+        return is_detector or (len(found & pretrained) >= BACKBONE_SHARE * len(pretrained) and used >= BACKBONE_SHARE)
 
     def _other_model(self, found: int, names: Sequence[str]) -> ValueError:
         return ValueError(
