@@ -15,13 +15,14 @@ from typing import Any
 class Web:
     """files: path -> bytes. cut_after: of each answer, so many bytes are sent; None: all. goes_on: it knows ranges.
 
-    requests: of each request its path and its Range.
+    headers: sent with every answer. requests: of each request its path and its Range.
     """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     cut_after: int | None = None
     goes_on: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -35,18 +36,26 @@ def serve() -> Iterator[Web]:
             web.requests.append((self.path, wanted))
             content = web.files.get(self.path)
             if content is None:
-                self.send_error(404)
+                self.send_response(404)
+                self._end_headers(0)
                 return
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and web.goes_on else 0
             if start and start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.end_headers()
+                self._end_headers(0)
                 return
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            self._end_headers(len(content) - start)
+            if self.command == "GET":
+                self.wfile.write(content[start:][: web.cut_after])
+
+        do_HEAD = do_GET
+
+        def _end_headers(self, length: int) -> None:
+            for name, value in (web.headers | {"Content-Length": str(length)}).items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content[start:][: web.cut_after])
 
         def log_message(self, *arguments: Any) -> None:
             pass

@@ -18,9 +18,9 @@ EXAMPLES = [
 ]
 DESCRIPTION = """\
 Converts weights of the authors' program, of detrex and of MMDetection, and ImageNet weights of a backbone alone
-(torchvision's ResNets, the Swin release, timm's Swin, MAE's ViTs), which become weights to start training from. `ema` takes the
-moving average of the weights out of a checkpoint of your own training. What dino-d2 zoo lists is converted without
-this command.
+(torchvision's ResNets, the Swin release, timm's Swin, MAE's ViTs), which become weights to start training from. `ema`
+takes the moving average of the weights out of a checkpoint of your own training. What dino-d2 zoo lists is converted
+without this command.
 
 CONFIG says what the weights are used with; a name left over, missing or of another shape stops the conversion.
 detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,

@@ -4,7 +4,7 @@ from .assumptions import Assumptions
 from .backbone import from_backbone
 from .checkpointer import DINOCheckpointer
 from .convert import Conversion, from_published, to_published
-from .files import read_published, read_state_dict
+from .files import read_published
 from .sources import to_ours
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "from_backbone",
     "from_published",
     "read_published",
-    "read_state_dict",
     "to_ours",
     "to_published",
 ]

@@ -120,11 +120,6 @@ def read_published(path: str | Path) -> PublishedFile:
     return PublishedFile(state, config if isinstance(config, str) else "")
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The parameters and buffers of :func:`read_published`."""
-    return read_published(path).state
-
-
 def _read_tensors(path: str | Path) -> Any:
     """Whatever a file holds, with something inert in the place of all that is no tensor, container, text or number."""
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_d2.checkpoint import read_published, read_state_dict
+from dino_d2.checkpoint import read_published
 
 # What MMDetection's own training writes, by a program of which nothing is left afterwards.
 WRITE_MMDETECTION = """
@@ -61,7 +61,7 @@ def test_mmdetections_own_checkpoints_are_read_without_it(kind: str, tmp_path: P
 def test_what_stands_beside_the_weights_does_not_matter(other: Any, tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(2, 3).t())
     torch.save({"model": {"module.w": weight}, "trainer": {"nested": [other]}, "epoch": 11}, tmp_path / "w.pth")
-    assert torch.equal(read_state_dict(tmp_path / "w.pth")["w"], weight)
+    assert torch.equal(read_published(tmp_path / "w.pth").state["w"], weight)
 
 
 class Trap:
@@ -88,7 +88,7 @@ def test_nothing_that_a_file_names_is_run(legacy: bool, tmp_path: Path) -> None:
     ]
     content = {"model": {"w": torch.ones(2), "not_a_tensor": Trap(os.system, command)}, "args": traps}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    assert list(read_state_dict(tmp_path / "w.pth")) == ["w"]
+    assert list(read_published(tmp_path / "w.pth").state) == ["w"]
     assert not sprung.exists()
     torch.load(tmp_path / "w.pth", weights_only=False)  # a file that does it, if asked to
     assert sprung.exists()
@@ -102,7 +102,7 @@ def test_average_of_detrex_takes_the_place_of_the_weights_under_all_names(tmp_pa
     head = torch.zeros(2)
     model = {"head.0.w": head, "decoder.head.0.w": head, "norm": torch.zeros(3), "rest": torch.zeros(2)}
     torch.save({"model": model, "ema_state": AVERAGE}, tmp_path / "w.pth")
-    state = read_state_dict(tmp_path / "w.pth")
+    state = read_published(tmp_path / "w.pth").state
     assert {name: tensor[0].item() for name, tensor in state.items()} == {
         "head.0.w": 5.0, "decoder.head.0.w": 5.0, "norm": 6.0, "rest": 0.0
     }  # fmt: skip
@@ -110,7 +110,7 @@ def test_average_of_detrex_takes_the_place_of_the_weights_under_all_names(tmp_pa
 
 def test_average_of_detrex_alone(tmp_path: Path) -> None:
     torch.save({"ema_state": AVERAGE}, tmp_path / "w.pth")
-    assert read_state_dict(tmp_path / "w.pth").keys() == AVERAGE.keys()
+    assert read_published(tmp_path / "w.pth").state.keys() == AVERAGE.keys()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_average_of_detrex_alone(tmp_path: Path) -> None:
 def test_file_without_weights_is_named(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth is no checkpoint: neither a state dict nor one under 'model'"):
-        read_state_dict(tmp_path / "other.pth")
+        read_published(tmp_path / "other.pth")
 
 
 def damaged_files() -> dict[str, bytes]:
@@ -137,15 +137,15 @@ def damaged_files() -> dict[str, bytes]:
 def test_damaged_file_is_named(kind: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.pth is damaged or no checkpoint"):
-        read_state_dict(tmp_path / "bad.pth")
+        read_published(tmp_path / "bad.pth")
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read_state_dict(tmp_path / "none.pth")
+        read_published(tmp_path / "none.pth")
 
 
 def test_torchscript_is_not_run(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "script.pth"))
     with pytest.raises(ValueError, match=r"script\.pth is damaged or no checkpoint.*TorchScript"):
-        read_state_dict(tmp_path / "script.pth")
+        read_published(tmp_path / "script.pth")
