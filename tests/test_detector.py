@@ -94,7 +94,10 @@ def test_batches_change_nothing_but_roundings(detector: Detector, picture: np.nd
     pictures = [picture, picture[:60], picture[:, :70]]
     alone = detector(pictures, threshold=0)
     together = detector(pictures, threshold=0, batch_size=3)
-    assert all(same(*pair, within=1e-3) for pair in zip(alone, together, strict=True))
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.scores - other.scores).max() < 1e-5
+        distances = np.abs(one.boxes[:, None] - other.boxes).max(-1)
+        assert distances.min(1).max() < 0.01  # objects that score alike may change places
 
 
 def test_threshold_and_classes_choose(detector: Detector, picture: np.ndarray) -> None:
@@ -223,7 +226,7 @@ def saved(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def publish(web: Web, files: dict[str, bytes]) -> None:
     """As a hub does, as the repository owner/insects."""
     web.files = {f"/owner/insects/resolve/main/{name}": content for name, content in files.items()}
-    web.headers = {"X-Repo-Commit": "0" * 40, "ETag": '"1"', "X-Error-Code": "EntryNotFound"}
+    web.headers = {"X-Repo-Commit": "0" * 40, "X-Error-Code": "EntryNotFound"}
 
 
 def test_repository_of_a_hub_is_read(saved: Path, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def serve() -> Iterator[Web]:
         do_HEAD = do_GET
 
         def _end_headers(self, length: int) -> None:
-            for name, value in (web.headers | {"Content-Length": str(length)}).items():
+            own = {"Content-Length": str(length), "ETag": f'"{hash(self.path)}"'}
+            for name, value in (web.headers | own).items():
                 self.send_header(name, value)
             self.end_headers()
 

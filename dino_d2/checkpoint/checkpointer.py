@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
@@ -95,6 +97,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         try:
             if filename.endswith(".pkl") and not self.trust_files:
                 check_arrays_only(filename)
+            if filename.endswith(".safetensors"):
+                return {"model": load_file(filename)}
             return super()._load_file(filename)
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on with advice for people who call torch.load
@@ -104,7 +108,7 @@ class DINOCheckpointer(DetectionCheckpointer):
                 "Weights published with their authors' settings: tools/convert_checkpoint.py reads them without "
                 "running anything. A file whose makers you trust: MODEL.TRUST_WEIGHTS True."
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, SafetensorError) as error:
             raise ValueError(f"{filename} is damaged or no checkpoint ({error}). {self._advice(filename)}") from error
 
     def _advice(self, damaged: str) -> str:
