@@ -91,7 +91,7 @@ def test_pictures_come_in_every_way(detector: Detector, picture: np.ndarray, tmp
 
 
 def test_batches_change_nothing_but_roundings(detector: Detector, picture: np.ndarray) -> None:
-    pictures = [picture, picture[:60], picture[:, :70]]
+    pictures = [picture, picture[:60], picture[::-1], picture[:60, ::-1], picture[:, :70]]
     alone = detector(pictures, threshold=0)
     together = detector(pictures, threshold=0, batch_size=3)
     for one, other in zip(alone, together, strict=True):

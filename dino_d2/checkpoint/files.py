@@ -73,7 +73,10 @@ class _Inert:
 
 class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in TENSORS else _Inert
+        if (module, name) not in TENSORS:
+            return _Inert
+        found = super().find_class(module, name)
+        return found if isinstance(found, type) else lambda *args: found(*args)  # a file can set attributes of it
 
 
 def _load_tensors(file: IO[bytes], **kwargs: Any) -> Any:
@@ -99,8 +102,8 @@ class PublishedFile:
 def read_published(path: str | Path) -> PublishedFile:
     """Read a checkpoint without running or importing anything that it names, whatever else is in it.
 
-    Understands {"model": …} (published program, detectron2, detrex), {"ema_state": …} (detrex; it takes the place of
-    "model", as where detrex evaluates), {"state_dict": …} (MMDetection) and a bare state dict; of names the `module.`
+    Understands {"model": …} (published program, detectron2, detrex), {"ema_state": …} (detrex's moving average; it
+    takes the place of "model"), {"state_dict": …} (MMDetection) and a bare state dict; of names the `module.`
     of data parallelism is left out.
 
     Raises:

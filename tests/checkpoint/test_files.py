@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dino_d2.checkpoint import read_published
+from dino_d2.checkpoint.files import TENSORS_ONLY
 
 # What MMDetection's own training writes, by a program of which nothing is left afterwards.
 WRITE_MMDETECTION = """
@@ -92,6 +93,17 @@ def test_nothing_that_a_file_names_is_run(legacy: bool, tmp_path: Path) -> None:
     assert not sprung.exists()
     torch.load(tmp_path / "w.pth", weights_only=False)  # a file that does it, if asked to
     assert sprung.exists()
+
+
+def test_file_cannot_change_torch() -> None:
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
+    # "Take this function and set its __defaults__ to (1,)", as pickle says it.
+    tampering = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86b."
+    try:
+        TENSORS_ONLY.load(io.BytesIO(tampering))
+        assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+    finally:
+        torch._utils._rebuild_tensor_v2.__defaults__ = defaults
 
 
 # As detrex keeps its average: parameters under the first of their names, and buffers.

@@ -151,6 +151,11 @@ def test_vitdet_is_built_from_config_and_trains() -> None:
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+def test_global_blocks_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"GLOBAL_BLOCKS is \[3\]; .* from 0 to 2"):
+        vitdet(GLOBAL_BLOCKS=[3])
+
+
 def test_vitdet_drops_what_is_no_whole_patch_and_pads_nothing() -> None:
     backbone = vitdet().eval()
     image = torch.rand(1, 3, 100, 79)

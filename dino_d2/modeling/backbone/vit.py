@@ -19,8 +19,16 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeature
 
     Pictures are not padded, neither to a square nor to whole patches: as in detrex, whose weights were trained so, up
     to 15 pixels at the right and at the bottom are in no patch.
+
+    Raises:
+        ValueError: a global block that there is not.
     """
     v = cfg.MODEL.VITDET
+    if not set(v.GLOBAL_BLOCKS) <= set(range(v.DEPTH)):
+        raise ValueError(
+            f"MODEL.VITDET.GLOBAL_BLOCKS is {list(v.GLOBAL_BLOCKS)}; with MODEL.VITDET.DEPTH {v.DEPTH} blocks count "
+            f"from 0 to {v.DEPTH - 1}"
+        )
     vit = ViT(
         img_size=v.IMAGE_SIZE,
         patch_size=PATCH_SIZE,
