@@ -7,7 +7,7 @@ export PYTHONWARNINGS := ignore::FutureWarning
 .PHONY: setup test test-all demo lint format clean cuda-all torch-headers gpu-wheels
 
 setup:
-	@$(PYTHON) tools/setup_env.py
+	@$(PYTHON) dev/setup_env.py
 
 test: setup lint
 	$(VENV_PYTHON) -m pytest
@@ -17,7 +17,7 @@ test-all: setup lint
 	$(VENV_PYTHON) -m pytest -m "slow or not slow"
 
 demo: setup
-	$(VENV_PYTHON) tools/run_demo.py
+	$(VENV_PYTHON) dev/run_demo.py
 
 lint:
 	$(VENV_PYTHON) -m ruff check .
@@ -29,15 +29,15 @@ format:
 
 # Compile the CUDA kernels for every architecture; no GPU is needed.
 cuda-all: setup
-	$(VENV_PYTHON) tools/cuda_report.py
+	$(VENV_PYTHON) dev/cuda_report.py
 
 # Compile the op against the headers of older versions of PyTorch.
 torch-headers: setup
-	$(VENV_PYTHON) tools/check_torch_headers.py
+	$(VENV_PYTHON) dev/check_torch_headers.py
 
-# What tools/gpu_check.sh needs on a machine with a GPU and without a network.
+# What dev/gpu_check.sh needs on a machine with a GPU and without a network.
 gpu-wheels: setup
-	tools/gpu_wheels.sh
+	dev/gpu_wheels.sh
 
 clean:
 	rm -rf .venv build dist *.egg-info ops/_C*.so

@@ -6,11 +6,14 @@ Without torch or detectron2 there is nothing to register: `dino_d2.deploy` alone
 from typing import Any
 
 from . import lvis
+from .detections import Detections
 
-__all__ = ["DINO", "add_dino_config", "load_config"]
+__all__ = ["DINO", "Detections", "Detector", "add_dino_config", "load_config", "model_zoo"]
 
 try:
+    from . import model_zoo
     from .config import add_dino_config, load_config
+    from .detector import Detector
     from .meta_arch import DINO
 
     lvis.provide()
@@ -21,5 +24,6 @@ except ModuleNotFoundError as error:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            raise ImportError(f"dino_d2.{name} needs {_missing}, which is not installed; dino_d2.deploy works without")
+            how = {"detectron2": "dino-d2 install-detectron2", "torch": "pip install torch torchvision"}[_missing]
+            raise ImportError(f"dino_d2.{name} needs {_missing}: {how} (dino_d2.deploy works without)")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

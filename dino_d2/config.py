@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
+
+from dino_d2_cli import shipped
 
 
 def add_dino_config(cfg: CN) -> None:
@@ -122,12 +126,15 @@ def add_dino_config(cfg: CN) -> None:
 def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Sequence[Any] = ()) -> CN:
     """detectron2's defaults, DINO's, `defaults`, the file's values, then `overrides`; both are KEY VALUE KEY VALUE ….
 
-    A config saved on a machine with a GPU is used on the CPU where there is none, and says so.
+    `config_file` is a path, or the name of a recipe (:func:`find_config_file`). A config saved on a machine with a GPU
+    is used on the CPU where there is none, and says so.
 
     Raises:
+        FileNotFoundError: there is neither a file nor a recipe of that name.
         ValueError: a key that does not exist (it names the nearest one that does) or has no value; a file that is not
             YAML, or YAML that would run code.
     """
+    config_file = find_config_file(config_file)
     cfg = get_cfg()
     add_dino_config(cfg)
     default_device = cfg.MODEL.DEVICE
@@ -153,6 +160,33 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg
+
+
+def find_config_file(name: str | os.PathLike) -> str:
+    """The path of a config file that is there, else of the recipe of that name.
+
+    Recipes are named as their files in `configs/`: "dino_r50_4scale_12ep", "small/dino_r18_640".
+
+    Raises:
+        FileNotFoundError: there is neither; it names recipes that are spelt alike.
+    """
+    name = os.fspath(name)
+    if PathManager.isfile(name):
+        return name
+    recipes = recipe_files()
+    found = recipes.get(name.removesuffix(".yaml"))
+    if found is None:
+        near = difflib.get_close_matches(name.removesuffix(".yaml"), recipes, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the recipes are {', '.join(recipes)}"
+        raise FileNotFoundError(f"{name} is neither a config file nor the name of a recipe; {hint}")
+    return found
+
+
+def recipe_files() -> dict[str, str]:
+    """Name -> path of every recipe."""
+    folder = shipped("configs")
+    files = sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("Base-"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

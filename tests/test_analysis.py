@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from detectron2.modeling import build_model
 
 from dino_d2 import load_config
 from dino_d2.analysis import Analysis, Cost, analyze, as_table, attention_flops, ms_deform_attn_flops
+from dino_d2.tools import analyze as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import analyze as command_line  # noqa: E402
 
 
 @pytest.fixture

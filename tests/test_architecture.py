@@ -16,7 +16,7 @@ from dino_d2 import add_dino_config
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "dino_d2").rglob("*.py"))
 OP = sorted((ROOT / "ops").glob("*.py"))
-TOOLS = sorted((ROOT / "tools").rglob("*.py"))
+TOOLS = [ROOT / "dino_d2_cli.py", *sorted((ROOT / "tools").rglob("*.py")), *sorted((ROOT / "dev").rglob("*.py"))]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

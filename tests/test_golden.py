@@ -20,14 +20,13 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dino_d2 import load_config
+from dino_d2.tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-sys.path[:0] = [str(GOLDEN), str(ROOT / "tools")]
+sys.path.insert(0, str(GOLDEN))
 
 import recipe  # noqa: E402
-
-import convert_checkpoint  # noqa: E402
 
 RECIPE = str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")
 DETECTIONS = 40

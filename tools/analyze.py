@@ -1,50 +1,56 @@
 #!/usr/bin/env python3
-"""Parameters, FLOPs and activations of a detector, stage by stage.
-
-    tools/analyze.py --config-file configs/dino_r50_4scale_12ep.yaml --size 800 1333
-    tools/analyze.py --config-file CONFIG --markdown MODEL.DINO.NUM_QUERIES 300
-
-One multiply-add counts as one FLOP. docs/cost.md stands the numbers beside the paper's.
-"""
+"""Parameters, FLOPs and activations of a detector, stage by stage."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from detectron2.modeling import build_model
+from dino_d2_cli import CommandParser, user_errors
 
-from dino_d2 import load_config
-from dino_d2.analysis import analyze, as_table
+EXAMPLES = [
+    "--config-file dino_r50_4scale_12ep --size 800 1333",
+    "--config-file CONFIG --markdown MODEL.DINO.NUM_QUERIES 300",
+]
+DESCRIPTION = """\
+Parameters, FLOPs and activations, stage by stage. One multiply-add counts as one FLOP. docs/cost.md stands the numbers
+beside the paper's."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table for a command line (None: that of the process)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True)
+    parser = CommandParser(EXAMPLES, DESCRIPTION)
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a file")
     parser.add_argument(
         "--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="in pixels (800 1333)"
     )
     parser.add_argument("--markdown", action="store_true", help="print a table for a document")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config values: KEY VALUE ...")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     args = parser.parse_args(arguments)
     height, width = args.size
     if min(args.size) < 1:
         parser.error(f"--size {height} {width}: both must be at least 1 pixel")
+    from detectron2.modeling import build_model
+
+    from dino_d2 import load_config
+    from dino_d2.analysis import analyze, as_table
 
     # Neither weights nor how the backward pass gets its activations change a count of the prediction. Weights would
     # have to be fetched, and checkpointed blocks cannot be traced. All queries: how many pass a threshold depends on
     # the picture, and ours is black.
     neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
     neutral += ["MODEL.DINO.QUERY_SCORE_THRESHOLD", "0.0"]
-    cfg = load_config(args.config_file, [*args.opts, *neutral])
+    with user_errors():
+        cfg = load_config(args.config_file, [*args.opts, *neutral])
     analysis = analyze(build_model(cfg), height, width)
     print(f"{args.config_file}: one image of {height} x {width} pixels\n")
     print(as_table(analysis, args.markdown))
     print("\nOne multiply-add counts as one FLOP. Denoising has parameters but is part of training only.")
     if analysis.not_counted:
         print("Not counted:", ", ".join(f"{name} ({times} times)" for name, times in analysis.not_counted.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,67 +1,38 @@
 #!/usr/bin/env python3
-"""Find objects in your own photographs and draw them.
-
-    tools/demo.py --config-file CONFIG --weights MODEL.pth --input PHOTO... --output DIR [KEY VALUE ...]
-
-For each photograph DIR gets a PNG with the boxes and a JSON file that lists them, of the same name (where two have one,
-of their folders' names too). Large photographs with small objects: --tile 400 looks at them piece by piece.
-"""
+"""Find objects in your own photographs and draw them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
-from PIL import Image
+from dino_d2_cli import CommandParser, user_errors
 
-from dino_d2 import load_config
-from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.data import build_test_augmentation, class_names, read_image
-from dino_d2.tiles import predict_in_tiles
-
-OVERLAP = 0.25  # of neighbouring tiles
+EXAMPLES = [
+    "--weights dino_r50_4scale_12ep --input street.jpg --output found",
+    "--weights output/pets --input PHOTO... FOLDER... --output found --tile 400",
+    "--config-file CONFIG --weights MODEL.pth --input PHOTO --output found [KEY VALUE ...]",
+]
+DESCRIPTION = """\
+Finds objects in photographs and draws them. For each photograph DIR gets a PNG with the boxes and a JSON file that
+lists them, of the same name (where two have one, of their folders' names too)."""
 
 
-def detect(predictor: DefaultPredictor, image: np.ndarray, tile: int) -> Instances:
-    """Everything found in a BGR picture (H, W, 3); `tile`: longest side looked at at once, 0: all of it."""
-    size = tile or max(image.shape[:2])
-    return predict_in_tiles(
-        lambda part: predictor(part)["instances"].to("cpu"), image, size, int(size * OVERLAP) if tile else 0
-    )
-
-
-def draw(image: np.ndarray, instances: Instances, names: list[str]) -> np.ndarray:
-    """The BGR picture with boxes, class names and scores, as RGB."""
-    metadata = MetadataCatalog.get("_demo").set(thing_classes=names) if names else None
-    visualizer = Visualizer(image[:, :, ::-1], metadata)
-    return visualizer.draw_instance_predictions(instances).get_image()
-
-
-def as_json(instances: Instances, names: list[str]) -> list[dict]:
-    return [
-        {
-            "class": names[label] if names else label,
-            "score": round(score, 4),
-            "box_xyxy": [round(side, 1) for side in box],
-        }
-        for label, score, box in zip(
-            instances.pred_classes.tolist(),
-            instances.scores.tolist(),
-            instances.pred_boxes.tensor.tolist(),
-            strict=True,
-        )
-    ]
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(EXAMPLES, DESCRIPTION)
+    parser.add_argument("--weights", required=True, help="name in the zoo, checkpoint, or folder of a training")
+    parser.add_argument("--config-file", metavar="CONFIG", help="of a checkpoint that has no config.yaml beside it")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PHOTO", help="photographs, folders of them")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="show what scores more (default 0.3)")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="show these alone")
+    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at pieces of at most this side")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
+    return parser.parse_args(arguments)
 
 
 def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -80,57 +51,56 @@ def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return {path: folder / f"{name}.png" for path, name in zip(photos, names, strict=True)}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", required=True, help="checkpoint made by training, or a converted one")
-    parser.add_argument("--input", required=True, nargs="+", metavar="PHOTO")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--score-threshold", type=float, default=0.3, help="draw and list what is surer (default 0.3)")
-    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at pieces of at most this side")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
-    return parser.parse_args()
+def photos_of(inputs: Sequence[str]) -> list[Path]:
+    """The files, and the pictures in the folders.
 
+    Raises:
+        FileNotFoundError: one is not there, or a folder without pictures.
+    """
+    from dino_d2.detector import pictures_in
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    if not Path(args.weights).is_file():
-        sys.exit(f"--weights {args.weights}: there is no such file")
-    return load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", ""])  # not by detectron2's checkpointer
-
-
-def main() -> None:
-    args = parse()
-    missing = [path for path in args.input if not Path(path).is_file()]
+    missing = [path for path in inputs if not Path(path).exists()]
     if missing:
-        sys.exit(f"--input: no such file: {', '.join(missing)}")
-    cfg = setup(args)
-    names = class_names(cfg)
-    predictor = DefaultPredictor(cfg)
-    checkpointer = DINOCheckpointer(predictor.model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
-    checkpointer.load(args.weights)
-    predictor.aug = build_test_augmentation(cfg)  # detectron2's own fails on very long pictures
-    args.output.mkdir(parents=True, exist_ok=True)
-    unreadable = 0
-    pictures = names_of_results([Path(path) for path in args.input], args.output)
+        raise FileNotFoundError(f"--input: no such file: {', '.join(missing)}")
+    files = [pictures_in(Path(path)) if Path(path).is_dir() else [path] for path in inputs]
+    return [Path(path) for group in files for path in group]
+
+
+def results_for(photos: Sequence[Path], output: Path) -> dict[Path, Path]:
+    """
+    Raises:
+        ValueError: a result would take the place of a photograph.
+    """
+    pictures = names_of_results(photos, output)
     overwritten = {path.resolve() for path in pictures} & {picture.resolve() for picture in pictures.values()}
     if overwritten:
-        sys.exit(f"--output {args.output}: a result would take the place of {min(overwritten)}; name another folder")
+        raise ValueError(f"--output {output}: a result would take the place of {min(overwritten)}; name another folder")
+    return pictures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    from dino_d2 import Detector
+
+    with user_errors():
+        pictures = results_for(photos_of(args.input), args.output)
+        detector = Detector.from_pretrained(args.weights, args.config_file, overrides=args.opts)
+        args.output.mkdir(parents=True, exist_ok=True)
+    unreadable = 0
     for path, picture in pictures.items():
         try:
-            image = read_image(path, "BGR")
+            found = detector(path, threshold=args.score_threshold, classes=args.classes, tile=args.tile)
         except ValueError as error:
             print(error, file=sys.stderr)
             unreadable += 1
             continue
-        instances = detect(predictor, image, args.tile)
-        instances = instances[instances.scores > args.score_threshold]
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(image, instances, names)).save(picture)
-        picture.with_suffix(".json").write_text(json.dumps(as_json(instances, names), indent=1))
-        print(f"{path}: {len(instances)} objects -> {picture}")
+        found.save(picture)
+        found.save(picture.with_suffix(".json"))
+        print(f"{path}: {len(found)} objects -> {picture}")
     if unreadable:
-        sys.exit(f"--input: {unreadable} of {len(args.input)} photographs could not be read")
+        print(f"--input: {unreadable} of {len(pictures)} photographs could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,124 +1,34 @@
 #!/usr/bin/env python3
-"""Draw the curves of one or several training runs.
-
-    tools/plot_run.py output/first output/second -o curves.png
-
-RUN is an OUTPUT_DIR, or its metrics.json. Each run has its colour; what no run recorded has no panel.
-"""
+"""Draw the curves of one or several training runs."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from dino_d2_cli import CommandParser, user_errors
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-from dino_d2.engine.writers import loss_group
-
-Curve = dict[int, float]  # iteration -> value
-PANELS = {  # curve -> title
-    "total_loss": "Total loss",
-    "class": "Class loss (all layers)",
-    "box": "Box loss, L1 (all layers)",
-    "giou": "Box loss, GIoU (all layers)",
-    "encoder": "Losses of the proposals",
-    "denoising": "Denoising losses",
-    "bbox/AP": "AP",
-    "bbox/AP50": "AP50",
-    "lr_rest": "Learning rate",
-    "lr_backbone": "Learning rate, backbone",
-    "grad_norm": "Gradient norm, before clipping",
-    "images_per_second": "Images per second",
-}
-LOGARITHMIC = {"lr_rest", "lr_backbone"}
+EXAMPLES = ["output/first output/second -o curves.png"]
+DESCRIPTION = """\
+Draws the curves of training runs. RUN is an OUTPUT_DIR, or its metrics.json. Each run has its colour; what no run
+recorded has no panel."""
 
 
-def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves of `PANELS` that a run recorded; losses in their groups.
-
-    A resumed run may have recorded an iteration twice: the later one counts.
-
-    Raises:
-        ValueError: there is no metrics.json, or nothing of it can be drawn; the path is named.
-    """
-    file = run / "metrics.json" if run.is_dir() else run
-    if not file.is_file():
-        raise ValueError(f"{run}: there is no metrics.json; RUN is the OUTPUT_DIR of a training run")
-    curves: dict[str, Curve] = defaultdict(dict)
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            scalars = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
-        iteration = scalars.get("iteration")
-        values: dict[str, float] = defaultdict(float)
-        for name, value in scalars.items():
-            curve = loss_group(name) or name
-            if curve in PANELS:
-                values[curve] += value
-        for curve, value in values.items():
-            if math.isfinite(value):
-                curves[curve][iteration] = value
-    if not curves:
-        raise ValueError(f"{file} has nothing that could be drawn")
-    return dict(curves)
-
-
-def draw(runs: dict[str, dict[str, Curve]], path: Path) -> None:
-    """`runs`: name of each -> its curves. Writes an image, of the format that `path` ends with."""
-    panels = [panel for panel in PANELS if any(panel in curves for curves in runs.values())]
-    last = max(max(curve) for curves in runs.values() for curve in curves.values())
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 2.9 * rows + 0.5), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for number, curves in enumerate(runs.values()):
-            points = sorted(curves.get(panel, {}).items())
-            marker = "o" if len(points) <= 20 else None
-            axis.plot(*zip(*points, strict=True) if points else ([], []), f"C{number}", lw=1.5, marker=marker, ms=3)
-        axis.set_title(PANELS[panel], loc="left", fontsize=11)
-        axis.set_xlim(0, max(last, 1) * 1.02)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if panel in LOGARITHMIC:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=0)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for column in range(columns):
-        lowest = [axis for axis in axes[:, column] if axis.get_visible()][-1]
-        lowest.set_xlabel("Iteration")
-    handles = [plt.Line2D([], [], color=f"C{number}", lw=2, label=name) for number, name in enumerate(runs)]
-    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(runs))), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"), help="default: %(default)s")
-    args = parser.parse_args()
-    try:
+    args = parser.parse_args(arguments)
+    from dino_d2.report.curves import draw, read_curves
+
+    with user_errors():
         runs = {str(run): read_curves(run) for run in args.runs}
-    except ValueError as error:
-        sys.exit(str(error))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, args.output)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs, args.output)
     print(args.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from .backbone import from_backbone
 from .checkpointer import DINOCheckpointer
 from .convert import Conversion, from_published, to_published
 from .files import read_state_dict
+from .sources import to_ours
 
 __all__ = [
     "Assumptions",
@@ -13,5 +14,6 @@ __all__ = [
     "from_backbone",
     "from_published",
     "read_state_dict",
+    "to_ours",
     "to_published",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from dino_d2.modeling.denoising import PlainDenoising
 
@@ -18,6 +20,7 @@ from .datasets import CocoFiles, read_coco
 from .images import read_image
 
 EXAMPLES = 3  # named of each finding
+WIDTHS = [None, None, 34, 38, 40]  # of the table's columns, in characters
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # of images; beyond it they are reported
 MARGIN = 1.0  # pixels by which a box may leave its image: rounding
 MANY_OBJECTS = 500  # in one image: then the denoising queries outnumber all others and are worth bounding
@@ -124,6 +127,17 @@ class _Cases(defaultdict[Kind, list[str]]):
         order = list(Severity)
         found = [Finding(kind, len(cases), tuple(cases[:EXAMPLES])) for kind, cases in self.items()]
         return sorted(found, key=lambda finding: order.index(finding.kind.severity))
+
+
+def as_table(findings: Sequence[Finding]) -> str:
+    """The findings as a table for a terminal of 150 columns."""
+    rows = []
+    for finding in findings:
+        examples = "\n".join(finding.examples) + ("\n…" if finding.count > len(finding.examples) else "")
+        kind = finding.kind
+        rows.append([kind.severity.value, finding.count, kind.what, examples, kind.advice])
+    headers = ["", "count", "what", "for example", "what follows"]
+    return tabulate(rows, headers, tablefmt="simple_grid", maxcolwidths=WIDTHS, disable_numparse=True)
 
 
 def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[Finding]:

@@ -1,5 +1,5 @@
 """Exported models: `OnnxPredictor` runs them and needs neither torch nor detectron2; `export` makes them."""
 
-from .onnx_predictor import DetectedObjects, OnnxPredictor
+from .onnx_predictor import OnnxPredictor
 
-__all__ = ["DetectedObjects", "OnnxPredictor"]
+__all__ = ["OnnxPredictor"]

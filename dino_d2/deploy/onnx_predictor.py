@@ -1,37 +1,19 @@
-"""Prediction with a file made by `tools/export.py`: onnxruntime and NumPy, nothing else. This file works alone, too."""
+"""Prediction with a file made by `tools/export.py`: onnxruntime and NumPy, nothing else."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from dino_d2.detections import Detections
+
 METADATA_KEY = "dino_d2"  # of the JSON in the file's metadata
 PRECISION_BITS = 22  # of the weights when pixels of 8 bits are resized, as in Pillow
-
-
-@dataclass
-class DetectedObjects:
-    """What is found in one image, best first.
-
-    boxes: (n, 4) float32, x1, y1, x2, y2 in pixels of the image.
-    scores: (n,) float32 in [0, 1].
-    classes: (n,) int64, counted from 0.
-    names: of the classes of the n objects; empty if the model knows none.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 class OnnxPredictor:
@@ -71,7 +53,7 @@ class OnnxPredictor:
         self.min_size: int = settings["min_size"]
         self.max_size: int = settings["max_size"]
 
-    def __call__(self, image: np.ndarray) -> DetectedObjects:
+    def __call__(self, image: np.ndarray) -> Detections:
         """
         Args:
             image: (H, W, 3) uint8, BGR whatever the model takes, as from `cv2.imread`.
@@ -81,10 +63,10 @@ class OnnxPredictor:
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[np.ndarray]) -> list[DetectedObjects]:
+    def predict_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """As many images at once, of any sizes; they are padded to the largest."""
         found = self.session.run(["boxes", "scores", "classes"], self.prepare(images))
-        return [self._objects(*arrays) for arrays in zip(*found, strict=True)]
+        return [self._detections(image, *arrays) for image, *arrays in zip(images, *found, strict=True)]
 
     def prepare(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs of the session for images as in `__call__`: resized, in its channel order, padded."""
@@ -106,10 +88,10 @@ class OnnxPredictor:
             return height, width
         return shortest_edge_size(height, width, self.min_size, self.max_size)
 
-    def _objects(self, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> DetectedObjects:
+    def _detections(self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> Detections:
         there = scores > 0  # the others are duplicates, or boxes without area
-        names = tuple(self.class_names[i] for i in classes[there]) if self.class_names else ()
-        return DetectedObjects(boxes[there], scores[there], classes[there], names)
+        rgb = image[:, :, ::-1]
+        return Detections(boxes[there], scores[there], classes[there], self.class_names, image.shape[:2], rgb)
 
 
 def shortest_edge_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:

@@ -106,8 +106,9 @@ def test_training_and_gathered_evaluation(tmp_path: Path) -> None:
 
 FAILING = """
 import sys
-sys.path.insert(0, {tools!r})
-import torch, train_net
+import torch
+from dino_d2.engine import run
+from dino_d2.tools.train_net import parse
 from detectron2.utils import comm
 from detectron2.engine import launch
 from dino_d2.engine import DINOTrainer
@@ -124,7 +125,7 @@ class Failing(DINOTrainer):
         model.neck.register_forward_hook(hook)
         return model
 
-train_net.DINOTrainer = Failing
+run.DINOTrainer = Failing
 if __name__ == "__main__":
     {start}
 """
@@ -134,8 +135,8 @@ IN_THE_REPORT = (
     "if comm.get_rank() == 1 and len(calls) == 2: raise torch.OutOfMemoryError('of process 1')\n"
     "            return [level * float('nan') for level in output]"
 )
-TORCHRUN = "run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))"
-LAUNCH = "launch(train_net.main, 2, dist_url='auto', args=(train_net.parse(sys.argv[1:]),))"
+TORCHRUN = "run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))"
+LAUNCH = "launch(run.train_or_evaluate, 2, dist_url='auto', args=(parse(sys.argv[1:]),))"
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ LAUNCH = "launch(train_net.main, 2, dist_url='auto', args=(train_net.parse(sys.a
 @pytest.mark.parametrize("start", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
 def test_process_that_fails_ends_the_others_with_its_message(tmp_path: Path, start: str, fault: str) -> None:
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(tools=str(ROOT / "tools"), fault=fault, start=start))
+    script.write_text(FAILING.format(fault=fault, start=start))
     data = write_rectangles(tmp_path / "data", count=2, size=64)
     values = [*config_values(data, tmp_path / "run", "failing"), "INPUT.MIN_SIZE_TRAIN", "[64]"]
     values += ["SOLVER.MAX_ITER", "20", "DATASETS.TEST", "()", "SOLVER.ON_NON_FINITE", "skip"]
@@ -166,11 +167,11 @@ def test_processes_that_would_start_at_different_places_do_not_start(tmp_path: P
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-        "import train_net\n"
+        "from dino_d2.engine import run\n"
+        "from dino_d2.tools.train_net import parse\n"
         "from dino_d2.engine.processes import run_in_every_process\n"
         f"folder = {str(tmp_path)!r} + '/' + os.environ['RANK']\n"
-        "run_in_every_process(train_net.main, train_net.parse([*sys.argv[1:], 'OUTPUT_DIR', folder]))\n"
+        "run_in_every_process(run.train_or_evaluate, parse([*sys.argv[1:], 'OUTPUT_DIR', folder]))\n"
     )
     second = torchrun(str(script), *train[1:], *values, "SOLVER.MAX_ITER", "4")
     assert second.returncode != 0
@@ -193,8 +194,8 @@ def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"  # a worker that kills itself once, after the first checkpoint
     script.write_text(
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-        "import train_net\n"
+        "from dino_d2.engine import run\n"
+        "from dino_d2.tools.train_net import parse\n"
         "from dino_d2.engine import DINOTrainer\n"
         "from dino_d2.engine.processes import run_in_every_process\n"
         "class Killed(DINOTrainer):\n"
@@ -202,8 +203,8 @@ def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
         "        super().run_step()\n"
         "        if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.iter) == ('1', '0', 5):\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train_net.DINOTrainer = Killed\n"
-        "run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))\n"
+        "run.DINOTrainer = Killed\n"
+        "run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))\n"
     )
     killed = torchrun(str(script), *command(tmp_path / "killed")[1:], options=("--max-restarts", "2"))
     assert killed.returncode == 0, killed.stderr[-3000:]
@@ -221,11 +222,11 @@ def test_detectron2_launches_the_processes_too(tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
         "from detectron2.engine import launch\n"
-        "from train_net import main, parse\n"
+        "from dino_d2.engine.run import train_or_evaluate\n"
+        "from dino_d2.tools.train_net import parse\n"
         "if __name__ == '__main__':\n"
-        "    launch(main, 2, dist_url='auto', args=(parse(sys.argv[1:]),))\n"
+        "    launch(train_or_evaluate, 2, dist_url='auto', args=(parse(sys.argv[1:]),))\n"
     )
     result = subprocess.run(
         [sys.executable, str(script), "--config-file", str(RECIPE), *values],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,12 @@ from dino_d2 import load_config
 from dino_d2.checkpoint.assumptions import EXTRA_STATE, Assumptions
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
+from dino_d2.engine.run import train_or_evaluate
+from dino_d2.tools import train_net
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")
-sys.path.insert(0, str(ROOT / "tools"))
-
-import train_net  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +98,7 @@ def test_evaluation_of_classes_that_the_weights_lack_is_refused(
     weights = ["MODEL.WEIGHTS", str(trained[0] / "model_final.pth")]
     options = ["--config-file", RECIPE, "--eval-only", *trained[1], *weights, *green]
     with pytest.raises(ValueError, match=r"newly initialised \(1\): green"):
-        train_net.main(train_net.parse(options))
+        train_or_evaluate(train_net.parse(options))
 
 
 def test_only_a_config_that_says_so_trusts_files(trained: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ def test_what_dino_d2_says_is_in_the_log_file(four_pictures: tuple[Path, Path], 
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-        "import train_net\n"
+        "from dino_d2.engine import run\n"
+        "from dino_d2.tools.train_net import parse\n"
         "from dino_d2.engine import DINOTrainer\n"
         "class Poisoned(DINOTrainer):\n"
         "    @classmethod\n"
@@ -166,8 +166,8 @@ def test_what_dino_d2_says_is_in_the_log_file(four_pictures: tuple[Path, Path], 
         "        poison = lambda module, inputs, levels: [level * float('nan') for level in levels]\n"
         "        model.neck.register_forward_hook(poison)\n"
         "        return model\n"
-        "train_net.DINOTrainer = Poisoned\n"
-        "train_net.main(train_net.parse(sys.argv[1:]))\n"
+        "run.DINOTrainer = Poisoned\n"
+        "run.train_or_evaluate(parse(sys.argv[1:]))\n"
     )
     values = config_values(four_pictures, tmp_path / "run", "logged")
     values += ["SOLVER.MAX_ITER", "1", "SOLVER.ON_NON_FINITE", "skip", "DATASETS.TEST", "()"]

@@ -77,8 +77,8 @@ def script(folder: Path, then: str = "") -> Path:
     path.write_text(
         "import os, sys, time\n"
         "from datetime import timedelta\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-        "import train_net\n"
+        "from dino_d2.engine import run\n"
+        "from dino_d2.tools.train_net import parse\n"
         "from dino_d2.engine import DINOTrainer, processes\n"
         f"processes.TIMEOUT = timedelta(seconds={WAITING})\n"
         "class Trainer(DINOTrainer):\n"
@@ -88,8 +88,8 @@ def script(folder: Path, then: str = "") -> Path:
         "    def after_step(self):\n"
         "        super().after_step()\n"
         f"        {then or 'pass'}\n"
-        "train_net.DINOTrainer = Trainer\n"
-        "processes.run_in_every_process(train_net.main, train_net.parse(sys.argv[1:]))\n"
+        "run.DINOTrainer = Trainer\n"
+        "processes.run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))\n"
     )
     return path
 

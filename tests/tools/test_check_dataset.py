@@ -20,14 +20,12 @@ from dino_d2.checkpoint.assumptions import Assumptions
 from dino_d2.data import class_names
 from dino_d2.data.contact_sheet import NEGATIVE, OBJECT, POSITIVE
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
+from dino_d2.engine.run import train_or_evaluate
+from dino_d2.tools import check_dataset, train_net
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import check_dataset  # noqa: E402
-import train_net  # noqa: E402
 
 
 @pytest.fixture
@@ -77,10 +75,12 @@ def test_errors_are_printed_and_nothing_is_drawn(
 def test_unreadable_annotations_and_contradicting_configs_are_named(
     data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert check(data, tmp_path / "out", "MODEL.DINO.NUM_CLASSES", "3") == 1
+    with pytest.raises(SystemExit, match="2"):
+        check(data, tmp_path / "out", "MODEL.DINO.NUM_CLASSES", "3")
     assert "MODEL.DINO.NUM_CLASSES is 3" in capsys.readouterr().err
     data[0].write_text("nonsense")
-    assert check(data, tmp_path / "out") == 1
+    with pytest.raises(SystemExit, match="2"):
+        check(data, tmp_path / "out")
     assert "annotations.json is not JSON" in capsys.readouterr().err
 
 
@@ -99,12 +99,14 @@ def test_options_given_in_part_are_refused(arguments: list[str], message: str, c
     assert message in capsys.readouterr().err
 
 
-def test_faulty_file_ends_training_with_one_line(tmp_path: Path) -> None:
+def test_faulty_file_ends_training_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = train_net.parse(
         ["--config-file", str(RECIPE), "--train-json", str(tmp_path / "no.json"), "--train-images", str(tmp_path)]
     )
-    with pytest.raises(SystemExit, match=r"train_net\.py: .*no\.json: there is no such annotation file"):
-        train_net.setup(args)
+    with pytest.raises(SystemExit, match="2"):
+        train_or_evaluate(args)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no.json: there is no such annotation file" in line
 
 
 def test_files_are_trained_on_and_evaluated_and_their_classes_are_saved(

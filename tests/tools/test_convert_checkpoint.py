@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -8,14 +8,11 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch.optim.swa_utils import AveragedModel
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+from dino_d2.tools import convert_checkpoint
+from tests.checkpoint.test_checkpointer import Storage
+from tests.checkpoint.test_convert import published_by
 
-import convert_checkpoint  # noqa: E402
-from tests.checkpoint.test_checkpointer import Storage  # noqa: E402
-from tests.checkpoint.test_convert import published_by  # noqa: E402
-
-CONFIG = ["--config-file", str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")]
+CONFIG = ["--config-file", "dino_r50_4scale_12ep"]
 SMALL = [
     "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.DINO.HIDDEN_DIM", "32",
     "MODEL.DINO.NHEADS", "4", "MODEL.DINO.DIM_FEEDFORWARD", "16", "MODEL.DINO.ENC_LAYERS", "1",
@@ -35,11 +32,19 @@ def test_there_and_back_with_options_last(tmp_path: Path, capsys: pytest.Capture
     assert "tensors" in capsys.readouterr().out
 
 
-def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path) -> None:
+def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """What a command that ends with the exit code of users' errors says."""
+    with pytest.raises(SystemExit) as stopped:
+        convert_checkpoint.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     published, ours = tmp_path / "published.pth", tmp_path / "ours.pth"
     torch.save({"model": published_by("official")}, published)
-    with pytest.raises(SystemExit, match=r"published\.pth: .*does not fit"):
-        convert_checkpoint.main(["--source", "official", str(published), str(ours), *CONFIG, *SMALL[:-1], "3"])
+    error = said(capsys, "--source", "official", str(published), str(ours), *CONFIG, *SMALL[:-1], "3")
+    assert re.search(r"published\.pth: .*does not fit", error)
     assert not ours.exists()
 
 
@@ -65,12 +70,12 @@ def test_output_lies_where_iopath_reaches(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "new" / "ema.pth", weights_only=True)["model"].keys() == {"weight", "bias"}
 
 
-def test_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
+def test_checkpoint_without_an_average_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.save({"model": {}}, tmp_path / "model.pth")
-    with pytest.raises(SystemExit, match=r"model\.pth holds no moving average.*SOLVER\.EMA\.ENABLED"):
-        convert_checkpoint.main(["--source", "ema", str(tmp_path / "model.pth"), "out.pth", *CONFIG, *SMALL])
+    error = said(capsys, "--source", "ema", str(tmp_path / "model.pth"), "out.pth", *CONFIG, *SMALL)
+    assert re.search(r"model\.pth holds no moving average.*SOLVER\.EMA\.ENABLED", error)
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"nowhere\.pth: there is no such file"):
-        convert_checkpoint.main(["--source", "auto", str(tmp_path / "nowhere.pth"), "out.pth", *CONFIG])
+def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    error = said(capsys, "--source", "auto", str(tmp_path / "nowhere.pth"), "out.pth", *CONFIG)
+    assert "nowhere.pth: there is no such file" in error

@@ -1,4 +1,4 @@
-"""tools/demo.py and what the demo makes of its photographs."""
+"""tools/demo.py, which is `dino-d2 predict`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from PIL import Image
 
 from dino_d2 import load_config
 from dino_d2.engine import DINOTrainer
+from dino_d2.tools import demo
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "dino_r50_4scale_12ep.yaml"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import demo  # noqa: E402
-from demo_data import Photo, cut, grid, write_coco  # noqa: E402
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess:
@@ -149,30 +146,3 @@ def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> Non
     result = run_demo("--weights", str(weights), "--input", str(photo), "--output", str(tmp_path))
     assert result.returncode != 0
     assert "weights.pth" in result.stderr
-
-
-@pytest.fixture
-def photo() -> Photo:
-    return Photo(
-        np.zeros((100, 200, 3), np.uint8), np.array([[10.0, 10, 30, 30], [90, 40, 110, 60], [150, 80, 190, 99]])
-    )
-
-
-def test_cut_keeps_trees_that_are_half_visible_and_moves_them(photo: Photo) -> None:
-    part = cut(photo, 100, 30, 100, 70)
-    assert part.pixels.shape == (70, 100, 3)
-    assert part.boxes.tolist() == [[0, 10, 10, 30], [50, 50, 90, 69]]
-    assert len(cut(photo, 101, 30, 99, 70).boxes) == 1
-
-
-def test_tiles_without_overlap_show_every_tree_at_least_once(photo: Photo) -> None:
-    assert sum(len(tile.boxes) for tile in grid(photo, 60, 0)) >= 2
-    assert sum(tile.pixels.shape[0] * tile.pixels.shape[1] for tile in grid(photo, 50, 0)) == 100 * 200
-
-
-def test_annotations_are_coco(photo: Photo, tmp_path: Path) -> None:
-    write_coco([photo], tmp_path / "a.json", tmp_path / "images")
-    content = json.loads((tmp_path / "a.json").read_text())
-    assert content["annotations"][0]["bbox"] == [10, 10, 20, 20]
-    assert content["images"][0] == {"id": 1, "file_name": "0001.png", "height": 100, "width": 200}
-    assert Image.open(tmp_path / "images" / "0001.png").size == (200, 100)

@@ -1,4 +1,4 @@
-"""tools/benchmark_data.py: what it generates and compares, not how fast it is."""
+"""dev/benchmark_data.py: what it generates and compares, not how fast it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "dev"))
 
 import benchmark_data
 from benchmark_data import KINDS, NAME, WAYS, Case, as_row, build, pss, samples_per_second, write_dataset

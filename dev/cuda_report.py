@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compile the CUDA kernels for every architecture and say what became of them: a check that needs nvcc but no GPU.
 
-    tools/cuda_report.py                        sm_75 to sm_120, and PTX for what comes later
-    tools/cuda_report.py --architectures 90
+    dev/cuda_report.py                        sm_75 to sm_120, and PTX for what comes later
+    dev/cuda_report.py --architectures 90
 
 Prints a Markdown table of registers, and of instructions per sample and row where cuobjdump is found; the exit code is
 1 if a kernel does not compile or keeps registers in memory (spills).

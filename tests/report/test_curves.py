@@ -1,4 +1,4 @@
-"""tools/plot_run.py on made-up runs."""
+"""Curves of made-up runs, and tools/plot_run.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from plot_run import draw, main, read_curves
+from dino_d2.report.curves import draw, read_curves
+from dino_d2.tools.plot_run import main
 
 
 def write_run(folder: Path, lines: list[dict]) -> Path:

@@ -1,4 +1,4 @@
-"""How tools/run_demo.py measures a whole photograph, which has more trees than COCO counts detections."""
+"""How dev/run_demo.py measures a whole photograph, which has more trees than COCO counts detections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from dino_d2 import load_config
 from dino_d2.evaluation import APSettings
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "dev"))
 
 import run_demo
 from demo_data import Photo

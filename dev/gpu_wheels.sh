@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collect, where there is a network, what tools/gpu_check.sh needs on a machine with a GPU and without one: the wheels
+# Collect, where there is a network, what dev/gpu_check.sh needs on a machine with a GPU and without one: the wheels
 # that a Python 3.12 with PyTorch lacks, and the peers of the benchmark. `make gpu-wheels`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ ready=("omegaconf>=2.1,<2.4" "hydra-core>=1.1,<2" yacs termcolor tabulate cloudp
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
   -d "$folder" "${ready[@]}"
 "$python" -m pip download -q --no-deps --no-binary=:all: --no-build-isolation -d "$folder" torch-ms-deform-attn==0.1.1
-# As tools/setup_env.py left it: without the wheel's own binary and its top-level `tools`.
+# As dev/setup_env.py left it: without the wheel's own binary and its top-level `tools`.
 site=$("$python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 tar -czf "$folder/detectron2.tar.gz" --exclude='__pycache__' -C "$site" detectron2
 

@@ -1,4 +1,4 @@
-"""tools/cuda_report.py: the CUDA kernels compile, keep their registers, and need few instructions."""
+"""dev/cuda_report.py: the CUDA kernels compile, keep their registers, and need few instructions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tools.cuda_report import BASELINE, find_cuobjdump
+from dev.cuda_report import BASELINE, find_cuobjdump
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_compile_without_spills_to_a_third_of_the_instructions() -> None:
-    command = [sys.executable, "tools/cuda_report.py", "--architectures", "90"]
+    command = [sys.executable, "dev/cuda_report.py", "--architectures", "90"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     counted = re.findall(r"\| (forward|backward) \S+ \S+ \| ([\d.]+) \|", result.stdout)

@@ -4,7 +4,7 @@
 # compiler and the folder that `make gpu-wheels` filled elsewhere; no network. Each part has its time limit. Exit code:
 # how many parts failed.
 #
-#     tools/gpu_check.sh [REPORT.md] [FOLDER OF WHEELS]
+#     dev/gpu_check.sh [REPORT.md] [FOLDER OF WHEELS]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=$(realpath -m "${1:-gpu-report.md}")
@@ -75,14 +75,14 @@ part "Doctor" text 60 "$python" -m dino_d2.doctor
 part "Tests of the op" text 200 "$python" -m pytest tests/ops -q -p no:cacheprovider
 export PYTHONPATH=$work/peer
 for dtype in float32 bfloat16 float16; do
-  part "Encoder, $dtype" table 60 "$python" tools/benchmark_op.py --device cuda --dtype "$dtype" --seconds 6
+  part "Encoder, $dtype" table 60 "$python" dev/benchmark_op.py --device cuda --dtype "$dtype" --seconds 6
 done
-part "Encoder, random locations" table 60 "$python" tools/benchmark_op.py --device cuda --locations random --seconds 4
-part "Decoder" table 60 "$python" tools/benchmark_op.py --device cuda --shape decoder --seconds 4
+part "Encoder, random locations" table 60 "$python" dev/benchmark_op.py --device cuda --locations random --seconds 4
+part "Decoder" table 60 "$python" dev/benchmark_op.py --device cuda --shape decoder --seconds 4
 recipe=configs/dino_r50_4scale_12ep.yaml
-part "Inference of DINO-4scale" table 120 "$python" tools/benchmark.py --config-file "$recipe" --device cuda \
+part "Inference of DINO-4scale" table 120 "$python" dev/benchmark.py --config-file "$recipe" --device cuda \
   --rounds 5 --dtype float32 bfloat16 float16 --variant reference MODEL.DINO.OP reference
-part "Training step of DINO-4scale" table 90 "$python" tools/benchmark.py --config-file "$recipe" --device cuda \
+part "Training step of DINO-4scale" table 90 "$python" dev/benchmark.py --config-file "$recipe" --device cuda \
   --mode train --profile
 sanitized="boxes and float32 and (as_accurate or contiguous)"
 for tool in memcheck racecheck; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time COCO's AP of a generated data set of val2017's size by pycocotools and by hotcoco, and compare their numbers.
 
-    tools/benchmark_evaluation.py                  5,000 images, 300 detections each
-    tools/benchmark_evaluation.py --images 50
+    dev/benchmark_evaluation.py                  5,000 images, 300 detections each
+    dev/benchmark_evaluation.py --images 50
 
 Both run through dino_d2's evaluator, as in training. Prints a Markdown table. The exit code is 1 if a metric differs.
 """

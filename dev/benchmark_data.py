@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What loading data costs: time to start, memory of each process and of the node, samples a second; as Markdown.
 
-    tools/benchmark_data.py --data coco
-    tools/benchmark_data.py --data objects365 --share 0.25 --way dino_d2 --folder /large/disk
+    dev/benchmark_data.py --data coco
+    dev/benchmark_data.py --data objects365 --share 0.25 --way dino_d2 --folder /large/disk
 
 A data set as large as the real one is generated: annotations like those of COCO (7.3 objects an image, with polygons)
 or of Objects365 (14.7, boxes alone), and eight photographs that all its entries name. The processes stand for those

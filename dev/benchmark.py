@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Time inference or a training step, stage by stage: Markdown on the console, JSON in a file.
 
-    tools/benchmark.py --config-file configs/dino_r50_4scale_12ep.yaml --variant reference MODEL.DINO.OP reference
-    tools/benchmark.py --config-file CONFIG --mode train --mixed --batch 1 2 --dtype float32 bfloat16 --json new.json
-    tools/benchmark.py --config-file CONFIG --size 480 640 --growth size queries layers batch --plot growth.png
-    tools/benchmark.py --compare old.json new.json
+    dev/benchmark.py --config-file configs/dino_r50_4scale_12ep.yaml --variant reference MODEL.DINO.OP reference
+    dev/benchmark.py --config-file CONFIG --mode train --mixed --batch 1 2 --dtype float32 bfloat16 --json new.json
+    dev/benchmark.py --config-file CONFIG --size 480 640 --growth size queries layers batch --plot growth.png
+    dev/benchmark.py --compare old.json new.json
 
 Every variant is timed with every dtype and batch, all of them in turns, so that a busy machine slows them alike.
 Weights and pixels are random. docs/performance.md says what each number means.

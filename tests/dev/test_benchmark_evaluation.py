@@ -1,4 +1,4 @@
-"""tools/benchmark_evaluation.py on a few images: both programs run and are compared."""
+"""dev/benchmark_evaluation.py on a few images: both programs run and are compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "dev"))
 
 import benchmark_evaluation
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time multi-scale deformable attention: ours, PyTorch's grid_sample, and whatever peer is installed, side by side.
 
-    tools/benchmark_op.py                                       float32 on the CPU, encoder of DINO-4scale at 800x1333
-    tools/benchmark_op.py --dtype bfloat16 --shape decoder
-    tools/benchmark_op.py --device cuda --locations random
+    dev/benchmark_op.py                                       float32 on the CPU, encoder of DINO-4scale at 800x1333
+    dev/benchmark_op.py --dtype bfloat16 --shape decoder
+    dev/benchmark_op.py --device cuda --locations random
 
 Every contestant is first held against float64; then they run in turns, so that a busy machine slows all of them. Prints
 a Markdown table. The exit code is 1 if a result of ours is wrong.
@@ -150,7 +150,7 @@ def contestants(problem: Problem) -> list[Contestant]:
 
 
 def baseline_2020(shapes: list[tuple[int, int]]) -> Callable[..., Tensor]:
-    """tools/baseline_2020.cu, compiled for this GPU."""
+    """dev/baseline_2020.cu, compiled for this GPU."""
     source = Path(__file__).with_name("baseline_2020.cu")
     major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:

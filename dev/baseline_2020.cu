@@ -1,4 +1,4 @@
-// What tools/benchmark_op.py measures the CUDA kernels against: the design of 2020 that most DINOs still run, in its
+// What dev/benchmark_op.py measures the CUDA kernels against: the design of 2020 that most DINOs still run, in its
 // straightforward form. Forward: a thread per channel, which repeats all arithmetic of a sample. Backward: a block per
 // query and head, an atomic addition per corner and channel, sums over channels made by one thread in shared memory.
 // Single precision, softmax and locations outside.

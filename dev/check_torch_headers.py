@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compile the op and its baseline against the headers of other versions of PyTorch, as those who have them would.
 
-    tools/check_torch_headers.py                 the oldest that has the stable interface, and one in between
-    tools/check_torch_headers.py 2.12.0
+    dev/check_torch_headers.py                 the oldest that has the stable interface, and one in between
+    dev/check_torch_headers.py 2.12.0
 
 Fetches each wheel from the package index (500 MB and more), installs nothing. Exit code 1: something does not compile.
 """
@@ -51,7 +51,7 @@ def compile_all(include: Path) -> list[str]:
     # kernels_*.cpp are without torch.
     sources = [(cpp, path) for path in ROOT.glob("ops/csrc/**/*.cpp") if not path.name.startswith("kernels_")]
     if shutil.which("nvcc"):
-        sources += [(cuda, path) for folder in ("ops", "tools") for path in ROOT.glob(f"{folder}/**/*.cu")]
+        sources += [(cuda, path) for folder in ("ops", "dev") for path in ROOT.glob(f"{folder}/**/*.cu")]
     else:
         print("no nvcc: the CUDA source is left out")
     failures = []

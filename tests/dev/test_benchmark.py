@@ -1,4 +1,4 @@
-"""tools/benchmark.py with a tiny model: which numbers there are and what they belong to, not how large they are."""
+"""dev/benchmark.py with a tiny model: which numbers there are and what they belong to, not how large they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "dev"))
 
 import benchmark
 import benchmark_runners

@@ -1,4 +1,4 @@
-"""What tools/benchmark.py measured: its dataclasses, as JSON, as Markdown and as a picture."""
+"""What dev/benchmark.py measured: its dataclasses, as JSON, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Report:
             values["measurements"] = [_measurement(x) for x in values["measurements"]]
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no file that tools/benchmark.py --json wrote: {error}") from error
+            raise ValueError(f"{path} is no file that dev/benchmark.py --json wrote: {error}") from error
 
 
 def _measurement(values: dict) -> Measurement:

@@ -14,8 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +21,6 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 RECORD = VENV / "setup.json"
 OLDEST_PYTHON = (3, 10)
-
-# detectron2 is not on PyPI under its own name. This wheel holds the Python files of its main branch of
-# 2024-04-17; it is pure Python for us, because its compiled `_C` (built for one old torch) is left out.
-DETECTRON2_REQUIREMENT = "sal-detectron2==0.7.2"
-DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 
 
 def say(message: str) -> None:
@@ -88,31 +81,6 @@ def create_venv() -> None:
         fail(f"`{' '.join(command)}` failed (Debian: `apt-get install python3-venv`).")
 
 
-def install_detectron2() -> None:
-    site_packages = Path(
-        subprocess.check_output(
-            [PYTHON, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
-        ).strip()
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        # The wheel is tagged for one Python; its Python files serve them all.
-        run(PYTHON, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder,
-            "--python-version", "3.10", "--implementation", "cp", "--abi", "none", "--platform", "any",
-            "--only-binary=:all:", DETECTRON2_REQUIREMENT)  # fmt: skip
-        (wheel,) = Path(folder).glob("*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != DETECTRON2_SHA256:
-            fail(f"{wheel.name} has sha256 {found}, expected {DETECTRON2_SHA256}.")
-        with zipfile.ZipFile(wheel) as archive:
-            # Left out: a binary of another torch, and a top-level `tools` that would hide ours.
-            wanted = [
-                name
-                for name in archive.namelist()
-                if not name.startswith("tools/") and not Path(name).name.startswith("_C")
-            ]
-            archive.extractall(site_packages, wanted)
-
-
 def build_op() -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
     run(PYTHON, "-c", "from dino_d2.ops import require_compiled; require_compiled()")
@@ -137,7 +105,8 @@ def main() -> None:
         lambda: run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
                     *(part for path in requirements for part in ("-r", path))),
     )  # fmt: skip
-    step("detectron2", DETECTRON2_SHA256, install_detectron2)
+    installer = ROOT / "tools" / "install_detectron2.py"
+    step("detectron2", digest(installer), lambda: run(PYTHON, "dino_d2_cli.py", "install-detectron2"))
     sources = [path for path in (ROOT / "ops" / "csrc").rglob("*") if path.is_file()]
     build_settings = "|".join(
         f"{name}={os.environ.get(name, '')}" for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX")

@@ -1,4 +1,4 @@
-"""What tools/benchmark.py times: inference, a training step, an exported model; and how their stages are told apart."""
+"""What dev/benchmark.py times: inference, a training step, an exported model; and how their stages are told apart."""
 
 from __future__ import annotations
 

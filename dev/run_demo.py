@@ -22,13 +22,11 @@ from pathlib import Path
 import matplotlib
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 
-from demo import detect
 from demo_data import Photo, fetch, grid, read_photo, write_backbone, write_coco
-from dino_d2 import load_config
+from dino_d2 import Detector
 from dino_d2.evaluation import APSettings, COCOEvaluator
 
 matplotlib.use("Agg")
@@ -146,12 +144,12 @@ def main() -> None:
     folder = args.output / "train"
     train(args.seed, folder)
     weights = folder / "model_final.pth"
-    cfg = load_config(CONFIG, ["MODEL.WEIGHTS", str(weights)])
-    predictor, settings = DefaultPredictor(cfg), APSettings.of_config(cfg)
+    detector = Detector.from_pretrained(weights, CONFIG)
+    settings = APSettings.of_config(detector.cfg)
     results = {}
     for which, picture in (("test", "photograph.png"), ("second_site", "second_site.png")):
         photo = read_photo(DATA, which)
-        found = detect(predictor, photo.pixels[:, :, ::-1], TEST_TILE)
+        found = detector(photo.pixels, threshold=0, tile=TEST_TILE).to_instances()
         results[which] = evaluate(photo, found, f"demo_{which}", settings)
         draw(photo, found, args.output / picture)
     metrics = {**results["test"], "second_site": results["second_site"], "seed": args.seed}
@@ -164,8 +162,7 @@ def main() -> None:
     print(f"[demo] look at {args.output}/photograph.png, second_site.png and curves.png; metrics.json has the numbers")
     print("[demo] on a photograph of your own:")
     print(
-        f"    .venv/bin/python tools/demo.py --config-file {CONFIG} --weights {weights} "
-        f"--tile {TEST_TILE} --input PHOTO --output {args.output}/own"
+        f"    .venv/bin/dino-d2 predict --weights {folder} --tile {TEST_TILE} --input PHOTO --output {args.output}/own"
     )
 
 

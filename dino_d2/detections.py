@@ -1,0 +1,238 @@
+"""What was found in one image. NumPy alone: models that were exported give it without torch."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+    import supervision
+    from detectron2.structures import Instances
+    from PIL.Image import Image
+
+# COCO's numbers of its 80 classes, in their order.
+COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+FIRST_AND_LAST_OF_COCO = ("person", "toothbrush")
+# Distinct on photographs and for colour-blind eyes (Okabe and Ito), lightest first.
+COLOURS = [(240, 228, 66), (86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178)]
+
+
+class Detection(NamedTuple):
+    """One object.
+
+    name: of its class; "class 3" if the model knows no names.
+    box: x1, y1, x2, y2 in pixels of the image.
+    class_id: counted from 0.
+    """
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    class_id: int
+
+
+@dataclass(repr=False, eq=False)
+class Detections:
+    """What was found in one image, best first. Iterating gives each :class:`Detection`.
+
+    boxes: (n, 4) float32, x1, y1, x2, y2 in pixels of the image.
+    scores: (n,) float32 in [0, 1].
+    classes: (n,) int64, counted from 0.
+    class_names: of all classes of the model; empty if it knows none.
+    image_size: height, width.
+    image: the picture: a path, or (H, W, 3) uint8 in RGB; None if it is not kept.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    image: str | np.ndarray | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes of the n objects."""
+        return [self._name(number) for number in self.classes.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        rows = zip(self.names, self.scores.tolist(), self.boxes.tolist(), self.classes.tolist(), strict=True)
+        return (Detection(name, score, tuple(box), number) for name, score, box, number in rows)
+
+    def __getitem__(self, which: int | slice | np.ndarray | Sequence) -> Detection | Detections:
+        """One object by its number, or :class:`Detections` by a slice, a mask or a list of numbers."""
+        if isinstance(which, int | np.integer):
+            return list(self)[which]
+        which = which if isinstance(which, slice) else np.asarray(which, dtype=None if len(which) else np.int64)
+        return replace(self, boxes=self.boxes[which], scores=self.scores[which], classes=self.classes[which])
+
+    def above(self, score: float) -> Detections:
+        """Those that score more."""
+        return self[self.scores > score]
+
+    def of(self, *names: str) -> Detections:
+        """Those of these classes.
+
+        Raises:
+            ValueError: the model has no class of that name.
+        """
+        known = self.class_names or [self._name(number) for number in set(self.classes.tolist())]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(known)}"
+                raise ValueError(f"there is no class {name}; {hint}")
+        return self[np.array([name in names for name in self.names], bool)]
+
+    def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:
+        """The picture with boxes, classes and scores.
+
+        Args:
+            image: to draw on, arrays in RGB; by default the one that was looked at.
+
+        Raises:
+            ValueError: it is not known, or has another size.
+        """
+        picture = as_picture(self.image if image is None else image)
+        height, width = self.image_size
+        if picture.size != (width, height):
+            raise ValueError(f"the picture is {picture.size[0]} x {picture.size[1]}, the detections are of one of "
+                             f"{width} x {height} pixels")  # fmt: skip
+        return _draw(self, picture)
+
+    def save(self, path: str | PathLike) -> None:
+        """The drawn picture, or for a path that ends with .json a list of the objects."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_list(), indent=1))
+        else:
+            self.draw().save(path)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """A dictionary for each object: "class", "score", "box_xyxy"."""
+        return [
+            {"class": found.name, "score": round(found.score, 4), "box_xyxy": [round(side, 1) for side in found.box]}
+            for found in self
+        ]
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO's format for results: a dictionary for each object, boxes as x, y, width, height.
+
+        Args:
+            category_ids: of all classes; by default COCO's where the classes are COCO's, else 1, 2, ….
+        """
+        if category_ids is None:
+            is_coco = len(self.class_names) == 80 and self.class_names[:: 80 - 1] == FIRST_AND_LAST_OF_COCO
+            category_ids = COCO_IDS if is_coco else range(1, max([len(self.class_names), *(self.classes + 1)]) + 1)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_ids[found.class_id],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": found.score,
+            }
+            for found in self
+            for x1, y1, x2, y2 in [found.box]
+        ]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Columns name, score, x1, y1, x2, y2, class_id."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_dataframe needs pandas: pip install pandas") from error
+        rows = [(found.name, found.score, *found.box, found.class_id) for found in self]
+        return pandas.DataFrame(rows, columns=["name", "score", "x1", "y1", "x2", "y2", "class_id"])
+
+    def to_supervision(self) -> supervision.Detections:
+        """Those of the library supervision: annotators, trackers, zones."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision needs supervision: pip install 'dino-d2[data]'") from error
+        return supervision.Detections(
+            xyxy=self.boxes.reshape(-1, 4),
+            confidence=self.scores,
+            class_id=self.classes,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def to_instances(self) -> Instances:
+        """detectron2's."""
+        import torch
+        from detectron2.structures import Boxes, Instances
+
+        instances = Instances(self.image_size)
+        instances.pred_boxes = Boxes(torch.from_numpy(self.boxes.copy()))
+        instances.scores = torch.from_numpy(self.scores.copy())
+        instances.pred_classes = torch.from_numpy(self.classes.copy())
+        return instances
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(self.names).most_common())
+        best = ", ".join(f"{found.name} {found.score:.2f}" for found in self[:3])
+        return f"<{len(self)} detections in {width} x {height} pixels: {counts or 'nothing'}" + (
+            f"; best {best}>" if len(self) else ">"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The drawn picture, in a notebook."""
+        if self.image is None:
+            return None
+        file = io.BytesIO()
+        self.draw().save(file, "PNG")
+        return file.getvalue()
+
+    def _name(self, number: int) -> str:
+        return self.class_names[number] if number < len(self.class_names) else f"class {number}"
+
+
+def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
+    """A new PIL picture in RGB, turned as its EXIF data say."""
+    from PIL import Image, ImageOps
+
+    if image is None:
+        raise ValueError("the picture is not kept with these detections: give it to draw")
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    with Image.open(image) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits: PIL would clip
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+        return picture.convert("RGB")
+
+
+def _draw(detections: Detections, picture: Image) -> Image:
+    from PIL import ImageDraw, ImageFont
+
+    longest = max(picture.size)
+    line, font = max(2, longest // 400), ImageFont.load_default(max(12, longest // 65))
+    pen = ImageDraw.Draw(picture)
+    for found in reversed(list(detections)):  # the best on top
+        colour = COLOURS[found.class_id % len(COLOURS)]
+        pen.rectangle(found.box, outline=colour, width=line)
+        text = f"{found.name} {found.score:.2f}"
+        left, _, right, bottom = pen.textbbox((0, 0), text, font=font)
+        x = min(max(found.box[0], 0), max(picture.width - right - 2 * line, 0))
+        y = found.box[1] - bottom - line
+        y = y if y >= 0 else min(max(found.box[1], 0), picture.height)
+        pen.rectangle((x, y, x + right - left + 2 * line, y + bottom + line), fill=colour)
+        pen.text((x + line, y), text, fill=(0, 0, 0), font=font)
+    return picture

@@ -1,0 +1,263 @@
+"""Three lines from weights to boxes.
+
+detector = Detector.from_pretrained("dino_r50_4scale_12ep")
+detections = detector("street.jpg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import DINOCheckpointer
+from .config import load_config
+from .data import build_test_augmentation, class_names, read_image
+from .detections import Detections, as_picture
+from .pretrained import CARD, CONFIG, SAVED, find_pretrained
+from .tiles import predict_in_tiles
+
+OVERLAP = 0.25  # of neighbouring tiles
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+Picture = str | PathLike | Image.Image | np.ndarray
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Detector:
+    """A model that takes pictures as they come. It finds what detectron2's `DefaultPredictor` finds with its config.
+
+    Attributes:
+        cfg: the config.
+        model: the DINO, in evaluation mode.
+        class_names: of all classes; empty if they are not known.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        self.cfg, self.model = cfg, model.eval()
+        self.class_names = tuple(class_names(cfg))
+        self._augmentation = build_test_augmentation(cfg)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | PathLike,
+        config_file: str | PathLike | None = None,
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
+        overrides: Sequence[Any] = (),
+    ) -> Detector:
+        """
+        Args:
+            weights: a name that `dino-d2 zoo` lists; a folder made by :meth:`save_pretrained`; the OUTPUT_DIR of a
+                training; a checkpoint; the id of a repository on Hugging Face, of which only safetensors and plain YAML
+                are read.
+            config_file: of a checkpoint that has no config.yaml beside it: a path, or the name of a recipe.
+            device: "cpu", "cuda", …; by default a GPU if there is one.
+            dtype: float32, or bfloat16 or float16 for what may be computed in less.
+            overrides: KEY, VALUE, … over the config.
+
+        Raises:
+            FileNotFoundError: there are no such weights, or no config for them.
+            ValueError: the weights contradict the config; a key or a dtype that does not exist.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        found = find_pretrained(weights, config_file)
+        values = [*found.settings, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, *overrides]
+        if dtype != "float32":
+            values += ["TEST.AMP.ENABLED", True, "TEST.AMP.DTYPE", dtype]
+        cfg = load_config(found.config_file, values)
+        if device is not None:
+            cfg.MODEL.DEVICE = str(device)
+        model = build_model(cfg)
+        DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(found.weights)
+        if not class_names(cfg) and model.assumptions.class_names:
+            cfg.MODEL.DINO.CLASS_NAMES = list(model.assumptions.class_names)
+        return cls(cfg, model)
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        threshold: float = 0.3,
+        classes: Sequence[str] = (),
+        tile: int = 0,
+        batch_size: int = 1,
+        channel_order: str = "rgb",
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Find objects.
+
+        Args:
+            images: a path, a URL, a PIL image or an array (H, W, 3) uint8 in RGB (`cv2.imread` gives BGR: say
+                channel_order="bgr"); a list of them; a folder, whose pictures are taken in the order of their names; a
+                video file.
+            threshold: keep what scores more. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
+            classes: names; none: all.
+            tile: look at the picture in pieces of at most this side, in pixels: large pictures with small objects.
+            batch_size: pictures that the model sees at once.
+            channel_order: of arrays, "rgb" or "bgr".
+
+        Returns:
+            :class:`Detections` of a picture; a list of them for a list or a folder; for a video an iterator over its
+            frames, which are read as they are needed.
+
+        Raises:
+            FileNotFoundError: there is no such file, or no picture in the folder.
+            ValueError: a file that is no picture, an array of another shape or type, a class that is not known.
+        """
+        if channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
+        path = Path(images) if isinstance(images, str | PathLike) else None
+        if path and path.suffix.lower() in VIDEOS:
+            return self._all(_frames(path), threshold, classes, tile, batch_size, "rgb")
+        if path and path.is_dir():
+            images = pictures_in(path)
+        elif not isinstance(images, Sequence) or isinstance(images, str):
+            return next(self._all([images], threshold, classes, tile, 1, channel_order))
+        bar = tqdm(images, disable=len(images) < 2 * batch_size or len(images) < 10, unit="picture")
+        return list(self._all(bar, threshold, classes, tile, batch_size, channel_order))
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write config.yaml, model.safetensors and README.md, which :meth:`from_pretrained` reads."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.DATASETS.COCO_FORMAT = "", False, []
+        cfg.MODEL.DINO.CLASS_NAMES = list(self.class_names)
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.model.state_dict().items()}
+        save_file(state, folder / SAVED, {"format": "pt"})
+        (folder / CONFIG).write_text(cfg.dump())
+        (folder / CARD).write_text(self._card(folder.name))
+
+    def _all(
+        self,
+        images: Iterable[Picture],
+        threshold: float,
+        classes: Sequence[str],
+        tile: int,
+        batch_size: int,
+        channel_order: str,
+    ) -> Iterator[Detections]:
+        images = iter(images)
+        while batch := [_as_rgb(image, channel_order) for image in islice(images, batch_size)]:
+            arrays = [array for _, array in batch]
+            found = [self._tiles(array, tile) for array in arrays] if tile else self._predict(arrays)
+            for (source, array), instances in zip(batch, found, strict=True):
+                detections = self._as_detections(instances, array.shape[:2], source).above(threshold)
+                yield detections.of(*classes) if classes else detections
+
+    def _predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """Of pictures in RGB, as `DefaultPredictor` does."""
+        inputs = []
+        for image in images:
+            height, width = image.shape[:2]
+            ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+            resized = self._augmentation.get_transform(ordered).apply_image(ordered)
+            pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+            inputs.append({"image": pixels, "height": height, "width": width})
+        with torch.no_grad():
+            return [result["instances"].to("cpu") for result in self.model(inputs)]
+
+    def _tiles(self, image: np.ndarray, tile: int) -> Instances:
+        return predict_in_tiles(lambda part: self._predict([part])[0], image, tile, int(tile * OVERLAP))
+
+    def _as_detections(self, instances: Instances, size: tuple[int, int], source: str | np.ndarray) -> Detections:
+        return Detections(
+            instances.pred_boxes.tensor.float().numpy(),
+            instances.scores.float().numpy(),
+            instances.pred_classes.numpy(),
+            self.class_names,
+            size,
+            source,
+        )
+
+    def _card(self, name: str) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        names = ", ".join(self.class_names) or f"{self.cfg.MODEL.DINO.NUM_CLASSES} classes without names"
+        return f"""\
+---
+library_name: dino-d2
+pipeline_tag: object-detection
+---
+# {name}
+
+A DINO detector (arXiv 2203.03605) of {parameters:.1f} million parameters, for [dino_d2](https://pypi.org/project/dino-d2/).
+
+```python
+from dino_d2 import Detector
+
+detector = Detector.from_pretrained("{name}")  # this folder, or OWNER/NAME on Hugging Face
+detections = detector("photo.jpg")
+```
+
+- Classes: {names}
+- Backbone: {self.cfg.MODEL.BACKBONE.NAME}
+- Pictures: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
+- Trained on, evaluated on, licence: *say it here before you publish the model*
+"""
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """The pictures of a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"there are no pictures in {folder}: none of {', '.join(sorted(PICTURES))}")
+    return found
+
+
+def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.ndarray]:
+    """What detections keep of a picture to draw it later, and its pixels (H, W, 3) uint8 in RGB."""
+    if isinstance(image, str | PathLike):
+        pixels = read_image(image, "RGB")
+        return (pixels if "://" in str(image) else str(image)), pixels
+    if isinstance(image, Image.Image):
+        pixels = np.asarray(as_picture(image))
+        return pixels, pixels
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be a path, a PIL image or a uint8 array (height, width, 3), got {described}")
+    pixels = image if channel_order == "rgb" else image[:, :, ::-1]
+    return pixels, pixels
+
+
+def _frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video, in RGB, with a progress bar."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(f"{path}: videos need OpenCV: pip install opencv-python-headless") from error
+    video = cv2.VideoCapture(str(path))
+    try:
+        if not video.isOpened():
+            raise ValueError(f"{path} cannot be read as a video")
+        with tqdm(total=int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None, unit="frame") as bar:
+            while True:
+                there, frame = video.read()
+                if not there:
+                    return
+                yield frame[:, :, ::-1]
+                bar.update()
+    finally:
+        video.release()

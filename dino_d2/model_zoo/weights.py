@@ -1,0 +1,108 @@
+"""Published weights on this machine: loaded once, converted once, then read from the cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
+
+from dino_d2.checkpoint import read_state_dict, to_ours
+from dino_d2.checkpoint.files import write_checkpoint
+from dino_d2.config import find_config_file, load_config
+
+from .download import DownloadError, download
+from .table import Entry, find
+
+PREFIX = "dino://"
+CACHE = "DINO_D2_CACHE"  # environment variable
+CONVERSION = "converted-1"  # the number rises when the same file is to be converted otherwise
+
+
+def cache_folder() -> Path:
+    """`DINO_D2_CACHE`, by default "dino_d2" beside detectron2's cache."""
+    given = os.environ.get(CACHE)
+    return Path(given) if given else Path(get_cache_dir()).parent / "dino_d2"
+
+
+def cached_file(entry: Entry) -> Path:
+    """Where the converted weights lie, or will."""
+    return cache_folder() / CONVERSION / f"{entry.name}.pth"
+
+
+def published_file(entry: Entry) -> Path:
+    """Where the publisher's file is looked for before it is loaded: put it there by hand where there is no network."""
+    return cache_folder() / "published" / entry.name / Path(entry.file).name
+
+
+def local_weights(name: str) -> str:
+    """The path of converted weights, which are loaded and converted first if they are not there.
+
+    Raises:
+        ValueError: there are no such weights, or their file is not what it should be.
+        DownloadError: they cannot be had.
+    """
+    entry = find(name)
+    converted = cached_file(entry)
+    if converted.exists():
+        return str(converted)
+    with file_lock(str(converted)):  # of two processes one loads
+        if not converted.exists():
+            published = published_file(entry)
+            by_hand = published.exists()
+            if not by_hand:
+                _load(entry, published)
+            _convert(entry, published, converted)
+            if not by_hand:
+                published.unlink()
+    return str(converted)
+
+
+def _load(entry: Entry, published: Path) -> None:
+    logging.getLogger(__name__).info("loading %s (published by %s) from %s", entry.name, entry.publisher, entry.url)
+    try:
+        download(entry.url, published, entry.sha256)
+    except DownloadError as error:
+        raise DownloadError(
+            f"{error}\nWhere there is no network: put {Path(entry.file).name} from {entry.url} at {published}; "
+            "DINO_D2_ZOO_URL is the address of a mirror, if you have one"
+        ) from error
+
+
+def _convert(entry: Entry, published: Path, converted: Path) -> None:
+    cfg = config_of(entry, ["MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False])
+    try:
+        conversion = to_ours(read_state_dict(published), "auto", build_model(cfg))
+    except ValueError as error:
+        raise ValueError(f"{published} is not what was published as {entry.name}: {error}") from error
+    write_checkpoint({"model": conversion.state}, converted.parent, converted.name)
+
+
+def config_of(entry: Entry, overrides: list[Any]) -> CfgNode:
+    """The config that the weights go with, without weights."""
+    return load_config(find_config_file(entry.recipe), [*entry.settings, "MODEL.WEIGHTS", "", *overrides])
+
+
+class ZooHandler(PathHandler):
+    """`dino://NAME` for everything that reads weights by iopath, as detectron2 does."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return local_weights(path.removeprefix(PREFIX))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        return open(self._get_local_path(path), mode, buffering)
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        return True
+
+
+def register() -> None:
+    PathManager.register_handler(ZooHandler(), allow_override=True)
