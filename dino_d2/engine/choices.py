@@ -72,7 +72,7 @@ def choose(args: Namespace) -> Run:
     first = [*model, *([Choice("OUTPUT_DIR", args.output, "--output")] if args.output else [])]
     chooses = args.data and not args.eval_only
     if chooses:
-        first += [Choice(key, value, "") for key, value in few_photos()]
+        first += [Choice(key, value, FEW_PHOTOS.name) for key, value in few_photos()]
     plain = load_config(config_file, [*_flat(first), *args.opts])
     resumes = bool(args.resume or args.resume_from)
     if args.data:

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from dino_d2.checkpoint import DINOCheckpointer
+from dino_d2.config import find_config_file
 from dino_d2.data import register_datasets
 from dino_d2.report.photographs import own_photographs, report_on_photographs
 from dino_d2_cli import user_errors
@@ -61,7 +62,7 @@ def set_up(args: Namespace) -> CfgNode:
         check_run_folder(cfg, args.resume or bool(args.resume_from))
     cfg.freeze()
     comm.synchronize()
-    set_up_folder(cfg, args)
+    set_up_folder(cfg, Namespace(**vars(args) | {"config_file": find_config_file(chosen.config_file)}))
     return cfg
 
 

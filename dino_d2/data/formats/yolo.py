@@ -76,9 +76,9 @@ def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[
         place = _resolve(file.parent, str(settings.get("path") or ""), entry)
         if place is None and part == "train":
             raise FileNotFoundError(f"{file}: {part} is {entry}, and there is no such folder of images")
-        if place is None:
+        if place is None and part == "val":
             notes.append(f"{file.name}: {part} is {entry}, which is not there: it is left out")
-        else:
+        elif place is not None:
             folders.append(place)
     return folders
 
