@@ -25,6 +25,7 @@ EXAMPLES = "examples"  # folder in OUTPUT_DIR
 EACH = 3  # of the best and of the worst
 IOU, SCORE = 0.5, 0.3  # from which a detection is the object, and from which it counts
 PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of a photograph, height of the title, distance
+NARROWEST = 400  # pixels that a title needs
 PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def report_on_photographs(cfg: CfgNode, results: dict[str, Any]) -> None:
     photographs = score_photographs(files, json.loads(detections.read_text()))
     names = class_names(cfg)
     counts = Counter(label for photograph in photographs for label in photograph.truth.labels.tolist())
-    logger.info("AP of the best weights on %d photographs:\n%s", len(photographs), ap_table(metrics, names, counts))
+    logger.info(
+        "AP on the %d photographs of %s:\n%s", len(photographs), files.annotations, ap_table(metrics, names, counts)
+    )
     best, worst = best_and_worst(photographs)
     folder = Path(cfg.OUTPUT_DIR, EXAMPLES)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,17 +150,18 @@ def draw(photograph: Photograph, names: Sequence[str]) -> Image.Image:
     picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.LANCZOS)
     truth, found = photograph.truth, photograph.found
     panels = [
-        (f"{photograph.path.name}: {len(truth)} objects", truth, [names[label] for label in truth.labels.tolist()]),
+        (f"{photograph.path.name}: {len(truth)} there", truth, [names[label] for label in truth.labels.tolist()]),
         (
-            f"found: {len(found)}, {photograph.right} of them right (F1 {photograph.f1:.2f})",
+            f"{len(found)} found, {photograph.right} right: F1 {photograph.f1:.2f}",
             found,
             [f"{names[label]} {score:.2f}" for label, score in zip(found.labels.tolist(), found.scores, strict=True)],
         ),
     ]
-    sheet = Image.new("RGB", (2 * PANEL + 3 * GAP, TITLE + picture.height + GAP), PAPER)
+    width = max(picture.width, NARROWEST)
+    sheet = Image.new("RGB", (2 * width + 3 * GAP, TITLE + picture.height + GAP), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
     for place, (title, objects, texts) in enumerate(panels):
-        left = GAP + place * (PANEL + GAP)
+        left = GAP + place * (width + GAP)
         pen.text((left, GAP), title, fill=INK, font=font)
         drawn = draw_boxes(picture.copy(), (objects.boxes * scale).tolist(), objects.labels.tolist(), texts)
         sheet.paste(drawn, (left, TITLE))
