@@ -118,6 +118,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.ON_NON_FINITE = "stop"  # stop | skip: what to do after a report of a loss that is infinite or NaN
     cfg.SOLVER.CHECKPOINT_KEEP = 0  # so many of the newest periodic checkpoints, the older ones are removed; 0: all
     cfg.SOLVER.BEST_METRIC = ""  # such as bbox/AP: keep the weights that were best in it as model_best.pth
+    cfg.SOLVER.EARLY_STOPPING = 0  # stop after so many evaluations that were not better in BEST_METRIC; 0: never
     cfg.SOLVER.EMA = CN()
     cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save a moving average of the weights
     cfg.SOLVER.EMA.DECAY = 0.9997  # share that the average keeps at each step; 0.99 for runs of a thousand steps

@@ -220,19 +220,37 @@ def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
 
 
 def _draw(detections: Detections, picture: Image) -> Image:
+    found = list(reversed(list(detections)))  # the best on top
+    return draw_boxes(
+        picture,
+        [detection.box for detection in found],
+        [detection.class_id for detection in found],
+        [f"{detection.name} {detection.score:.2f}" for detection in found],
+    )
+
+
+def draw_boxes(
+    picture: Image, boxes: Sequence[Sequence[float]], class_ids: Sequence[int], texts: Sequence[str]
+) -> Image:
+    """Draw on the picture, in RGB, and give it back.
+
+    Args:
+        boxes: x1, y1, x2, y2 in pixels; later ones lie on top.
+        class_ids: which decide on the colours.
+        texts: of the labels.
+    """
     from PIL import ImageDraw, ImageFont
 
     longest = max(picture.size)
     line, font = max(2, longest // 400), ImageFont.load_default(max(12, longest // 65))
     pen = ImageDraw.Draw(picture)
-    for found in reversed(list(detections)):  # the best on top
-        colour = COLOURS[found.class_id % len(COLOURS)]
-        pen.rectangle(found.box, outline=colour, width=line)
-        text = f"{found.name} {found.score:.2f}"
+    for box, class_id, text in zip(boxes, class_ids, texts, strict=True):
+        colour = COLOURS[class_id % len(COLOURS)]
+        pen.rectangle(tuple(box), outline=colour, width=line)
         left, _, right, bottom = pen.textbbox((0, 0), text, font=font)
-        x = min(max(found.box[0], 0), max(picture.width - right - 2 * line, 0))
-        y = found.box[1] - bottom - line
-        y = y if y >= 0 else min(max(found.box[1], 0), picture.height)
+        x = min(max(box[0], 0), max(picture.width - right - 2 * line, 0))
+        y = box[1] - bottom - line
+        y = y if y >= 0 else min(max(box[1], 0), picture.height)
         pen.rectangle((x, y, x + right - left + 2 * line, y + bottom + line), fill=colour)
         pen.text((x + line, y), text, fill=(0, 0, 0), font=font)
     return picture

@@ -2,6 +2,7 @@
 
 from .augmentation import build_test_augmentation, build_train_augmentation
 from .datasets import CocoFiles, check_classes, class_names, load_config_for_files, read_coco, register_datasets
+from .formats import FoundDataset, find_dataset
 from .images import UnreadableImage, read_image
 from .loader import TrainingLoader, build_test_loader, build_train_loader
 from .mapper import ImageMapper
@@ -9,6 +10,7 @@ from .records import share_on_node
 
 __all__ = [
     "CocoFiles",
+    "FoundDataset",
     "ImageMapper",
     "TrainingLoader",
     "UnreadableImage",
@@ -18,6 +20,7 @@ __all__ = [
     "build_train_loader",
     "check_classes",
     "class_names",
+    "find_dataset",
     "load_config_for_files",
     "read_coco",
     "read_image",

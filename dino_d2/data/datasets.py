@@ -177,11 +177,16 @@ def _names_in(cfg: CfgNode, dataset: str) -> list[str] | None:
     """Its classes, without loading it; None if it is not known, empty if its classes are not."""
     entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == dataset]
     if entries:
-        return _class_names_of(Path(entries[0][1])) if Path(entries[0][1]).is_file() else None
+        return class_names_of(Path(entries[0][1])) if Path(entries[0][1]).is_file() else None
     return list(MetadataCatalog.get(dataset).get("thing_classes", [])) if dataset in MetadataCatalog.list() else None
 
 
-def _class_names_of(annotations: Path) -> list[str]:
+def class_names_of(annotations: Path) -> list[str]:
+    """Names of the categories of a file in COCO's format, in order of their ids.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_coco`.
+    """
     return list(_file_outline(annotations)[1])
 
 
@@ -233,11 +238,11 @@ def _common_class_names(train: CocoFiles | None, val: CocoFiles | None) -> list[
     for files in data:
         if not files.images.is_dir():
             raise FileNotFoundError(f"{files.images}: there is no such image folder (of {files.annotations})")
-    names = _class_names_of(data[0].annotations)
+    names = class_names_of(data[0].annotations)
     if train and "annotations" not in _file_outline(train.annotations)[0]:
         raise _not_coco(train.annotations, "annotations")
     for files in data[1:]:
-        others = _class_names_of(files.annotations)
+        others = class_names_of(files.annotations)
         if others == names:
             continue
         differing = sorted(set(names) ^ set(others))

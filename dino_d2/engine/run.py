@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from argparse import Namespace
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from dino_d2.checkpoint import DINOCheckpointer
-from dino_d2.data import CocoFiles, load_config_for_files, register_datasets
+from dino_d2.config import find_config_file
+from dino_d2.data import register_datasets
+from dino_d2.report.photographs import own_photographs, report_on_photographs
 from dino_d2_cli import user_errors
 
+from .checkpoints import BEST
+from .choices import choose
 from .run_folder import check_run_folder, set_up_folder
 from .trainer import DINOTrainer
 
@@ -34,19 +42,27 @@ def train_or_evaluate(args: Namespace) -> dict | None:
                 trainer.resume_from(args.resume_from)
             else:
                 trainer.resume_or_load(resume=args.resume)
-    return DINOTrainer.test(cfg, model) if args.eval_only else trainer.train()
+    if args.eval_only:
+        return DINOTrainer.test(cfg, model)
+    results = trainer.train()
+    if not own_photographs(cfg):
+        return results
+    results = of_best_weights(trainer, results)
+    if comm.is_main_process() and results:
+        report_on_photographs(cfg, results)
+    return results
 
 
 def set_up(args: Namespace) -> CfgNode:
     """The frozen config of a run, its data sets registered, its folder and logs made."""
-    train, val = (CocoFiles(*files) if files else None for files in (args.train, args.val))
-    cfg = load_config_for_files(args.config_file, args.opts, train, val)
+    chosen = comm.all_gather(choose(args) if comm.is_main_process() else None)[0]
+    cfg = chosen.config()
     register_datasets(cfg)
     if comm.is_main_process() and not args.eval_only:
         check_run_folder(cfg, args.resume or bool(args.resume_from))
     cfg.freeze()
     comm.synchronize()
-    set_up_folder(cfg, args)
+    set_up_folder(cfg, Namespace(**vars(args) | {"config_file": find_config_file(chosen.config_file)}))
     return cfg
 
 
@@ -55,3 +71,19 @@ def load_for_evaluation(cfg: CfgNode, resume: bool) -> nn.Module:
     checkpointer = DINOCheckpointer(model, cfg.OUTPUT_DIR, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
+
+
+def of_best_weights(trainer: DINOTrainer, results: dict | None) -> dict | None:
+    """Results of the weights that were kept as the best: those of the last evaluation, or of one more, for which they
+    are loaded. All processes must call it."""
+    cfg, last = trainer.cfg, trainer.iter
+    path = os.path.join(cfg.OUTPUT_DIR, f"{BEST}.pth")
+    if not (cfg.SOLVER.BEST_METRIC and PathManager.isfile(path)):
+        return results
+    best = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)["iteration"]
+    if best >= last and not cfg.SOLVER.BEST_METRIC.startswith("ema/"):
+        return results
+    logging.getLogger(__name__).info("Evaluating the best weights, of iteration %d", best)
+    model = trainer.checkpointer.model
+    DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(path)
+    return DINOTrainer.test(cfg, model)

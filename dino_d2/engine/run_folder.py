@@ -20,6 +20,11 @@ FIXED = ("SEED", "DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH", "DATALOADER.SAMPLER_T
 FREE_OF_MODEL = ("MODEL.WEIGHTS", "MODEL.TRUST_WEIGHTS", "MODEL.DEVICE", "MODEL.DINO.OP", "MODEL.DINO.CHECKPOINT")
 
 
+def holds_run(folder: str) -> bool:
+    """Whether there is a run that could go on."""
+    return PathManager.isfile(os.path.join(folder, LAST))
+
+
 def check_run_folder(cfg: CfgNode, resume: bool) -> None:
     """To be called before anything is written to `OUTPUT_DIR`.
 
@@ -31,8 +36,8 @@ def check_run_folder(cfg: CfgNode, resume: bool) -> None:
         ValueError: the run there has another model, other data or another batch; each line names a key.
     """
     folder = cfg.OUTPUT_DIR
-    holds_run = PathManager.isfile(os.path.join(folder, LAST))
-    if holds_run and not resume:
+    run_is_there = holds_run(folder)
+    if run_is_there and not resume:
         raise FileExistsError(
             f"{folder} holds a run. --resume goes on with it; another OUTPUT_DIR begins a new one; nothing was touched"
         )
@@ -45,7 +50,7 @@ def check_run_folder(cfg: CfgNode, resume: bool) -> None:
     except OSError as error:
         raise PermissionError(f"OUTPUT_DIR {folder} cannot be written to: {error}") from error
     config = os.path.join(folder, CONFIG)
-    if holds_run and PathManager.isfile(config):
+    if run_is_there and PathManager.isfile(config):
         with PathManager.open(config) as file:
             lines = differences(_flat(file.read()), _flat(cfg.dump()))
         if lines:

@@ -29,6 +29,7 @@ from dino_d2.data import (
 from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 
 from .checkpoints import BestWeights, RecentCheckpoints
+from .early_stopping import EarlyStopping, TrainingIsOver
 from .ema import EMA
 from .optimizer import build_optimizer
 from .processes import check_same_start
@@ -84,6 +85,11 @@ class DINOTrainer(DefaultTrainer):
                     built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
             else:
                 built.append(hook)
+        if solver.EARLY_STOPPING and period > 0:  # last: it may leave the loop
+            if not solver.BEST_METRIC:
+                raise ValueError("SOLVER.EARLY_STOPPING needs to know what is better: SOLVER.BEST_METRIC bbox/AP")
+            best = next((hook for hook in built if isinstance(hook, BestWeights)), None)
+            built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer))
         return built
 
     def _model_of_metric(self) -> nn.Module:
@@ -119,7 +125,10 @@ class DINOTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
 
     def train(self) -> dict[str, Any] | None:
-        """detectron2's.
+        """detectron2's. It returns early with `SOLVER.EARLY_STOPPING`.
+
+        Returns:
+            The results of the last evaluation, in the main process; None if there was none.
 
         Raises:
             RuntimeError: the processes would start at different iterations, or with different configs or seeds.
@@ -133,7 +142,16 @@ class DINOTrainer(DefaultTrainer):
                 "dino_d2.data.build_train_loader(cfg, mapper) makes a loader that does",
                 type(self.data_loader).__name__,
             )
-        return super().train()
+        try:
+            super().train()
+        except TrainingIsOver:
+            logging.getLogger(__name__).info(
+                "Training is over: %d evaluations were not better than the best (SOLVER.EARLY_STOPPING)",
+                self.cfg.SOLVER.EARLY_STOPPING,
+            )
+            if not hasattr(self, "_last_eval_results"):  # a run that is resumed when it is over is evaluated
+                self.evaluate()
+        return getattr(self, "_last_eval_results", None)
 
     @property
     def seed(self) -> int:

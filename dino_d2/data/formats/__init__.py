@@ -1,0 +1,5 @@
+"""What is in a folder: data sets as COCO, Roboflow, YOLO and Pascal VOC lay them out, made into `CocoFiles`."""
+
+from .find import FoundDataset, find_dataset
+
+__all__ = ["FoundDataset", "find_dataset"]

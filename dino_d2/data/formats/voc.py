@@ -1,0 +1,110 @@
+"""Pascal VOC: an XML file for each image, in the devkit's folders or, as Roboflow and labelImg do, beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, pictures_in, require_supervision, sizes_of
+
+NAME = "Pascal VOC"
+PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
+LISTS = "ImageSets/Main"
+
+Entry = tuple[Path, Path]  # of an image and of its annotations, which may be missing
+
+
+def read(folder: Path) -> Layout | None:
+    """None: it is another layout.
+
+    Raises:
+        ValueError, FileNotFoundError: it is this one, but its files are not complete or not understood.
+        ImportError: supervision is not installed.
+    """
+    parts = _parts(folder)
+    if "train" not in parts:
+        return None
+    require_supervision("Pascal VOC's format")
+    seen: list[str] = []
+    pictures = {part: _read(*parts[part], seen) for part in ("train", "val") if part in parts}
+    names = sorted(seen)
+    if not names:
+        raise ValueError(f"{folder}: no annotation has an object")
+    layout = Layout(NAME, {})
+    for part, found in pictures.items():
+        found = [replace(picture, labels=[names.index(seen[label]) for label in picture.labels]) for picture in found]
+        layout.parts[part] = Part(as_coco(found, names), parts[part][0])
+    if "test" in parts:
+        layout.notes.append("there is a test part: it is left alone")
+    return layout
+
+
+def _parts(folder: Path) -> dict[str, tuple[Path, list[Entry]]]:
+    """Of each part the image folder and what is in it."""
+    found = {}
+    for part, names in FOLDERS.items():
+        pair = next((pair for name in names if (pair := _folders(folder / name))), None)
+        if pair:
+            found[part] = (pair[0], _entries(*pair))
+    whole = _folders(folder)
+    if found or not whole:
+        return found
+    everything = _entries(*whole)
+    lists = {part: ids for part in ("train", "val", "test") if (ids := _listed(folder / LISTS / f"{part}.txt"))}
+    if "train" not in lists:
+        lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
+    by_id = {image.stem: (image, xml) for image, xml in everything}
+    for part, ids in lists.items():
+        missing = [name for name in ids if name not in by_id]
+        if missing and part != "test":
+            raise FileNotFoundError(
+                f"{folder / LISTS}: {part}.txt names {missing[0]}, but {whole[0]} has no such image"
+            )
+        found[part] = (whole[0], [by_id[name] for name in ids if name in by_id])
+    return found
+
+
+def _folders(folder: Path) -> tuple[Path, Path] | None:
+    """Of images and of annotations."""
+    for images, xml in PAIRS:
+        if (folder / images).is_dir() and any((folder / xml).glob("*.xml")):
+            return folder / images, folder / xml
+    return None
+
+
+def _entries(images: Path, annotations: Path) -> list[Entry]:
+    found = [(image, annotations / f"{image.stem}.xml") for image in pictures_in(images)]
+    if not any(xml.is_file() for _, xml in found):
+        raise FileNotFoundError(f"{images}: no image has its annotations in {annotations}")
+    return found
+
+
+def _listed(file: Path) -> list[str]:
+    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+
+
+def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Picture]:
+    """The pictures, labelled by their place in `names`, to which new names are added."""
+    sizes = sizes_of([image for image, _ in entries])
+    return [
+        _picture(image.relative_to(images).as_posix(), size, xml, names)
+        for (image, xml), size in zip(entries, sizes, strict=True)
+    ]
+
+
+def _picture(file_name: str, size: tuple[int, int], xml: Path, names: list[str]) -> Picture:
+    from defusedxml.ElementTree import parse  # late, as supervision: only these files need them
+    from supervision.dataset.formats.pascal_voc import detections_from_xml_obj
+
+    if not xml.is_file():  # no objects
+        return Picture(file_name, size, np.zeros((0, 4)), [], [])
+    try:
+        root = parse(xml).getroot()
+        objects, names[:] = detections_from_xml_obj(root, names, size)
+    except (SyntaxError, ValueError) as error:  # the first: what is no XML
+        raise ValueError(f"{xml}: {error}") from error
+    difficult = [(entry.findtext("difficult") or "").strip() == "1" for entry in root.findall("object")]
+    return Picture(file_name, size, objects.xyxy, objects.class_id.tolist(), difficult)

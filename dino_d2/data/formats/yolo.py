@@ -1,0 +1,138 @@
+"""YOLO: a data.yaml with the names of the classes, a text file beside each image (Ultralytics, Roboflow)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, pictures_in, require_supervision, sizes_of
+
+FILES = ("data.yaml", "data.yml", "dataset.yaml")
+
+
+def read(folder: Path) -> Layout | None:
+    """None: it is another layout.
+
+    Raises:
+        ValueError, FileNotFoundError: it is this one, but its files are not complete or not understood.
+        ImportError: supervision is not installed.
+    """
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    require_supervision("YOLO's format")
+    settings = _settings(file)
+    layout = Layout("YOLO", {})
+    folders = {part: _image_folders(file, settings, part, layout.notes) for part in FOLDERS}
+    if not folders["train"]:
+        raise ValueError(f'{file} says nothing of "train": the folder of the images to train on')
+    if folders["val"] == folders["train"]:
+        layout.notes.append(f"{file.name}: val is the same as train: AP says nothing about other photographs")
+    names, keypoints = _class_names(file, settings), _keypoint_values(settings)
+    for part in ("train", "val"):
+        if folders[part]:
+            layout.parts[part] = _read_part(folders[part], names, keypoints)
+    if folders["test"]:
+        layout.notes.append(f"{folders['test'][0]} is a test part: it is left alone")
+    return layout
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must say names, train and val")
+    return settings
+
+
+def _class_names(file: Path, settings: dict[str, Any]) -> list[str]:
+    """In order of their numbers; a list, or a dictionary from 0 on."""
+    names = settings.get("names")
+    if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f'{file}: "names" must be a list of the classes, or a dictionary from 0 on; it is {names!r}')
+    return [str(name) for name in names]
+
+
+def _keypoint_values(settings: dict[str, Any]) -> int:
+    """How many numbers follow the box in a line of a pose data set."""
+    shape = settings.get("kpt_shape")
+    return shape[0] * shape[1] if isinstance(shape, list) and len(shape) == 2 else 0
+
+
+def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[str]) -> list[Path]:
+    """Empty: the file does not name that part, or, if it is no more than a test part, it is not there."""
+    entries = next((settings[name] for name in FOLDERS[part] if settings.get(name)), [])
+    entries = entries if isinstance(entries, list) else [entries]
+    folders = []
+    for entry in map(str, entries):
+        place = _resolve(file.parent, str(settings.get("path") or ""), entry)
+        if place is None and part == "train":
+            raise FileNotFoundError(f"{file}: {part} is {entry}, and there is no such folder of images")
+        if place is None and part == "val":
+            notes.append(f"{file.name}: {part} is {entry}, which is not there: it is left out")
+        elif place is not None:
+            folders.append(place)
+    return folders
+
+
+def _resolve(root: Path, path: str, entry: str) -> Path | None:
+    """The folder that is meant: as written, else by ever shorter ends of it, since many files say what was true on
+    another machine, or `../train/images` for `train/images`. What lies outside of `root` is asked last."""
+    written = [Path(os.path.normpath(root / path / entry)), Path(os.path.normpath(root / entry))]
+    inside = [place for place in written if place.is_relative_to(os.path.normpath(root))]
+    words = [word for word in PurePosixPath(entry.replace("\\", "/")).parts if word not in ("..", "/")]
+    ends = [root.joinpath(*words[first:]) for first in range(len(words))]
+    ends = [place for place in ends if place != root / "images"]  # without the name of a part it is any part's
+    return next((place for place in (*inside, *ends, *written) if place.is_dir()), None)
+
+
+def _read_part(folders: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
+    pictures = [(picture, folder) for folder in folders for picture in pictures_in(folder, recursive=True)]
+    if not pictures:
+        raise ValueError(f"{', '.join(map(str, folders))}: no images are there")
+    paths = [picture for picture, _ in pictures]
+    labels = [_label_file(picture, folder) for picture, folder in pictures]
+    if not any(label.is_file() for label in labels):
+        raise FileNotFoundError(f"{folders[0]}: no image has a label file; the first would be {labels[0]}")
+    root = Path(os.path.commonpath(folders))
+    found = [
+        _picture(path.relative_to(root).as_posix(), size, label, names, keypoints)
+        for path, size, label in zip(paths, sizes_of(paths), labels, strict=True)
+    ]
+    return Part(as_coco(found, names), root)
+
+
+def _label_file(picture: Path, folder: Path) -> Path:
+    """In `labels` where the images are in `images`; else beside the image, or in a folder `labels` there."""
+    inside = picture.relative_to(folder).with_suffix(".txt")
+    words = list(folder.parts)
+    if "images" in words:
+        words[len(words) - 1 - words[::-1].index("images")] = "labels"
+        return Path(*words) / inside
+    return folder / "labels" / inside if (folder / "labels").is_dir() else folder / inside
+
+
+def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence[str], keypoints: int) -> Picture:
+    from supervision.dataset.formats.yolo import yolo_annotations_to_detections  # late: it brings much along
+
+    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []  # no file: no objects
+    words = [line.split() for line in lines if line.strip()]
+    if keypoints:
+        words = [line[:5] if len(line) == 5 + keypoints else line for line in words]
+    try:
+        objects = yolo_annotations_to_detections([" ".join(line) for line in words], size, with_masks=False)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    numbers = [] if objects.class_id is None else objects.class_id.tolist()
+    wrong = [number for number in numbers if not 0 <= number < len(names)]
+    if wrong:
+        raise ValueError(f"{label} has class {wrong[0]}, but data.yaml names {len(names)}, counted from 0")
+    return Picture(file_name, size, objects.xyxy, numbers, [False] * len(numbers))

@@ -1,0 +1,198 @@
+"""What a training has come to, on photographs of one's own: AP by class, the best and the worst ones drawn."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
+from PIL import Image, ImageDraw, ImageFont
+from tabulate import tabulate
+
+from dino_d2.data import CocoFiles, class_names, read_coco, read_image
+from dino_d2.detections import draw_boxes
+
+EXAMPLES = "examples"  # folder in OUTPUT_DIR
+EACH = 3  # of the best and of the worst
+IOU, SCORE = 0.5, 0.3  # from which a detection is the object, and from which it counts
+PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of a photograph, height of the title, distance
+NARROWEST = 400  # pixels that a title needs
+PAPER, INK = (255, 255, 255), (0, 0, 0)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. scores: n, in [0, 1]; 1 of annotations."""
+
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    scores: torch.Tensor
+
+    def __getitem__(self, which: torch.Tensor) -> Objects:
+        return Objects(self.boxes[which], self.labels[which], self.scores[which])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """path: of the file. truth, found: what is there, and what was found with a score above `SCORE`. right: how many
+    of what was found are an object of the truth, each of another."""
+
+    path: Path
+    truth: Objects
+    found: Objects
+    right: int
+
+    @property
+    def wrong(self) -> int:
+        """Objects that were not found, and what was found where there is none."""
+        return len(self.truth) + len(self.found) - 2 * self.right
+
+    @property
+    def f1(self) -> float:
+        """2 right / (truth + found); 1 if there was nothing to find and nothing was found."""
+        return 2 * self.right / (2 * self.right + self.wrong) if self.right or self.wrong else 1.0
+
+
+def own_photographs(cfg: CfgNode) -> str:
+    """The name of the first data set of `DATASETS.TEST` that `DATASETS.COCO_FORMAT` describes; empty without one."""
+    own = {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+    return next((name for name in cfg.DATASETS.TEST if name in own), "")
+
+
+def report_on_photographs(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Log AP by class, draw the best and the worst photographs to `OUTPUT_DIR/examples`, and say what to do next.
+
+    Args:
+        results: of the last evaluation, whose detections lie in `OUTPUT_DIR/inference`.
+    """
+    name = own_photographs(cfg)
+    files = next(CocoFiles(Path(x[1]), Path(x[2])) for x in cfg.DATASETS.COCO_FORMAT if x[0] == name)
+    metrics = results.get("bbox") or results.get(name, {}).get("bbox")
+    detections = Path(cfg.OUTPUT_DIR, "inference", name, "coco_instances_results.json")
+    if not metrics or not detections.is_file():  # nothing was found, or there is no truth to compare it with
+        return
+    photographs = score_photographs(files, json.loads(detections.read_text()))
+    names = class_names(cfg)
+    counts = Counter(label for photograph in photographs for label in photograph.truth.labels.tolist())
+    logger.info(
+        "AP on the %d photographs of %s:\n%s", len(photographs), files.annotations, ap_table(metrics, names, counts)
+    )
+    best, worst = best_and_worst(photographs)
+    folder = Path(cfg.OUTPUT_DIR, EXAMPLES)
+    folder.mkdir(parents=True, exist_ok=True)
+    for what, chosen in (("best", best), ("worst", worst)):
+        for number, photograph in enumerate(chosen, start=1):
+            draw(photograph, names).save(folder / f"{what}_{number}.png")
+    logger.info("The best and the worst photographs, truth beside detections: %s", folder)
+    logger.info("Next: dino-d2 predict --weights %s --input PHOTO --output found", shlex.quote(cfg.OUTPUT_DIR))
+
+
+def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, int]) -> str:
+    """
+    Args:
+        metrics: detectron2's, percent; "AP-NAME" of each class if there are several.
+        counts: of objects, by class.
+    """
+    rows = [[name, counts.get(label, 0), metrics.get(f"AP-{name}", metrics["AP"])] for label, name in enumerate(names)]
+    rows.append(["all", sum(counts.values()), metrics["AP"]])
+    shown = [[name, count, "–" if math.isnan(ap) else f"{ap:.1f}"] for name, count, ap in rows]
+    more = ", ".join(f"{key} {metrics[key]:.1f}" for key in ("AP50", "AP75") if key in metrics)
+    return tabulate(shown, ["class", "objects", "AP"], tablefmt="simple", disable_numparse=True) + f"\n{more}"
+
+
+def score_photographs(files: CocoFiles, detections: Sequence[dict[str, Any]]) -> list[Photograph]:
+    """In the order of the annotation file.
+
+    Args:
+        detections: in COCO's format for results.
+    """
+    content = read_coco(files.annotations)
+    labels = {number: label for label, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
+    truth, crowds, found = (defaultdict(list) for _ in range(3))
+    for entry in content["annotations"]:
+        (crowds if entry.get("iscrowd") else truth)[entry["image_id"]].append(entry)
+    for entry in detections:
+        if entry["score"] > SCORE:
+            found[entry["image_id"]].append(entry)
+    return [
+        _scored(
+            files.images / image["file_name"],
+            *(_objects(entries[image["id"]], labels) for entries in (truth, crowds, found)),
+        )
+        for image in content["images"]
+    ]
+
+
+def best_and_worst(photographs: Sequence[Photograph]) -> tuple[list[Photograph], list[Photograph]]:
+    """`EACH` of them by F1, none twice; of equal ones those with more found are better, with more errors worse."""
+    ranking = sorted(photographs, key=lambda one: (-one.f1, -one.right, one.wrong))
+    return ranking[:EACH], ranking[EACH:][: -EACH - 1 : -1]
+
+
+def draw(photograph: Photograph, names: Sequence[str]) -> Image.Image:
+    """The photograph twice: with what is there, and with what was found."""
+    picture = Image.fromarray(read_image(photograph.path, "RGB"))
+    scale = PANEL / max(picture.size)
+    picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.LANCZOS)
+    truth, found = photograph.truth, photograph.found
+    panels = [
+        (f"{photograph.path.name}: {len(truth)} there", truth, [names[label] for label in truth.labels.tolist()]),
+        (
+            f"{len(found)} found, {photograph.right} right: F1 {photograph.f1:.2f}",
+            found,
+            [f"{names[label]} {score:.2f}" for label, score in zip(found.labels.tolist(), found.scores, strict=True)],
+        ),
+    ]
+    width = max(picture.width, NARROWEST)
+    sheet = Image.new("RGB", (2 * width + 3 * GAP, TITLE + picture.height + GAP), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    for place, (title, objects, texts) in enumerate(panels):
+        left = GAP + place * (width + GAP)
+        pen.text((left, GAP), title, fill=INK, font=font)
+        drawn = draw_boxes(picture.copy(), (objects.boxes * scale).tolist(), objects.labels.tolist(), texts)
+        sheet.paste(drawn, (left, TITLE))
+    return sheet
+
+
+def _objects(entries: Sequence[dict[str, Any]], labels: dict[Hashable, int]) -> Objects:
+    """Of COCO's format, those that are the surest last: they are drawn on top."""
+    entries = sorted(entries, key=lambda entry: entry.get("score", 1.0))
+    boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Objects(
+        boxes,
+        torch.tensor([labels[entry["category_id"]] for entry in entries], dtype=torch.int64),
+        torch.tensor([entry.get("score", 1.0) for entry in entries]),
+    )
+
+
+def _scored(path: Path, truth: Objects, crowds: Objects, found: Objects) -> Photograph:
+    """The surest detection chooses first, among the objects of its class that are left. What lies in a crowd of its
+    class and is no object is not counted."""
+    overlap = pairwise_iou(Boxes(found.boxes), Boxes(truth.boxes))
+    overlap[found.labels[:, None] != truth.labels] = 0
+    inside = pairwise_ioa(Boxes(crowds.boxes), Boxes(found.boxes))
+    inside[crowds.labels[:, None] != found.labels] = 0
+    counts, right = torch.ones(len(found), dtype=torch.bool), 0
+    for place in reversed(range(len(found))):
+        best = overlap[place].argmax() if len(truth) else None
+        if best is not None and overlap[place, best] >= IOU:
+            overlap[:, best] = 0
+            right += 1
+        elif len(crowds) and inside[:, place].max() >= IOU:
+            counts[place] = False
+    return Photograph(path, truth, found[counts], right)

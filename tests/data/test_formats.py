@@ -1,0 +1,367 @@
+"""A folder is found out: COCO's, Roboflow's, YOLO's and Pascal VOC's layouts, and what is none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dino_d2.data import CocoFiles, find_dataset
+from dino_d2.data.inspection import inspect_dataset, training_can_start
+
+SIZE = (64, 48)  # width, height
+BOX = (8, 6, 40, 30)  # x1, y1, x2, y2
+NAMES = ["cat", "dog"]
+
+
+def picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), 90, np.uint8)).save(path)
+    return path
+
+
+def coco(file: Path, names: list[str], dummy: bool = False, keys: tuple[str, ...] = ("area", "iscrowd")) -> Path:
+    """An object of each class in turn; the last picture has none."""
+    width, height = BOX[2] - BOX[0], BOX[3] - BOX[1]
+    whole = {"area": width * height, "iscrowd": 0}
+    images = [{"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in enumerate(names)]
+    annotations = [
+        {"id": i + 1, "image_id": i, "category_id": i % 2 + 1, "bbox": [BOX[0], BOX[1], width, height]}
+        | {key: whole[key] for key in keys}
+        for i in range(len(names) - 1)
+    ]
+    categories = [{"id": i, "name": name, "supercategory": "pets"} for i, name in enumerate(NAMES, start=1)]
+    if dummy:
+        categories.insert(0, {"id": 0, "name": "pets", "supercategory": "none"})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file
+
+
+def label(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def yolo_line(number: int) -> str:
+    """BOX, of that class."""
+    width, height = SIZE
+    x, y = (BOX[0] + BOX[2]) / 2 / width, (BOX[1] + BOX[3]) / 2 / height
+    return f"{number} {x:.6f} {y:.6f} {(BOX[2] - BOX[0]) / width:.6f} {(BOX[3] - BOX[1]) / height:.6f}"
+
+
+def xml(path: Path, *objects: str, difficult: int = 0) -> None:
+    """BOX for each class, in the devkit's numbers, which count pixels from 1."""
+    sides = f"<xmin>{BOX[0] + 1}</xmin><ymin>{BOX[1] + 1}</ymin><xmax>{BOX[2]}</xmax><ymax>{BOX[3]}</ymax>"
+    inside = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object>"
+        for name in objects
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<annotation><filename>wrong.jpg</filename>{inside}</annotation>")
+
+
+def yolo(folder: Path, train: str, val: str | None, entries: dict, names: object = NAMES) -> Path:
+    """Two pictures with an object and one without a label file in each part."""
+    for part, place in (("train", train), ("val", val)):
+        for i in range(3 if place else 0):
+            path = picture(folder / place / f"{part}_{i}.png")
+            if i < 2:
+                label(folder / place.replace("images", "labels") / f"{part}_{i}.txt", yolo_line(i))
+            assert path.is_file()
+    (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, **entries}))
+    return folder
+
+
+def content_of(files: CocoFiles) -> dict:
+    return json.loads(files.annotations.read_text())
+
+
+def check(files: CocoFiles, images: int, objects: int) -> None:
+    """The box is where it was drawn, the classes are numbered by name, nothing is wrong with it."""
+    content = content_of(files)
+    assert (len(content["images"]), len(content["annotations"])) == (images, objects)
+    assert [entry["name"] for entry in content["categories"]] == NAMES
+    for entry in content["annotations"]:
+        assert entry["bbox"] == pytest.approx([BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1]], abs=0.02)
+    assert training_can_start(inspect_dataset(files, None))
+
+
+# --- COCO
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"),
+    [
+        ("annotations/instances_{}2017.json", "{}2017"),
+        ("annotations/instances_{}2017.json", "images/{}2017"),
+        ("annotations/instances_{}.json", "images"),
+        ("{}.json", "{}"),
+        ("{}.json", "images/{}"),
+    ],
+)
+def test_coco_is_used_as_it_is(tmp_path: Path, annotations: str, images: str) -> None:
+    for part in ("train", "val"):
+        names = [f"{part}_{i}.png" for i in range(3)]
+        coco(tmp_path / annotations.format(part), names)
+        for name in names:
+            picture(tmp_path / images.format(part) / name)
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert found.layout == "COCO"
+    for part, files in (("train", found.train), ("val", found.val)):
+        assert files == CocoFiles(tmp_path / annotations.format(part), tmp_path / images.format(part))
+        check(files, images=3, objects=2)
+    assert not (tmp_path / "out").exists()
+
+
+def roboflow_coco(folder: Path, *parts: str) -> Path:
+    for part in parts:
+        names = [f"{part}_{i}.png" for i in range(3)]
+        coco(folder / part / "_annotations.coco.json", names, dummy=True)
+        for name in names:
+            picture(folder / part / name)
+    return folder
+
+
+def test_roboflows_dummy_category_is_left_out_and_its_test_part_left_alone(tmp_path: Path) -> None:
+    found = find_dataset(roboflow_coco(tmp_path, "train", "valid", "test"), tmp_path / "out")
+    check(found.train, images=3, objects=2)
+    check(found.val, images=3, objects=2)
+    assert found.val == CocoFiles(tmp_path / "out" / "val.json", tmp_path / "valid")
+    assert any('the category 0, "pets"' in note for note in found.notes)
+    assert any("test" in note and "left alone" in note for note in found.notes)
+
+
+def test_a_category_0_that_has_objects_stays(tmp_path: Path) -> None:
+    roboflow_coco(tmp_path, "train", "valid")
+    file = tmp_path / "train" / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 0
+    file.write_text(json.dumps(content))
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert found.train.annotations == file
+
+
+def test_several_annotation_files_of_a_part_are_not_chosen_from(tmp_path: Path) -> None:
+    for year in (2014, 2017):
+        coco(tmp_path / "annotations" / f"instances_train{year}.json", ["a.png"])
+    with pytest.raises(ValueError, match=r"instances_train2014\.json, instances_train2017\.json.*--train-json"):
+        find_dataset(tmp_path, tmp_path / "out")
+
+
+def test_images_that_are_nowhere_are_named(tmp_path: Path) -> None:
+    coco(tmp_path / "train.json", ["a.png", "b.png"])
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"a\.png, are in none of .*train"):
+        find_dataset(tmp_path, tmp_path / "out")
+
+
+def test_evaluation_gets_the_area_and_iscrowd_that_it_needs(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        coco(tmp_path / f"{part}.json", ["a.png", "b.png"], keys=())
+        for name in ("a.png", "b.png"):
+            picture(tmp_path / part / name)
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert found.train.annotations == tmp_path / "train.json"
+    (entry,) = content_of(found.val)["annotations"]
+    assert (entry["area"], entry["iscrowd"]) == ((BOX[2] - BOX[0]) * (BOX[3] - BOX[1]), 0)
+
+
+# --- YOLO
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "entries"),
+    [
+        ("images/train", "images/val", {"train": "images/train", "val": "images/val"}),
+        ("images/train", "images/val", {"path": ".", "train": "images/train", "val": "images/val"}),
+        ("images/train", "images/val", {"path": "../datasets/pets", "train": "images/train", "val": "images/val"}),
+        ("images/train", "images/val", {"train": "/content/pets/images/train", "val": "/content/pets/images/val"}),
+        ("train/images", "valid/images", {"train": "../train/images", "val": "../valid/images"}),
+        ("train/images", "valid/images", {"train": ["train/images"], "val": ["valid/images"]}),
+    ],
+)
+def test_yolo_in_ultralytics_and_roboflows_layout(tmp_path: Path, train: str, val: str, entries: dict) -> None:
+    found = find_dataset(yolo(tmp_path / "pets", train, val, entries), tmp_path / "out")
+    assert found.layout == "YOLO"
+    check(found.train, images=3, objects=2)
+    check(found.val, images=3, objects=2)
+    assert (found.train.images, found.val.images) == (tmp_path / "pets" / train, tmp_path / "pets" / val)
+    assert found.train.annotations == tmp_path / "out" / "train.json"
+
+
+def test_yolos_paths_do_not_lead_to_a_neighbour_of_the_folder(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "images" / "other.png")
+    folder = yolo(tmp_path / "pets", "train/images", None, {"train": "../train/images"})
+    found = find_dataset(folder, tmp_path / "out")
+    assert found.train.images == folder / "train" / "images"
+
+
+def test_yolos_names_may_be_a_dictionary_and_its_objects_polygons(tmp_path: Path) -> None:
+    entries = {"train": "images/train", "val": "images/val"}
+    yolo(tmp_path, "images/train", "images/val", entries, names={1: "dog", 0: "cat"})
+    corners = [(BOX[i] / SIZE[0], BOX[j] / SIZE[1]) for i, j in ((0, 1), (2, 1), (2, 3), (0, 3))]
+    label(tmp_path / "labels" / "train" / "train_0.txt", "0 " + " ".join(f"{x:.6f} {y:.6f}" for x, y in corners))
+    check(find_dataset(tmp_path, tmp_path / "out").train, images=3, objects=2)
+
+
+def test_yolos_keypoints_are_left_out(tmp_path: Path) -> None:
+    entries = {"train": "images/train", "val": "images/val", "kpt_shape": [3, 2]}
+    yolo(tmp_path, "images/train", "images/val", entries)
+    label(tmp_path / "labels" / "train" / "train_0.txt", f"{yolo_line(0)} 0.9 0.9 0 0 0.01 0.99")
+    check(find_dataset(tmp_path, tmp_path / "out").train, images=3, objects=2)
+
+
+def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, "images/train", "images/val", {"train": "images/train", "val": "images/val"})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", SIZE).save(folder / "images" / "train" / "train_2.png", exif=exif)
+    files = find_dataset(folder, tmp_path / "out").train
+    assert [(x["width"], x["height"]) for x in content_of(files)["images"]] == [SIZE, SIZE, SIZE[::-1]]
+    assert training_can_start(inspect_dataset(files, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: label(folder / "labels" / "train" / "train_0.txt", "2 0.5 0.5 0.1 0.1"),
+            "train_0.txt.*class 2",
+        ),
+        (lambda folder: label(folder / "labels" / "train" / "train_0.txt", "0 0.5 0.5"), "train_0.txt"),
+        (lambda folder: label(folder / "data.yaml", "train: images/train"), "names"),
+        (lambda folder: label(folder / "data.yaml", "names: [cat, dog]"), "nothing of .train"),
+        (lambda folder: label(folder / "data.yaml", "names: [cat, dog]", "train: photos"), "train is photos"),
+        (lambda folder: label(folder / "data.yaml", "names: [cat"), "not YAML"),
+        (lambda folder: (folder / "labels").rename(folder / "marks"), "no image has a label file.*labels.train"),
+        (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images are there"),
+        (lambda folder: label(folder / "images" / "train" / "x.jpg", "no picture"), "x.jpg"),
+    ],
+)
+def test_yolos_faults_are_named(tmp_path: Path, change, message: str) -> None:
+    folder = yolo(tmp_path, "images/train", "images/val", {"train": "images/train", "val": "images/val"})
+    change(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        find_dataset(folder, tmp_path / "out")
+
+
+# --- Pascal VOC
+
+
+def test_voc_devkits_lists_divide_it(tmp_path: Path) -> None:
+    for i in range(6):
+        picture(tmp_path / "JPEGImages" / f"{i}.jpg")
+        if i not in (2, 5):
+            xml(tmp_path / "Annotations" / f"{i}.xml", NAMES[1 - i % 2])  # dog comes first: classes are sorted
+    for name, ids in (("train", "0\n1\n2\n"), ("val", "3\n4\n"), ("test", "5\n"), ("cat_train", "0 1\n1 -1\n")):
+        label(tmp_path / "ImageSets" / "Main" / f"{name}.txt", ids.strip())
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert found.layout == "Pascal VOC"
+    check(found.train, images=3, objects=2)
+    check(found.val, images=2, objects=2)
+    assert [x["file_name"] for x in content_of(found.val)["images"]] == ["3.jpg", "4.jpg"]
+    assert any("test" in note for note in found.notes)
+
+
+def test_voc_beside_the_images_as_roboflow_has_it(tmp_path: Path) -> None:
+    for part in ("train", "valid"):
+        for i in range(3):
+            picture(tmp_path / part / f"{part}_{i}.png")
+            xml(tmp_path / part / f"{part}_{i}.xml", *([NAMES[i]] if i < 2 else []))
+    found = find_dataset(tmp_path, tmp_path / "out")
+    check(found.train, images=3, objects=2)
+    check(found.val, images=3, objects=2)
+
+
+def test_difficult_objects_are_trained_on_and_forgiven(tmp_path: Path) -> None:
+    """As detectron2's loader and its evaluator of Pascal VOC have it."""
+    for part in ("train", "valid"):
+        for i in range(2):
+            picture(tmp_path / part / f"{i}.png")
+            xml(tmp_path / part / f"{i}.xml", *NAMES, difficult=i)
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert [x["iscrowd"] for x in content_of(found.train)["annotations"]] == [0, 0, 0, 0]
+    assert [x["iscrowd"] for x in content_of(found.val)["annotations"]] == [0, 0, 1, 1]
+    assert any("difficult" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
+        (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
+        (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
+        (lambda folder: [p.rename(p.with_name("x" + p.name)) for p in folder.rglob("*.xml")], "has its annotations"),
+        (lambda folder: [xml(p) for p in folder.rglob("*.xml")], "no annotation has an object"),
+    ],
+)
+def test_vocs_faults_are_named(tmp_path: Path, change, message: str) -> None:
+    for i in range(3):
+        picture(tmp_path / "JPEGImages" / f"{i}.jpg")
+        xml(tmp_path / "Annotations" / f"{i}.xml", "cat")
+    change(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        find_dataset(tmp_path, tmp_path / "out")
+
+
+# --- all of them
+
+
+def names_of(files: CocoFiles) -> set[str]:
+    return {image["file_name"] for image in content_of(files)["images"]}
+
+
+def test_a_fifth_is_held_back_where_nothing_is_to_evaluate_on(tmp_path: Path) -> None:
+    names = [f"{i // 2:02}_jpg.rf.{i:032x}.png" for i in range(40)]  # 20 photographs, two copies of each
+    coco(tmp_path / "train.json", names)
+    for name in names:
+        picture(tmp_path / "train" / name)
+    found = find_dataset(tmp_path, tmp_path / "one")
+    train, val = names_of(found.train), names_of(found.val)
+    assert (found.counts, len(train), len(val)) == ((32, 8), 32, 8)
+    assert train | val == set(names)
+    assert all(count == 2 for count in Counter(name[:2] for name in val).values())
+    assert any("held back" in note for note in found.notes)
+    assert names_of(find_dataset(tmp_path, tmp_path / "two").val) == val
+    inside = {image["id"] for image in content_of(found.val)["images"]}
+    assert {entry["image_id"] for entry in content_of(found.val)["annotations"]} <= inside
+
+
+def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:
+    coco(tmp_path / "train.json", ["a.png"])
+    picture(tmp_path / "train" / "a.png")
+    with pytest.raises(ValueError, match="single photograph"):
+        find_dataset(tmp_path, tmp_path / "out")
+
+
+def test_other_folders_are_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    picture(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"photo\.png.*none of the layouts") as caught:
+        find_dataset(tmp_path, tmp_path / "out")
+    assert all(word in str(caught.value) for word in ("instances_train", "_annotations.coco.json", "data.yaml", "XML"))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        find_dataset(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_annotations_of_a_run_are_not_replaced_by_others(tmp_path: Path) -> None:
+    folder = roboflow_coco(tmp_path / "data", "train", "valid")
+    find_dataset(folder, tmp_path / "out")
+    find_dataset(folder, tmp_path / "out", may_replace=False)
+    coco(folder / "train" / "_annotations.coco.json", ["train_0.png"], dummy=True)
+    with pytest.raises(FileExistsError, match=r"train\.json is of other data"):
+        find_dataset(folder, tmp_path / "out", may_replace=False)
+    assert find_dataset(folder, tmp_path / "out").counts == (1, 3)
+
+
+def test_without_supervision_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo(tmp_path, "images/train", None, {"train": "images/train"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install"):
+        find_dataset(tmp_path, tmp_path / "out")

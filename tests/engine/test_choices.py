@@ -1,0 +1,283 @@
+"""What the options of tools/train_net.py stand for: length, batch, learning rate, classes, weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
+from dino_d2.engine import batch_size
+from dino_d2.engine.batch_size import largest_part, largest_size, make_steps, photographs_at_once
+from dino_d2.engine.choices import Run, choose, few_photos, schedule
+from dino_d2.engine.run import train_or_evaluate
+from dino_d2.tools import train_net
+from tests.synthetic import COLOURS, make_batch, write_rectangles
+
+RECIPE = "dino_r50_4scale_12ep"
+
+
+@pytest.fixture(autouse=True)
+def _forget_data_sets() -> Iterator[None]:
+    yield
+    for name in {TRAIN_NAME, VAL_NAME} & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """train.json and its pictures; nothing to evaluate on."""
+    annotations, images = write_rectangles(tmp_path / "data", count=10, size=64, empty=1)
+    annotations.rename(tmp_path / "data" / "train.json")
+    images.rename(tmp_path / "data" / "train")
+    return tmp_path / "data"
+
+
+def chosen(*arguments: object) -> Run:
+    return choose(train_net.parse([str(argument) for argument in arguments]))
+
+
+# --- length
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs", "length", "drop", "period"),
+    [
+        (300, 2, 24, 3600, 3000, 300),  # 12 evaluations
+        (300, 2, 12, 1800, 1500, 150),
+        (301, 2, 12, 1812, 1510, 151),
+        (5, 16, 6, 6, 5, 1),  # fewer images than the batch
+        (100, 4, 50, 1250, 1041, 125),  # every 5 epochs
+    ],
+)
+def test_schedule_in_epochs(images: int, batch: int, epochs: int, length: int, drop: int, period: int) -> None:
+    values = {choice.key: choice.value for choice in schedule(images, batch, epochs, warmup=0)}
+    assert values == {
+        "SOLVER.MAX_ITER": length,
+        "SOLVER.STEPS": (drop,),
+        "TEST.EVAL_PERIOD": period,
+        "SOLVER.CHECKPOINT_PERIOD": period,
+    }
+
+
+def test_warmup_is_no_longer_than_an_epoch() -> None:
+    assert {choice.key: choice.value for choice in schedule(20, 2, 24, warmup=150)}["SOLVER.WARMUP_ITERS"] == 10
+    assert "SOLVER.WARMUP_ITERS" not in {choice.key for choice in schedule(400, 2, 24, warmup=150)}
+
+
+def test_a_run_of_one_step_has_no_decay() -> None:
+    assert {choice.key: choice.value for choice in schedule(1, 2, 1, warmup=0)}["SOLVER.STEPS"] == ()
+
+
+# --- batch
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "part"), [(16, 99, 16), (16, 5, 4), (12, 8, 6), (6, 3, 2), (7, 4, 1), (2, 1, 1), (8, 0, 0)]
+)
+def test_parts_are_doubled_until_they_do_not_fit_and_divide_the_share(share: int, limit: int, part: int) -> None:
+    tried = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert largest_part(share, fits) == part
+    assert len(tried) == len(set(tried))
+    assert sum(size > limit for size in tried) <= 1  # running out of memory is slow
+
+
+class Memory:
+    """A device that holds so many photographs; `make_steps` for `photographs_at_once`."""
+
+    def __init__(self, limit: int):
+        self.limit, self.batches = limit, []
+
+    def __call__(self, cfg: CfgNode, batch: list[dict]) -> None:
+        self.batches.append(batch)
+        if len(batch) > self.limit:
+            raise torch.OutOfMemoryError("of the test")
+
+
+@pytest.fixture
+def device_cfg(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+    """Of a device that is not the CPU."""
+    monkeypatch.setattr(batch_size, "release", lambda device: None)
+    tiny_cfg.MODEL.DEVICE = "meta"
+    return tiny_cfg
+
+
+def test_memory_is_tried_with_the_largest_photographs(device_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(limit=5)
+    monkeypatch.setattr(batch_size, "make_steps", memory)
+    device_cfg.INPUT.MIN_SIZE_TRAIN, device_cfg.INPUT.MAX_SIZE_TRAIN = (32, 48), 80
+    assert photographs_at_once(device_cfg, share=16, most_objects=7) == 4
+    assert [len(batch) for batch in memory.batches] == [1, 2, 4, 8]
+    (photograph,) = memory.batches[0]
+    assert photograph["image"].shape == (3, 48, 88)  # a tenth more
+    assert len(photograph["instances"]) == 7
+    device_cfg.DATALOADER.ASPECT_RATIO_GROUPING = False  # wide ones and tall ones are padded to a square
+    assert largest_size(device_cfg) == (80, 88)
+
+
+def test_too_little_memory_for_one_photograph_is_an_error(device_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "make_steps", Memory(limit=0))
+    with pytest.raises(ValueError, match=r"one photograph of 800 x 1467 .*INPUT\.MIN_SIZE_TRAIN"):
+        photographs_at_once(device_cfg, share=16, most_objects=1)
+
+
+@pytest.mark.parametrize(("share", "part"), [(1, 1), (2, 2), (3, 1), (16, 2)])
+def test_a_cpu_is_given_two(tiny_cfg: CfgNode, share: int, part: int) -> None:
+    assert photographs_at_once(tiny_cfg, share, most_objects=1) == part
+
+
+def test_the_steps_that_try_are_steps_of_the_training(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    build = batch_size.build_model
+    monkeypatch.setattr(batch_size, "build_model", lambda cfg: models.append(build(cfg)) or models[-1])
+    torch.manual_seed(0)
+    make_steps(tiny_cfg, make_batch([2, 0]))
+    (model,) = models
+    moved = model.decoder.norm.weight
+    assert not torch.equal(moved, torch.ones_like(moved))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- all of it
+
+
+def test_a_folder_makes_the_config(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "out"
+    run = chosen("--data", data, "--config-file", RECIPE, "--epochs", 6, "--batch-size", 4, "--output", output)
+    cfg = run.config()
+    assert (str(output), (TRAIN_NAME,), (VAL_NAME,)) == (cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    assert (2, list(COLOURS)) == (cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DINO.CLASS_NAMES)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD) == (12, (10,), 2)  # 8 of 10 images are left
+    overlay = dict(few_photos())
+    rate = overlay["SOLVER.BASE_LR"] * 4 / overlay["SOLVER.IMS_PER_BATCH"]
+    assert (4, pytest.approx(rate)) == (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR)
+    assert cfg.SOLVER.BEST_METRIC == overlay["SOLVER.BEST_METRIC"] == "bbox/AP"
+    assert not cfg.SOLVER.AMP.ENABLED or torch.cuda.is_available()
+    printed = capsys.readouterr().out
+    assert "held back" in printed
+    assert "images without boxes" in printed  # of the check
+    assert "SOLVER.MAX_ITER 12  #" in printed
+    assert f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}  # linear in the batch" in printed
+
+
+def test_values_of_the_user_win(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = (
+        "SOLVER.MAX_ITER",
+        "7",
+        "SOLVER.BASE_LR",
+        "0.5",
+        "SOLVER.IMS_PER_BATCH",
+        "8",
+        "OUTPUT_DIR",
+        tmp_path / "mine",
+    )
+    cfg = chosen("--data", data, "--config-file", RECIPE, "--output", tmp_path / "out", *own).config()
+    assert (7, 0.5, str(tmp_path / "mine")) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.OUTPUT_DIR)
+    assert cfg.SOLVER.STEPS == (20,)  # 24 epochs of one step: the batch is the user's
+    assert cfg.SOLVER.ACCUMULATION_STEPS == 4  # of 2 images, on a CPU
+    assert not (tmp_path / "out").exists()
+    assert "SOLVER.MAX_ITER" not in capsys.readouterr().out
+
+
+def test_weights_of_the_zoo_bring_their_recipe(data: Path, tmp_path: Path) -> None:
+    run = chosen("--data", data, "--weights", "dino_r50_4scale_12ep", "--output", tmp_path / "out")
+    cfg = run.config()
+    assert cfg.MODEL.WEIGHTS == "dino://dino_r50_4scale_12ep"
+    assert cfg.MODEL.DINO.SHARE_HEADS is False  # what the publisher's weights need
+    assert cfg.MODEL.DINO.NUM_CLASSES == 2
+    assert cfg.SOLVER.MAX_ITER == 24 * 4
+
+
+def test_a_checkpoint_brings_the_config_beside_it_but_not_its_classes(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    (folder / "model_final.pth").touch()
+    weights = ("--weights", folder / "model_final.pth")
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
+        chosen("--data", data, *weights, "--output", tmp_path / "out")
+    cfg = chosen("--config-file", RECIPE).config()
+    cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DINO.CLASS_NAMES, cfg.MODEL.DINO.DEC_LAYERS = 3, ["a", "b", "c"], 2
+    cfg.MODEL.TIMM.PRETRAINED = True
+    cfg.DATASETS.COCO_FORMAT = [[TRAIN_NAME, "gone.json", "gone"]]
+    (folder / "config.yaml").write_text(cfg.dump())
+    cfg = chosen("--data", data, *weights, "--output", tmp_path / "out").config()
+    assert str(folder / "model_final.pth") == cfg.MODEL.WEIGHTS
+    assert (2, list(COLOURS)) == (cfg.MODEL.DINO.DEC_LAYERS, cfg.MODEL.DINO.CLASS_NAMES)
+    assert not cfg.MODEL.TIMM.PRETRAINED  # the checkpoint has the backbone
+
+
+def test_evaluation_changes_no_training(data: Path, tmp_path: Path) -> None:
+    run = chosen("--eval-only", "--data", data, "--config-file", RECIPE, "--output", tmp_path / "out")
+    cfg = run.config()
+    assert run.val.annotations == tmp_path / "out" / "inference" / "data" / "val.json"
+    assert (cfg.DATASETS.TEST, cfg.SOLVER.BASE_LR, cfg.SOLVER.BEST_METRIC) == ((VAL_NAME,), 1e-4, "")
+
+
+def test_without_these_options_nothing_is_chosen(capsys: pytest.CaptureFixture) -> None:
+    assert chosen("--config-file", RECIPE, "SEED", "1") == Run(RECIPE, ("SEED", "1"), None, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_faulty_data_stop_with_the_table_and_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][0]["bbox"] = [1, 1, -5, 5]
+    (data / "train.json").write_text(json.dumps(content))
+    arguments = ["--data", str(data), "--config-file", RECIPE, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        train_or_evaluate(train_net.parse(arguments))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "boxes of negative width or height" in printed.out
+    (line,) = printed.err.splitlines()
+    assert "training cannot start: correct the errors above in" in line
+
+
+def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("--data", data, "--config-file", RECIPE, "--output", output)
+    chosen(*arguments)
+    (output / "last_checkpoint").write_text("model_final.pth")
+    before = (output / "data" / "train.json").read_text()
+    with pytest.raises(FileExistsError, match="holds a run"):
+        chosen(*arguments)
+    chosen("--resume", *arguments)
+    content = json.loads((data / "train.json").read_text())
+    content["images"].pop()
+    (data / "train.json").write_text(json.dumps(content))
+    with pytest.raises(FileExistsError, match="of other data"):
+        chosen("--resume", *arguments)
+    assert (output / "data" / "train.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "3"], "--weights NAME_OR_PATH to start from, or --config-file"),
+        (["--config-file", RECIPE, "--epochs", "0"], "0 is not a whole number from 1 on"),
+        (["--config-file", RECIPE, "--batch-size", "some"], "some is not a whole number"),
+        (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "say the same"),
+        (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "for training"),
+        (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "say the same"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_net.parse(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
