@@ -38,13 +38,14 @@ except ModuleNotFoundError as error:
 HOST = "127.0.0.1"
 PORTS_TRIED = 100
 THRESHOLD = 0.3  # at first
-LONGEST_SHOWN = 2048  # pixels of a side of what is drawn; larger pictures are found in as they are, shown smaller
+SHOWN = (1024, 2048)  # least and most of the longer side, in pixels, of what is drawn on; the model sees the file's own
 THUMBNAIL = 160
 SMALLEST_TILE = 64
+NOTHING_YET = "Upload pictures to begin."
 TABLE = ("class", "score", "x1", "y1", "x2", "y2")
 PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
 
-Value = dict[Any, Any]  # of Gradio's components
+Values = dict[Any, Any]  # of Gradio's components
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Picture:
     """A picture of the queue and everything that the model found in it.
 
     name: of its file, without folders.
-    shown: the picture, RGB, its sides at most `LONGEST_SHOWN`.
+    shown: the picture to draw on, RGB, resized to `SHOWN`.
     found: in pixels of the file, whatever the score.
     tile: with which it was found; see `Detector`.
     """
@@ -74,7 +75,7 @@ class Picture:
         return replace(kept, boxes=kept.boxes * scale, image_size=size).draw(self.shown)
 
     def thumbnail(self) -> Image.Image:
-        return _at_most(self.shown, THUMBNAIL)
+        return _resize(self.shown, THUMBNAIL)
 
 
 def look_at(detector: Detector, path: str, tile: int) -> Picture:
@@ -89,7 +90,8 @@ def look_at(detector: Detector, path: str, tile: int) -> Picture:
         found = detector(pixels, threshold=0.0, tile=tile)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
-    return Picture(name, _at_most(Image.fromarray(pixels), LONGEST_SHOWN), found, tile)
+    longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
+    return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
 
 
 def to_coco(
@@ -116,146 +118,159 @@ def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
 
     Args:
         detector: finds objects.
-        title: of the page: what the model is called.
+        title: what the model is called.
         tile: longest side in pixels of what is looked at at once, at first; 0: whole pictures.
     """
-    with gr.Blocks(title=f"{title} · DINO", analytics_enabled=False, fill_width=True) as page:
-        pictures, current = gr.State({}), gr.State(None)  # Picture by path; the path of the one that is shown
-        gr.Markdown(f"# {title}")
+    title = f"DINO · {title}"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(f"# {_plain(title)}")
+        _Page(detector, tile).connect()
+    return blocks
+
+
+class _Page:
+    """What is seen, and what happens when something is changed there.
+
+    The methods that Gradio calls get values of components and return new ones.
+    """
+
+    def __init__(self, detector: Detector, tile: int):
+        self.detector = detector
+        self.pictures, self.current = gr.State({}), gr.State(None)  # Picture by path; path of the one that is shown
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
-                note = gr.Markdown(elem_id="note")
-                threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
-                classes = gr.Dropdown(
-                    list(detector.class_names),
-                    value=[],
-                    multiselect=True,
-                    label="Classes",
-                    info="None chosen: all are shown",
-                    visible=bool(detector.class_names),
-                    elem_id="classes",
-                )
-                tiles = gr.Number(
-                    tile,
-                    label="Tiles",
-                    info="Pixels; 0: the whole picture at once. Tiles find small objects in large pictures",
-                    precision=0,
-                    minimum=0,
-                    elem_id="tiles",
-                )
-                again = gr.Button("Find again with these tiles")
-                download = gr.Button("Download COCO JSON", variant="primary")
-                file = gr.DownloadButton(visible="hidden", elem_id="coco_file")
+                self._add_controls(tile)
             with gr.Column(scale=3, min_width=480):
-                summary = gr.Markdown("Upload pictures to begin.", elem_id="summary")
-                shown = gr.Image(
-                    show_label=False,
-                    format="jpeg",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    height="65vh",
-                    elem_id="shown",
-                )
-                queue = gr.Gallery(
-                    label="Queue",
-                    format="jpeg",
-                    columns=8,
-                    height=150,
-                    allow_preview=False,
-                    interactive=False,
-                    visible=False,
-                    buttons=[],
-                    elem_id="queue",
-                )
-                table = gr.Dataframe(headers=list(TABLE), interactive=False, max_height=360, elem_id="table")
+                self._add_results()
+        self.view = [self.summary, self.shown, self.table]
 
-        def view(picture: Picture | None, threshold: float, classes: list[str]) -> Value:
-            if picture is None:
-                return {shown: None, summary: "Upload pictures to begin.", table: []}
-            kept = picture.kept(threshold, classes)
-            return {shown: picture.draw(kept), summary: _summary(picture, kept), table: _rows(kept)}
+    def _add_controls(self, tile: int) -> None:
+        self.files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
+        self.note = gr.Markdown(elem_id="note")
+        self.threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
+        self.classes = gr.Dropdown(
+            list(self.detector.class_names),
+            value=[],
+            multiselect=True,
+            label="Classes",
+            info="None chosen: all are shown",
+            visible=bool(self.detector.class_names),
+            elem_id="classes",
+        )
+        self.tile = gr.Number(
+            tile,
+            label="Tiles",
+            info="Pixels; 0: the whole picture at once. Tiles find small objects in large pictures",
+            precision=0,
+            minimum=0,
+            elem_id="tile",
+        )
+        self.again = gr.Button("Find again with these tiles")
+        self.download = gr.Button("Download COCO JSON", variant="primary")
+        self.file = gr.DownloadButton(visible="hidden", elem_id="coco_file")
 
-        def run(
-            paths: list[str] | None,
-            tile: int,
-            threshold: float,
-            classes: list[str],
-            before: dict[str, Picture],
-            selected: str | None,
-        ) -> Iterator[Value]:
-            """Look at the files that the model has not seen with these tiles; show the first one as soon as it is."""
-            if 0 < tile < SMALLEST_TILE:
-                gr.Warning(f"Tiles of {tile} pixels are too small: 0 (the whole picture) or {SMALLEST_TILE} and more")
-                yield {note: gr.skip()}
-                return
-            paths = list(dict.fromkeys(paths or []))
-            after = {path: before[path] for path in paths if path in before}
-            selected = selected if selected in after else next(iter(after), None)
-            problems = []
-            for number, path in enumerate(paths, start=1):
-                if path in after and after[path].tile == tile:
-                    continue
-                yield {note: f"Looking at {_plain(Path(path).name)} ({number} of {len(paths)}) …"}
-                try:
-                    after = after | {path: look_at(detector, path, tile)}
-                except ValueError as error:
-                    problems.append(_plain(str(error)))
-                    gr.Warning(problems[-1])
-                    continue
-                selected = selected or path
-                update = view(after[path], threshold, classes) if path == selected else {}
-                yield {pictures: after, current: selected, queue: thumbnails(after, selected), **update}
-            yield {
-                pictures: after,
-                current: selected,
-                note: "  \n".join(f"⚠ {problem}" for problem in problems),
-                queue: thumbnails(after, selected),
-                **view(after.get(selected), threshold, classes),
-            }
+    def _add_results(self) -> None:
+        self.summary = gr.Markdown(NOTHING_YET, elem_id="summary")
+        self.shown = gr.Image(
+            show_label=False,
+            format="jpeg",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            height="65vh",
+            elem_id="shown",
+        )
+        self.queue = gr.Gallery(
+            label="Queue",
+            format="jpeg",
+            columns=8,
+            fit_columns=False,
+            height=170,
+            allow_preview=False,
+            interactive=False,
+            visible=False,
+            buttons=[],
+            elem_id="queue",
+        )
+        self.table = gr.Dataframe(
+            headers=list(TABLE), label="Boxes, in pixels", interactive=False, max_height=360, elem_id="table"
+        )
 
-        def thumbnails(all_of_them: dict[str, Picture], selected: str | None) -> Any:
-            return gr.Gallery(
-                [(picture.thumbnail(), picture.name) for picture in all_of_them.values()],
-                visible=len(all_of_them) > 1,
-                selected_index=list(all_of_them).index(selected) if selected else None,
-            )
-
-        def redraw(pictures: dict[str, Picture], current: str | None, threshold: float, classes: list[str]) -> Value:
-            return view(pictures.get(current), threshold, classes)
-
-        def select(
-            event: gr.SelectData, all_of_them: dict[str, Picture], threshold: float, classes: list[str]
-        ) -> Value:
-            path = list(all_of_them)[event.index]
-            return {current: path, **view(all_of_them[path], threshold, classes)}
-
-        def write(pictures: dict[str, Picture], threshold: float, classes: list[str]) -> str:
-            path = Path(tempfile.mkdtemp(dir=page.GRADIO_CACHE), "detections.json")
-            path.write_text(json.dumps(to_coco(list(pictures.values()), threshold, classes, detector.class_names)))
-            return str(path)
-
-        shows = [shown, summary, table]
+    def connect(self) -> None:
+        """Say what calls which method."""
+        choice = [self.pictures, self.threshold, self.classes]
+        # No progress bars: they hide what is there already. The note says how far it is.
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
         gr.on(
-            [files.change, again.click, tiles.submit],
-            run,
-            [files, tiles, threshold, classes, pictures, current],
-            [pictures, current, note, queue, *shows],
-            show_progress="hidden",  # the note says how far it is, and what is there already stays to be seen
+            [self.files.change, self.again.click, self.tile.submit],
+            self.run,
+            [self.files, self.tile, self.current, *choice],
+            [self.pictures, self.current, self.note, self.queue, *self.view],
             trigger_mode="always_last",
             concurrency_id="model",
+            **quiet,
         )
-        gr.on(
-            [threshold.change, classes.change],
-            redraw,
-            [pictures, current, threshold, classes],
-            shows,
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
-        queue.select(select, [pictures, threshold, classes], [current, *shows], show_progress="hidden")
-        download.click(write, [pictures, threshold, classes], file, show_progress="hidden").then(None, js=PRESS_DOWNLOAD)
-    return page
+        changes = [self.threshold.change, self.classes.change]
+        gr.on(changes, self.redraw, [self.current, *choice], self.view, trigger_mode="always_last", **quiet)
+        self.queue.select(self.select, choice, [self.current, *self.view], **quiet)
+        written = self.download.click(self.write, choice, self.file, **quiet)
+        written.then(None, js=PRESS_DOWNLOAD)
+
+    def run(
+        self,
+        paths: list[str] | None,
+        tile: int,
+        current: str | None,
+        pictures: dict[str, Picture],
+        threshold: float,
+        classes: list[str],
+    ) -> Iterator[Values]:
+        """Look at the files that the model has not seen with these tiles; show the first one as soon as it is."""
+        if 0 < tile < SMALLEST_TILE:
+            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole pictures) or {SMALLEST_TILE} and more"}
+            return
+        paths = list(dict.fromkeys(paths or []))
+        pictures = {path: pictures[path] for path in paths if path in pictures}
+        current = current if current in pictures else next(iter(pictures), None)
+        problems: list[str] = []
+        for number, path in enumerate(paths, start=1):
+            if path in pictures and pictures[path].tile == tile:
+                continue
+            yield {self.note: _lines(*problems, f"Looking at {Path(path).name} ({number} of {len(paths)}) …")}
+            try:
+                pictures = pictures | {path: look_at(self.detector, path, tile)}
+            except ValueError as error:
+                problems.append(f"⚠ {error}")
+                continue
+            current = current or path
+            drawn = self.draw(pictures[path], threshold, classes) if path == current else {}
+            yield {self.pictures: pictures, self.current: current, self.queue: _thumbnails(pictures, current), **drawn}
+        yield {
+            self.pictures: pictures,
+            self.current: current,
+            self.note: _lines(*problems),
+            self.queue: _thumbnails(pictures, current),
+            **self.draw(pictures.get(current), threshold, classes),
+        }
+
+    def redraw(self, current: str | None, pictures: dict[str, Picture], threshold: float, classes: list[str]) -> Values:
+        return self.draw(pictures.get(current), threshold, classes)
+
+    def select(
+        self, event: gr.SelectData, pictures: dict[str, Picture], threshold: float, classes: list[str]
+    ) -> Values:
+        path = list(pictures)[event.index]
+        return {self.current: path, **self.draw(pictures[path], threshold, classes)}
+
+    def draw(self, picture: Picture | None, threshold: float, classes: list[str]) -> Values:
+        if picture is None:
+            return {self.summary: NOTHING_YET, self.shown: None, self.table: []}
+        kept = picture.kept(threshold, classes)
+        return {self.summary: _summary(picture, kept), self.shown: picture.draw(kept), self.table: _rows(kept)}
+
+    def write(self, pictures: dict[str, Picture], threshold: float, classes: list[str]) -> str:
+        path = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE), "detections.json")
+        path.write_text(json.dumps(to_coco(list(pictures.values()), threshold, classes, self.detector.class_names)))
+        return str(path)
 
 
 def launch(page: gr.Blocks, port: int) -> str:
@@ -273,9 +288,8 @@ def launch(page: gr.Blocks, port: int) -> str:
     """
     # Gradio asks its own server whether it is up; a proxy for the network beyond must not be asked for that.
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY", os.environ.get("no_proxy")), HOST)))
-    theme = gr.themes.Base(
-        primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the system
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
     _, address, _ = page.launch(
         server_name=HOST,
         server_port=_free_port(port),
@@ -301,10 +315,9 @@ def _free_port(first: int) -> int:
     raise OSError(f"no port from {first} to {first + PORTS_TRIED - 1} is free on {HOST}")
 
 
-def _at_most(image: Image.Image, longest: int) -> Image.Image:
-    small = image.copy()
-    small.thumbnail((longest, longest))
-    return small
+def _resize(image: Image.Image, longest: int) -> Image.Image:
+    scale = longest / max(image.size)
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size))
 
 
 def _rows(kept: Detections) -> list[list[str | float]]:
@@ -318,6 +331,18 @@ def _summary(picture: Picture, kept: Detections) -> str:
     height, width = picture.found.image_size
     objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
     return f"**{_plain(picture.name)}** ({width} × {height}): {objects}{': ' if listed else ''}{listed}"
+
+
+def _lines(*lines: str) -> str:
+    return "  \n".join(map(_plain, lines))
+
+
+def _thumbnails(pictures: dict[str, Picture], current: str | None) -> gr.Gallery:
+    return gr.Gallery(
+        [(picture.thumbnail(), picture.name) for picture in pictures.values()],
+        visible=len(pictures) > 1,
+        selected_index=list(pictures).index(current) if current else None,
+    )
 
 
 def _plain(text: str) -> str:
