@@ -10,18 +10,17 @@ import json
 import os
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from .data import read_image
-
-if TYPE_CHECKING:
-    from .detections import Detections
-    from .detector import Detector
+from .detections import Detections, number_categories
+from .detector import Detector
 
 # Gradio reads these while it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -87,11 +86,16 @@ def look_at(detector: Detector, path: str, tile: int) -> Picture:
     name = Path(path).name
     try:
         pixels = read_image(path, "RGB")
-        found = detector(pixels, threshold=0.0, tile=tile)
+        found = replace(detector(pixels, threshold=0.0, tile=tile), class_names=class_names_of(detector), image=None)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
     longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
     return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
+
+
+def class_names_of(detector: Detector) -> tuple[str, ...]:
+    """Of all classes, numbered as :class:`Detections` does if the model knows no names."""
+    return detector.class_names or tuple(f"class {number}" for number in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
 
 
 def to_coco(
@@ -102,11 +106,11 @@ def to_coco(
     for number, picture in enumerate(pictures, start=1):
         height, width = picture.found.image_size
         images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
-        for entry in picture.kept(threshold, classes).to_coco(number):
-            _, _, box_width, box_height = entry["bbox"]
-            area = {"area": box_width * box_height, "iscrowd": 0}
-            annotations.append({"id": len(annotations) + 1, **area, **entry})
-    categories = [{"id": number, "name": name} for number, name in enumerate(class_names)]
+        for result in picture.kept(threshold, classes).to_coco(number):
+            area = result["bbox"][2] * result["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **result, "area": area, "iscrowd": 0})
+    numbered = zip(number_categories(class_names), class_names, strict=True)
+    categories = [{"id": number, "name": name} for number, name in numbered]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -135,7 +139,7 @@ class _Page:
     """
 
     def __init__(self, detector: Detector, tile: int):
-        self.detector = detector
+        self.detector, self.class_names = detector, class_names_of(detector)
         self.pictures, self.current = gr.State({}), gr.State(None)  # Picture by path; path of the one that is shown
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -149,12 +153,11 @@ class _Page:
         self.note = gr.Markdown(elem_id="note")
         self.threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
         self.classes = gr.Dropdown(
-            list(self.detector.class_names),
+            list(self.class_names),
             value=[],
             multiselect=True,
             label="Classes",
             info="None chosen: all are shown",
-            visible=bool(self.detector.class_names),
             elem_id="classes",
         )
         self.tile = gr.Number(
@@ -269,7 +272,7 @@ class _Page:
 
     def write(self, pictures: dict[str, Picture], threshold: float, classes: list[str]) -> str:
         path = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE), "detections.json")
-        path.write_text(json.dumps(to_coco(list(pictures.values()), threshold, classes, self.detector.class_names)))
+        path.write_text(json.dumps(to_coco(list(pictures.values()), threshold, classes, self.class_names)))
         return str(path)
 
 
@@ -321,16 +324,14 @@ def _resize(image: Image.Image, longest: int) -> Image.Image:
 
 
 def _rows(kept: Detections) -> list[list[str | float]]:
-    rows = zip(kept.names, kept.scores.tolist(), kept.boxes.tolist(), strict=True)
-    return [[name, round(score, 3), *(round(side, 1) for side in box)] for name, score, box in rows]
+    return [[found.name, round(found.score, 3), *(round(side, 1) for side in found.box)] for found in kept]
 
 
 def _summary(picture: Picture, kept: Detections) -> str:
-    counts = {name: kept.names.count(name) for name in dict.fromkeys(kept.names)}
-    listed = ", ".join(f"{count} {_plain(name)}" for name, count in counts.items())
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(kept.names).most_common())
     height, width = picture.found.image_size
     objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
-    return f"**{_plain(picture.name)}** ({width} × {height}): {objects}{': ' if listed else ''}{listed}"
+    return f"**{_plain(picture.name)}** ({width} × {height}): {_plain(f'{objects}: {counts}' if counts else objects)}"
 
 
 def _lines(*lines: str) -> str:

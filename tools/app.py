@@ -22,8 +22,8 @@ Nothing leaves the machine. Needs pip install 'dino-d2[app]'."""
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--weights", required=True, help="a name of `dino-d2 zoo`, a run's folder, or a checkpoint")
-    parser.add_argument("--config-file", help="of a checkpoint without a config beside it")
+    parser.add_argument("--weights", required=True, help="name in the zoo, checkpoint, or folder of a training")
+    parser.add_argument("--config-file", metavar="CONFIG", help="of a checkpoint that has no config.yaml beside it")
     parser.add_argument("--device", help="such as cpu (default: the GPU if there is one)")
     parser.add_argument("--port", type=int, default=7860, help="or the next free one (default 7860)")
     parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="at first (default 0: whole pictures)")
@@ -34,10 +34,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     with user_errors():
-        from dino_d2.app import build_page, launch  # before the weights, which may take a while: Gradio may be missing
-        from dino_d2.detector import Detector
+        from dino_d2 import Detector
+        from dino_d2.app import build_page, launch  # before the weights are loaded: Gradio may be missing
 
-        detector = Detector.from_pretrained(args.weights, args.config_file, args.device, args.opts)
+        detector = Detector.from_pretrained(args.weights, args.config_file, device=args.device, overrides=args.opts)
         name = "/".join(Path(args.weights).parts[-2:])
         page = build_page(detector, name, args.tile)
         address = launch(page, args.port)
