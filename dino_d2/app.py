@@ -12,10 +12,11 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from .data import read_image
@@ -47,7 +48,7 @@ PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
 Values = dict[Any, Any]  # of Gradio's components
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """A picture of the queue and everything that the model found in it.
 
@@ -62,11 +63,6 @@ class Picture:
     found: Detections
     tile: int
 
-    def kept(self, threshold: float, classes: Sequence[str]) -> Detections:
-        """What is surer than the threshold and of these classes; of all if none is named."""
-        kept = self.found.above(threshold)
-        return kept.of(*classes) if classes else kept
-
     def draw(self, kept: Detections) -> Image.Image:
         height, width = self.found.image_size
         scale = max(self.shown.size) / max(height, width)
@@ -75,6 +71,30 @@ class Picture:
 
     def thumbnail(self) -> Image.Image:
         return _resize(self.shown, THUMBNAIL)
+
+
+@dataclass
+class Session:
+    """What a visitor has. Events may change it while the model works, so there is one object for all of them.
+
+    pictures: by path of the uploaded file, in the order of the queue; replaced as a whole.
+    current: path of the one that is chosen.
+    threshold, classes: what is shown: what scores more; of these names, or if there are none, of all.
+    """
+
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    current: str | None = None
+    threshold: float = THRESHOLD
+    classes: Sequence[str] = ()
+
+    @property
+    def shown(self) -> Picture | None:
+        """The one that is chosen, or the first."""
+        return self.pictures.get(self.current, next(iter(self.pictures.values()), None))
+
+    def kept(self, picture: Picture) -> Detections:
+        kept = picture.found.above(self.threshold)
+        return kept.of(*self.classes) if self.classes else kept
 
 
 def look_at(detector: Detector, path: str, tile: int) -> Picture:
@@ -89,6 +109,8 @@ def look_at(detector: Detector, path: str, tile: int) -> Picture:
         found = replace(detector(pixels, threshold=0.0, tile=tile), class_names=class_names_of(detector), image=None)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{name} needs more memory than the device has: look at it in tiles") from error
     longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
     return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
 
@@ -98,15 +120,13 @@ def class_names_of(detector: Detector) -> tuple[str, ...]:
     return detector.class_names or tuple(f"class {number}" for number in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
 
 
-def to_coco(
-    pictures: Sequence[Picture], threshold: float, classes: Sequence[str], class_names: Sequence[str]
-) -> dict[str, list[dict[str, Any]]]:
+def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """What is kept of all pictures as a data set in COCO's format; annotations have scores, too."""
     images, annotations = [], []
-    for number, picture in enumerate(pictures, start=1):
+    for number, picture in enumerate(session.pictures.values(), start=1):
         height, width = picture.found.image_size
         images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
-        for result in picture.kept(threshold, classes).to_coco(number):
+        for result in session.kept(picture).to_coco(number):
             area = result["bbox"][2] * result["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **result, "area": area, "iscrowd": 0})
     numbered = zip(number_categories(class_names), class_names, strict=True)
@@ -140,7 +160,7 @@ class _Page:
 
     def __init__(self, detector: Detector, tile: int):
         self.detector, self.class_names = detector, class_names_of(detector)
-        self.pictures, self.current = gr.State({}), gr.State(None)  # Picture by path; path of the one that is shown
+        self.session = gr.State(Session())  # of which each visitor gets a copy
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 self._add_controls(tile)
@@ -200,80 +220,75 @@ class _Page:
 
     def connect(self) -> None:
         """Say what calls which method."""
-        choice = [self.pictures, self.threshold, self.classes]
+        choice = [self.session, self.threshold, self.classes]
         # No progress bars: they hide what is there already. The note says how far it is.
         quiet: dict[str, Any] = {"show_progress": "hidden"}
-        gr.on(
+        ran = gr.on(
             [self.files.change, self.again.click, self.tile.submit],
             self.run,
-            [self.files, self.tile, self.current, *choice],
-            [self.pictures, self.current, self.note, self.queue, *self.view],
+            [self.session, self.files, self.tile],
+            [self.note, self.queue, *self.view],
             trigger_mode="always_last",
             concurrency_id="model",
             **quiet,
         )
+        in_turn = quiet | {"concurrency_id": "view"}  # the latest choice is shown last
+        ran.then(self.redraw, choice, self.view, **in_turn)
         changes = [self.threshold.change, self.classes.change]
-        gr.on(changes, self.redraw, [self.current, *choice], self.view, trigger_mode="always_last", **quiet)
-        self.queue.select(self.select, choice, [self.current, *self.view], **quiet)
-        written = self.download.click(self.write, choice, self.file, **quiet)
+        gr.on(changes, self.redraw, choice, self.view, trigger_mode="always_last", **in_turn)
+        self.queue.select(self.select, self.session, self.view, **in_turn)
+        written = self.download.click(self.write, choice, self.file, **in_turn)
         written.then(None, js=PRESS_DOWNLOAD)
 
-    def run(
-        self,
-        paths: list[str] | None,
-        tile: int,
-        current: str | None,
-        pictures: dict[str, Picture],
-        threshold: float,
-        classes: list[str],
-    ) -> Iterator[Values]:
-        """Look at the files that the model has not seen with these tiles; show the first one as soon as it is."""
+    def run(self, session: Session, paths: list[str] | None, tile: int) -> Iterator[Values]:
+        """Look at the files that the model has not seen with these tiles, and forget those that are no more there."""
         if 0 < tile < SMALLEST_TILE:
             yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole pictures) or {SMALLEST_TILE} and more"}
             return
         paths = list(dict.fromkeys(paths or []))
-        pictures = {path: pictures[path] for path in paths if path in pictures}
-        current = current if current in pictures else next(iter(pictures), None)
+        session.pictures = {path: session.pictures[path] for path in paths if path in session.pictures}
         problems: list[str] = []
         for number, path in enumerate(paths, start=1):
-            if path in pictures and pictures[path].tile == tile:
+            if path in session.pictures and session.pictures[path].tile == tile:
                 continue
             yield {self.note: _lines(*problems, f"Looking at {Path(path).name} ({number} of {len(paths)}) …")}
             try:
-                pictures = pictures | {path: look_at(self.detector, path, tile)}
+                picture = look_at(self.detector, path, tile)
             except ValueError as error:
                 problems.append(f"⚠ {error}")
                 continue
-            current = current or path
-            drawn = self.draw(pictures[path], threshold, classes) if path == current else {}
-            yield {self.pictures: pictures, self.current: current, self.queue: _thumbnails(pictures, current), **drawn}
-        yield {
-            self.pictures: pictures,
-            self.current: current,
-            self.note: _lines(*problems),
-            self.queue: _thumbnails(pictures, current),
-            **self.draw(pictures.get(current), threshold, classes),
-        }
+            session.pictures = session.pictures | {path: picture}
+            yield {self.queue: self.thumbnails(session)} | (self.draw(session) if picture is session.shown else {})
+        yield {self.note: _lines(*problems), self.queue: self.thumbnails(session)}
 
-    def redraw(self, current: str | None, pictures: dict[str, Picture], threshold: float, classes: list[str]) -> Values:
-        return self.draw(pictures.get(current), threshold, classes)
+    def redraw(self, session: Session, threshold: float, classes: list[str]) -> Values:
+        session.threshold, session.classes = threshold, classes
+        return self.draw(session)
 
-    def select(
-        self, event: gr.SelectData, pictures: dict[str, Picture], threshold: float, classes: list[str]
-    ) -> Values:
-        path = list(pictures)[event.index]
-        return {self.current: path, **self.draw(pictures[path], threshold, classes)}
+    def select(self, event: gr.SelectData, session: Session) -> Values:
+        session.current = list(session.pictures)[event.index]
+        return self.draw(session)
 
-    def draw(self, picture: Picture | None, threshold: float, classes: list[str]) -> Values:
+    def write(self, session: Session, threshold: float, classes: list[str]) -> str:
+        session.threshold, session.classes = threshold, classes
+        path = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE), "detections.json")
+        path.write_text(json.dumps(to_coco(session, self.class_names)))
+        return str(path)
+
+    def draw(self, session: Session) -> Values:
+        picture = session.shown
         if picture is None:
             return {self.summary: NOTHING_YET, self.shown: None, self.table: []}
-        kept = picture.kept(threshold, classes)
+        kept = session.kept(picture)
         return {self.summary: _summary(picture, kept), self.shown: picture.draw(kept), self.table: _rows(kept)}
 
-    def write(self, pictures: dict[str, Picture], threshold: float, classes: list[str]) -> str:
-        path = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE), "detections.json")
-        path.write_text(json.dumps(to_coco(list(pictures.values()), threshold, classes, self.class_names)))
-        return str(path)
+    def thumbnails(self, session: Session) -> gr.Gallery:
+        pictures = list(session.pictures.values())
+        return gr.Gallery(
+            [(picture.thumbnail(), picture.name) for picture in pictures],
+            visible=len(pictures) > 1,
+            selected_index=pictures.index(session.shown) if pictures else None,
+        )
 
 
 def launch(page: gr.Blocks, port: int) -> str:
@@ -336,14 +351,6 @@ def _summary(picture: Picture, kept: Detections) -> str:
 
 def _lines(*lines: str) -> str:
     return "  \n".join(map(_plain, lines))
-
-
-def _thumbnails(pictures: dict[str, Picture], current: str | None) -> gr.Gallery:
-    return gr.Gallery(
-        [(picture.thumbnail(), picture.name) for picture in pictures.values()],
-        visible=len(pictures) > 1,
-        selected_index=list(pictures).index(current) if current else None,
-    )
 
 
 def _plain(text: str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,22 @@ if CHROMIUM is None:
 from dino_d2.app import THRESHOLD, build_page, launch  # noqa: E402
 
 expect = sync_api.expect
+expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
 RECIPE = str(Path(__file__).resolve().parents[1] / "configs" / "dino_r50_4scale_12ep.yaml")
 PICTURES = 4
 
 
-class CountingDetector(Detector):
+class WatchedDetector(Detector):
+    """Counts its calls, and waits in the one of number `waits_in` until `goes_on` is set."""
+
     calls = 0
+    waits_in = 0
+    goes_on = threading.Event()
 
     def __call__(self, *args: Any, **options: Any) -> Detections:
         self.calls += 1
+        if self.calls == self.waits_in:
+            assert self.goes_on.wait(30)
         return super().__call__(*args, **options)
 
 
@@ -76,8 +84,8 @@ def photos(trained: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def detector(trained: Path) -> CountingDetector:
-    return CountingDetector.from_pretrained(trained / "out", device="cpu")
+def detector(trained: Path) -> WatchedDetector:
+    return WatchedDetector.from_pretrained(trained / "out", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,7 @@ def connections() -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def address(detector: CountingDetector, connections: list[tuple]) -> Iterator[str]:
+def address(detector: WatchedDetector, connections: list[tuple]) -> Iterator[str]:
     page = build_page(detector, "rectangles")
     yield launch(page, 7860)
     page.close(verbose=False)
@@ -165,7 +173,7 @@ def middle(scores: np.ndarray, place: int) -> float:
 
 
 def test_rectangles_are_found_drawn_and_listed(
-    tab: sync_api.Page, detector: CountingDetector, photos: list[Path]
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
     upload(tab, photos[0])
     found = detector(photos[0], threshold=THRESHOLD)
@@ -188,7 +196,7 @@ def test_rectangles_are_found_drawn_and_listed(
 
 
 def test_slider_and_classes_choose_without_the_model(
-    tab: sync_api.Page, detector: CountingDetector, photos: list[Path]
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
     everything = detector(photos[1], threshold=0.0)
     upload(tab, photos[1])
@@ -210,7 +218,7 @@ def test_slider_and_classes_choose_without_the_model(
 
 
 def test_coco_json_holds_what_is_shown_of_all_pictures(
-    tab: sync_api.Page, detector: CountingDetector, photos: list[Path], tmp_path: Path
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path], tmp_path: Path
 ) -> None:
     found = [detector(photo, threshold=0.2) for photo in photos[:2]]
     upload(tab, *photos[:2])
@@ -230,7 +238,7 @@ def test_coco_json_holds_what_is_shown_of_all_pictures(
 
 
 def test_queue_shows_the_picture_that_is_chosen_and_grows_and_shrinks(
-    tab: sync_api.Page, detector: CountingDetector, photos: list[Path]
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
     counts = [len(detector(photo, threshold=THRESHOLD)) for photo in photos]
     calls = detector.calls
@@ -253,8 +261,29 @@ def test_queue_shows_the_picture_that_is_chosen_and_grows_and_shrinks(
     assert detector.calls == calls + 3
 
 
+def test_what_is_chosen_while_the_model_works_stays_chosen(
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
+) -> None:
+    counts = [len(detector(photos[1], threshold=threshold)) for threshold in (THRESHOLD, 0.05)]
+    assert counts[0] < counts[1]
+    detector.waits_in = detector.calls + 3
+    upload(tab, *photos[:3])
+    thumbnails = tab.locator("#queue").get_by_role("button", name="Thumbnail")
+    expect(thumbnails).to_have_count(2)
+    expect(tab.locator("#note")).to_have_text(re.compile(r"Looking at 3\.png \(3 of 3\)"))
+    thumbnails.nth(1).click()
+    says(tab, "2.png", counts[0])
+    set_threshold(tab, 0.05)
+    says(tab, "2.png", counts[1])
+    detector.goes_on.set()
+    expect(thumbnails).to_have_count(3)
+    expect(tab.locator("#note")).to_have_text("")
+    says(tab, "2.png", counts[1])
+    expect(thumbnails.nth(1)).to_have_class(re.compile("selected"))
+
+
 def test_broken_file_gets_a_message_and_the_page_lives_on(
-    tab: sync_api.Page, detector: CountingDetector, photos: list[Path], tmp_path: Path
+    tab: sync_api.Page, detector: WatchedDetector, photos: list[Path], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.jpg"
     text.write_text("no picture at all")
@@ -271,7 +300,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
     assert [image["file_name"] for image in coco_of(tab)["images"]] == ["1.png"]
 
 
-def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: CountingDetector, photos: list[Path]) -> None:
+def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]) -> None:
     upload(tab, photos[0])
     says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
     set_threshold(tab, 0)
