@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import THRESHOLD, build_page, launch  # noqa: E402
+from dino_d2.app import THRESHOLD, Session, build_page, class_names_of, launch, look_at, to_coco  # noqa: E402
 
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
@@ -315,6 +315,35 @@ def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDet
     tab.get_by_role("button", name="Find again").click()
     expect(tab.locator("#note")).to_have_text(re.compile("Tiles of 3 pixels are too small"))
     assert detector.calls == calls + 1
+
+
+def test_picture_too_large_for_the_memory_is_named(detector: WatchedDetector, photos: list[Path]) -> None:
+    class Full(WatchedDetector):
+        def __call__(self, *args: Any, **options: Any) -> Detections:
+            raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+
+    with pytest.raises(ValueError, match=r"^1\.png needs more memory than the device has: look at it in tiles"):
+        look_at(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
+
+
+def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: list[Path]) -> None:
+    nameless = WatchedDetector(detector.cfg, detector.model)
+    nameless.class_names = ()
+    picture = look_at(nameless, str(photos[1]), tile=0)
+    session = Session({"2.png": picture}, threshold=0.05, classes=["class 1"])
+    coco = to_coco(session, class_names_of(nameless))
+    assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
+    blue = detector(photos[1], threshold=0.05).of("blue")
+    assert [entry["category_id"] for entry in coco["annotations"]] == [2] * len(blue)
+
+
+def test_large_and_small_pictures_are_drawn_on_in_sizes_for_the_eye(detector: WatchedDetector, tmp_path: Path) -> None:
+    for size, shown in (((40, 30), (1024, 768)), ((3000, 1500), (2048, 1024)), ((1200, 7), (1200, 7))):
+        Image.new("RGB", size).save(tmp_path / "picture.png")
+        picture = look_at(detector, str(tmp_path / "picture.png"), tile=0)
+        session = Session({"": picture}, threshold=0)
+        assert picture.found.image_size == size[::-1]
+        assert picture.draw(session.kept(picture)).size == shown
 
 
 def test_two_visitors_have_queues_of_their_own(
