@@ -90,6 +90,17 @@ def add_dino_config(cfg: CN) -> None:
     t.OUT_INDICES = [2, 3, 4]  # timm's numbers of the maps, named "stage2", "stage3", …
     t.PRETRAINED = False  # let timm fetch its weights (MODEL.WEIGHTS is loaded after it)
     t.FREEZE_BATCHNORM = True  # keep running statistics and affine parameters as loaded
+    t.NORM_MAPS = False  # a LayerNorm over the channels of each map, as detrex's ConvNeXt has
+
+    v = cfg.MODEL.VITDET = CN()  # for MODEL.BACKBONE.NAME: build_vitdet_backbone (defaults: ViT-B)
+    v.EMBED_DIM = 768
+    v.DEPTH = 12  # blocks
+    v.NUM_HEADS = 12
+    v.WINDOW_SIZE = 14  # side of the windows that the other blocks attend in, in tokens
+    v.GLOBAL_BLOCKS = [2, 5, 8, 11]  # blocks that attend to the whole picture, counted from 0
+    v.DROP_PATH_RATE = 0.1
+    v.IMAGE_SIZE = 1024  # side in pixels that the relative positions are learned for; interpolated for others
+    v.OUT_CHANNELS = 256  # of every map
 
     # [name, annotation file, image folder] of data sets in COCO's format, to be registered
     cfg.DATASETS.COCO_FORMAT = []

@@ -107,7 +107,7 @@ class Detector:
             threshold: keep what scores more. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
             classes: names; none: all.
             tile: look at the picture in pieces of at most this side, in pixels: large pictures with small objects.
-            batch_size: pictures that the model sees at once.
+            batch_size: pictures that the model sees at once, if they have one size.
             channel_order: of arrays, "rgb" or "bgr".
 
         Returns:
@@ -163,16 +163,28 @@ class Detector:
                 yield detections.of(*classes) if classes else detections
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Of pictures in RGB, as `DefaultPredictor` does."""
-        inputs = []
-        for image in images:
-            height, width = image.shape[:2]
-            ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
-            resized = self._augmentation.get_transform(ordered).apply_image(ordered)
-            pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-            inputs.append({"image": pixels, "height": height, "width": width})
-        with torch.no_grad():
-            return [result["instances"].to("cpu") for result in self.model(inputs)]
+        """Of pictures in RGB, as `DefaultPredictor` does.
+
+        Those of one size go through the model together: padding pictures of several sizes would change what is found.
+        """
+        found: dict[int, Instances] = {}
+        for size in dict.fromkeys(image.shape for image in images):
+            places = [place for place, image in enumerate(images) if image.shape == size]
+            inputs = [self._input(images[place]) for place in places]
+            with torch.no_grad():
+                results = self.model(inputs)
+            found |= {place: result["instances"].to("cpu") for place, result in zip(places, results, strict=True)}
+        return [found[place] for place in range(len(images))]
+
+    def _input(self, image: np.ndarray) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+        resized = self._augmentation.get_transform(ordered).apply_image(ordered)
+        return {
+            "image": torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)),
+            "height": height,
+            "width": width,
+        }
 
     def _tiles(self, image: np.ndarray, tile: int) -> Instances:
         return predict_in_tiles(lambda part: self._predict([part])[0], image, tile, int(tile * OVERLAP))

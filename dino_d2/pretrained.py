@@ -61,9 +61,7 @@ def find_pretrained(name: str, config_file: str | None = None) -> Pretrained:
     if config_file is None:
         beside = (path if path.is_dir() else path.parent) / CONFIG
         if not beside.is_file():
-            raise FileNotFoundError(
-                f"{name}: which config do the weights go with? There is no {beside}: give config_file"
-            )
+            raise FileNotFoundError(f"{name}: which config do they go with? There is no {beside}: give a config file")
         config_file = str(beside)
     return Pretrained(config_file, (), weights)
 
@@ -81,20 +79,22 @@ def _weights_in(folder: Path) -> str:
 def _from_hub(name: str) -> Path:
     """The folder with config and weights of a repository, whose files run no code and lead nowhere else."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise ImportError(
-            f"{name}: repositories on Hugging Face need huggingface_hub: pip install huggingface_hub"
-        ) from error
+        raise ImportError(f"{name}: a repository on Hugging Face needs pip install huggingface_hub") from error
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, SAVED]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"there are no weights {name} here, nor on Hugging Face ({reason}): {HELP}") from error
-    for file in (CONFIG, SAVED):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"the repository {name} has no {file}, and other files are not read from a hub")
-    if "_BASE_" in (yaml.safe_load((folder / CONFIG).read_text()) or {}):
+        config, weights = (Path(hf_hub_download(name, file)) for file in (CONFIG, SAVED))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there are no weights {name} here, and Hugging Face cannot be reached: {HELP}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"the repository {name} on Hugging Face lacks {CONFIG} or {SAVED}, and other files are not read from a hub"
+        ) from error
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"there are no weights {name} here, nor on Hugging Face: {HELP}") from error
+    if "_BASE_" in (yaml.safe_load(config.read_text()) or {}):
         raise ValueError(f"the {CONFIG} of {name} has a _BASE_, which is not followed from a hub")
-    return folder
+    return weights.parent

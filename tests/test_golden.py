@@ -20,6 +20,8 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dino_d2 import load_config
+from dino_d2.checkpoint.convert import layout_of
+from dino_d2.checkpoint.names import SOURCES
 from dino_d2.tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,16 +30,37 @@ sys.path.insert(0, str(GOLDEN))
 
 import recipe  # noqa: E402
 
-RECIPE = str(ROOT / "configs" / "dino_r50_4scale_12ep.yaml")
+RECIPES = {  # where it is another than the published one
+    "detrex_swin_t": "dino_swint_4scale_12ep",
+    "detrex_convnext_t": "dino_convnextt_4scale_12ep",
+    "detrex_vitdet_b": "dino_vitdetb_4scale_12ep",
+}
+MMDET = "mmdet_r50_4scale"  # which differs by design, as tests/golden/README.md says
+SAME_PROGRAM = [case for case in recipe.CASES if case != MMDET]
 DETECTIONS = 40
 WITH_LOSSES = ("r50_4scale", "r50_4scale_dn", "r50_4scale_empty")
-WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-DETREX = ["MODEL.DINO.SHARE_HEADS", "False", "MODEL.DINO.POS_TEMPERATURE", "10000.0", "MODEL.DINO.POS_OFFSET", "-0.5"]
+WEIGHTS = {"ce": 1.0, "bbox": 5.0, "giou": 2.0}
+PER_LAYER = ["MODEL.DINO.SHARE_HEADS", "False"]
+VALUES = {  # what a source needs of any recipe
+    "official": [],
+    "detrex": [*PER_LAYER, "MODEL.DINO.POS_TEMPERATURE", "10000.0", "MODEL.DINO.POS_OFFSET", "-0.5"],
+    "mmdet": PER_LAYER,
+}
 
 
-def first_name(name: str, detrex: bool) -> str:
+def source_of(model_file: str) -> str:
+    return next((source for source in ("detrex", "mmdet") if source in model_file), "official")
+
+
+def recipe_of(case: str) -> str:
+    return str(ROOT / "configs" / f"{RECIPES.get(case, 'dino_r50_4scale_12ep')}.yaml")
+
+
+def first_name(name: str, source: str) -> str:
     """The name that filled a parameter which the published model stores several times."""
-    if detrex:
+    if source == "mmdet":
+        return name
+    if source == "detrex":
         return re.sub(r"^(bbox_embed|class_embed)\.", r"transformer.decoder.\1.", name)
     return re.sub(r"^(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.\d+\.", r"transformer.decoder.\1.0.", name)
 
@@ -45,30 +68,33 @@ def first_name(name: str, detrex: bool) -> str:
 def write_published(model_file: str, path: Path) -> dict[str, torch.Tensor]:
     """A checkpoint as the authors would have saved it, filled by the recipe."""
     names = json.loads((GOLDEN / f"state_dict_{model_file}.json").read_text())
-    detrex = "detrex" in model_file
-    state = {n: torch.from_numpy(np.asarray(recipe.fill(first_name(n, detrex), shape))) for n, shape in names.items()}
-    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 11}, path)
+    source = source_of(model_file)
+    state = {n: torch.from_numpy(np.asarray(recipe.fill(first_name(n, source), shape))) for n, shape in names.items()}
+    others = {"args": argparse.Namespace(lr=1e-4), "epoch": 11}
+    torch.save({"state_dict" if source == "mmdet" else "model": state, **others}, path)
     return state
 
 
 def config_values(case: str) -> list[str]:
     model_file, changed, *_ = recipe.CASES[case]
-    classes = 80 if "detrex" in model_file else 91
+    source = source_of(model_file)
+    classes = 91 if source == "official" else 80
     values = ["MODEL.DINO.NUM_CLASSES", str(classes), "MODEL.DINO.NUM_QUERIES", str(changed["num_queries"])]
     values += ["TEST.DETECTIONS_PER_IMAGE", str(DETECTIONS), "MODEL.DEVICE", "cpu"]
     if "dn_number" in changed:
         values += ["MODEL.DINO.DN.NUMBER", str(changed["dn_number"])]
         values += ["MODEL.DINO.DN.BOX_NOISE_SCALE", "0.0", "MODEL.DINO.DN.LABEL_NOISE_RATIO", "0.0"]
-    elif "detrex" not in model_file:
+    elif source == "official":
         values += ["MODEL.DINO.DN.TYPE", "none"]
-    return values + (DETREX if "detrex" in model_file else [])
+    return [*values, "MODEL.TIMM.PRETRAINED", "False", *VALUES[source]]
 
 
 def inputs(case: str, model: nn.Module) -> list[dict]:
     _, _, sizes, counts, seed = recipe.CASES[case]
+    classes = 80 if case == MMDET else 91
     result = []
     for i, ((height, width), count) in enumerate(zip(sizes, counts, strict=True)):
-        labels, boxes = recipe.targets(seed * 1000 + i, count, 91)
+        labels, boxes = recipe.targets(seed * 1000 + i, count, classes)
         corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.zeros(count, 4))
@@ -90,9 +116,9 @@ def model_for(tmp_path_factory: pytest.TempPathFactory):
         if not published.exists():
             write_published(model_file, published)
         if not converted.exists():
-            arguments = ["--source", "auto", str(published), str(converted), "--config-file", RECIPE]
+            arguments = ["--source", "auto", str(published), str(converted), "--config-file", recipe_of(case)]
             convert_checkpoint.main([*arguments, *config_values(case)])
-        model = build_model(load_config(RECIPE, config_values(case))).to(dtype)
+        model = build_model(load_config(recipe_of(case), config_values(case))).to(dtype)
         DetectionCheckpointer(model).load(str(converted))
         return model.eval()
 
@@ -133,13 +159,14 @@ def training_differences(case: str, model: nn.Module) -> dict[str, float]:
 
     worst_loss = 0.0
     for name, value in losses.items():
-        kind = next(kind for kind in WEIGHTS if name.startswith(kind))
-        worst_loss = max(worst_loss, relative(value.item() / WEIGHTS[kind], float(golden[f"loss/{name}"])))
+        theirs, weight = (mmdet_loss(name), 1.0) if case == MMDET else (name, WEIGHTS[name.split("_")[1]])
+        worst_loss = max(worst_loss, relative(value.item() / weight, float(golden[f"loss/{theirs}"])))
     parameters = {name: p.grad for name, p in model.named_parameters()}
+    names = mmdet_names(model) if case == MMDET else OURS
     worst_gradient = 0.0
     for key in golden.files:
         if key.startswith("gradnorm/"):
-            name = OURS[key.removeprefix("gradnorm/")]
+            name = names[key.removeprefix("gradnorm/")]
             if name in parameters:  # the label embedding is not there without denoising
                 worst_gradient = max(worst_gradient, relative(float(parameters[name].norm()), float(golden[key])))
     total = relative(float(sum(losses.values())), float(golden["loss_total"]))
@@ -150,7 +177,21 @@ def training_differences(case: str, model: nn.Module) -> dict[str, float]:
     }
 
 
-# Parameters whose gradients the golden files hold.
+def mmdet_loss(name: str) -> str:
+    """MMDetection's name of a loss: `loss_ce_dn_2` is its `d2.dn_loss_cls`."""
+    kind, part, layer = re.fullmatch(r"loss_(ce|bbox|giou)((?:_dn|_interm)?)(?:_(\d))?", name).groups()
+    kind = {"ce": "cls", "bbox": "bbox", "giou": "iou"}[kind]
+    part = {"": "", "_dn": "dn_", "_interm": "enc_"}[part]
+    return f"{f'd{layer}.' if layer else ''}{part}loss_{kind}"
+
+
+def mmdet_names(model: nn.Module) -> dict[str, str]:
+    """Our names of MMDetection's parameters."""
+    layout = layout_of(model)
+    return {theirs: name for name, _ in model.named_parameters() for theirs in SOURCES["mmdet"](name, layout)}
+
+
+# Parameters of the published program whose gradients the golden files hold.
 OURS = {
     "input_proj.0.0.weight": "neck.projections.0.0.weight",
     "transformer.level_embed": "encoder.level_embed",
@@ -169,7 +210,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("case", list(recipe.CASES))
+@pytest.mark.parametrize("case", SAME_PROGRAM)
 def test_detections_in_float64(case: str, model_for) -> None:
     differences = detection_differences(case, model_for(case, torch.float64))
     assert differences["scores"] < 1e-4
@@ -177,7 +218,7 @@ def test_detections_in_float64(case: str, model_for) -> None:
     assert differences["other classes"] == 0
 
 
-@pytest.mark.parametrize("case", list(recipe.CASES))
+@pytest.mark.parametrize("case", SAME_PROGRAM)
 def test_detections_in_float32(case: str, model_for) -> None:
     """Scores and boxes of the same detections; near-equal scores may change places."""
     golden = np.load(GOLDEN / f"{case}.npz")
@@ -201,12 +242,24 @@ def test_losses_and_gradients_in_float64(case: str, model_for) -> None:
     assert differences["gradient norms (relative)"] < 1e-3
 
 
+def test_mmdetection_but_for_what_it_does_otherwise(model_for) -> None:
+    model = model_for(MMDET, torch.float64)
+    differences = detection_differences(MMDET, model)
+    assert differences["scores"] < 1e-6
+    assert differences["boxes (pixels)"] < 0.5
+    assert differences["other classes"] == 0
+    differences = training_differences(MMDET, model)
+    assert differences["losses (relative)"] < 1e-5
+    assert differences["total loss (relative)"] < 1e-5
+    assert differences["gradient norms (relative)"] < 1e-4
+
+
 @pytest.mark.parametrize("model_file", ["DINO_4scale", "detrex_dino_r50"])
 def test_published_file_converts_and_official_names_come_back_bit_for_bit(model_file: str, tmp_path: Path) -> None:
     published, ours, back = (str(tmp_path / name) for name in ("published.pth", "ours.pth", "back.pth"))
     state = write_published(model_file, Path(published))
     case = {"DINO_4scale": "r50_4scale_dn", "detrex_dino_r50": "detrex_r50_4scale"}[model_file]
-    config = ["--config-file", RECIPE, *config_values(case), "MODEL.DINO.NUM_QUERIES", "900"]
+    config = ["--config-file", recipe_of(case), *config_values(case), "MODEL.DINO.NUM_QUERIES", "900"]
     convert_checkpoint.main(["--source", "auto", published, ours, *config])
     convert_checkpoint.main(["--to", "official", ours, back, *config])
     result = torch.load(back, weights_only=True)["model"]
@@ -218,10 +271,11 @@ def test_published_file_converts_and_official_names_come_back_bit_for_bit(model_
         assert torch.equal(result[head], state[head])
 
 
-def test_denoising_groups_are_as_many_and_as_long(model_for) -> None:
-    golden = np.load(GOLDEN / "r50_4scale_dn.npz")
-    model = model_for("r50_4scale_dn", torch.float64)
-    denoising = model.denoising(model.prepare_targets(inputs("r50_4scale_dn", model)))
+@pytest.mark.parametrize("case", ["r50_4scale_dn", MMDET])
+def test_denoising_groups_are_as_many_and_as_long(case: str, model_for) -> None:
+    golden = np.load(GOLDEN / f"{case}.npz")
+    model = model_for(case, torch.float64)
+    denoising = model.denoising(model.prepare_targets(inputs(case, model)))
     assert denoising.groups == int(golden["dn_groups"])
     assert len(denoising) == int(golden["dn_pad"])
 
@@ -239,6 +293,6 @@ if __name__ == "__main__":
         make = model_for.__wrapped__(Folders)
         for case in recipe.CASES:
             row = detection_differences(case, make(case, torch.float64))
-            if case in WITH_LOSSES:
+            if case in (*WITH_LOSSES, MMDET):
                 row |= training_differences(case, make(case, torch.float64))
             print(case, {key: f"{value:.1e}" for key, value in row.items()})

@@ -19,7 +19,7 @@ NAMES = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.parent != CONFIGS / "demo"  # smaller, and tested by the demo itself
 )
-LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep"))]
+LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep", "50ep"))]
 COMPLETE = [name for name in NAMES if "Base-" not in name]
 FINE_TUNED = {  # recipe: what it starts from
     "finetune_small": "dino_r50.pth",
@@ -28,10 +28,11 @@ FINE_TUNED = {  # recipe: what it starts from
         for model in ("dino_r50_4scale", "dino_swinl_5scale")
     },
 }
-SMALL = [  # what keeps a step short: nothing in it comes from a recipe
+SMALL = [  # what keeps a step short
     "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False,
     "MODEL.DINO.NUM_QUERIES", 30, "MODEL.DINO.DIM_FEEDFORWARD", 64,
     "MODEL.DINO.ENC_LAYERS", 1, "MODEL.DINO.DEC_LAYERS", 2, "MODEL.DINO.DN.NUMBER", 4,
+    "MODEL.SWIN.DEPTHS", [2, 2, 2, 2], "MODEL.VITDET.DEPTH", 3, "MODEL.VITDET.GLOBAL_BLOCKS", [1],
 ]  # fmt: skip
 
 
@@ -84,12 +85,15 @@ def test_recipe_trains_a_step_and_predicts(name: str) -> None:
 def test_every_published_model_has_its_recipes() -> None:
     wanted = {f"dino_r50_{scales}scale_{epochs}ep" for scales in (4, 5) for epochs in (12, 24, 36)}
     wanted |= {f"dino_swinl_{scales}scale_{epochs}ep" for scales in (4, 5) for epochs in (12, 36)}
+    others = ("r101", "swint", "swins", "swinb", "swinl224", "convnextt", "convnexts", "convnextb", "convnextl")
+    wanted |= {f"dino_{backbone}_4scale_12ep" for backbone in others}
+    wanted |= {f"dino_vitdet{size}_4scale_{epochs}ep" for size in "bl" for epochs in (12, 50)}
     assert wanted <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", LONGER)
 def test_longer_recipe_changes_the_schedule_only(name: str) -> None:
-    epochs, step = (24, 20) if name.endswith("24ep") else (36, 30)
+    epochs, step = {"24ep": (24, 20), "36ep": (36, 30), "50ep": (50, 40)}[name[-4:]]
     assert differences(name, f"{name[:-4]}12ep") == {
         "SOLVER.MAX_ITER": epochs * EPOCH,
         "SOLVER.STEPS": (step * EPOCH,),
@@ -105,8 +109,13 @@ def test_recipe_writes_to_a_folder_of_its_own_name(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in COMPLETE if name not in FINE_TUNED])
 def test_weights_are_of_the_backbone_in_the_recipe(name: str) -> None:
     cfg = recipe(name)
-    is_r50 = cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone" and cfg.MODEL.RESNETS.DEPTH == 50
-    expected = "detectron2://ImageNetPretrained/torchvision/R-50.pkl" if is_r50 else ""
+    backbone = cfg.MODEL.BACKBONE.NAME
+    expected = ""
+    if backbone == "build_resnet_backbone" and cfg.MODEL.RESNETS.DEPTH == 50:
+        expected = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    if backbone == "build_vitdet_backbone":
+        size = {12: "base", 24: "large"}[cfg.MODEL.VITDET.DEPTH]
+        expected = f"detectron2://ImageNetPretrained/MAE/mae_pretrain_vit_{size}.pth?matching_heuristics=True"
     assert expected == cfg.MODEL.WEIGHTS
 
 
@@ -177,6 +186,38 @@ def test_five_scales_are_one_finer_map() -> None:
         "MODEL.DINO.IN_FEATURES": ["p0", "p1", "p2", "p3"],
         "MODEL.DINO.NUM_FEATURE_LEVELS": 5,
         "OUTPUT_DIR": "output/dino_swinl_5scale_12ep",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "model"),
+    [
+        ("dino_swins_4scale_12ep", "dino_swint_4scale_12ep", {"MODEL.SWIN.DEPTHS": [2, 2, 18, 2]}),
+        ("dino_swinl224_4scale_12ep", "dino_swinl_4scale_12ep", {"MODEL.SWIN.WINDOW_SIZE": 7}),
+        (
+            "dino_swinb_4scale_12ep",
+            "dino_swinl_4scale_12ep",
+            {"MODEL.SWIN.EMBED_DIM": 128, "MODEL.SWIN.NUM_HEADS": [4, 8, 16, 32]},
+        ),
+        *(
+            (
+                f"dino_convnext{size[0]}_4scale_12ep",
+                "dino_convnextl_4scale_12ep",
+                {"MODEL.TIMM.NAME": f"convnext_{size}.fb_in22k_ft_in1k_384"},
+            )
+            for size in ("tiny", "small", "base")
+        ),
+    ],
+)
+def test_other_sizes_change_the_backbone_only(name: str, other: str, model: dict[str, object]) -> None:
+    assert differences(name, other) == model | {"OUTPUT_DIR": f"output/{name}"}
+
+
+def test_larger_vit_is_warmed_up_and_slowed_down_earlier() -> None:
+    changed = differences("dino_vitdetl_4scale_12ep", "dino_vitdetb_4scale_12ep")
+    assert {key: value for key, value in changed.items() if key.startswith("SOLVER.")} == {
+        "SOLVER.WARMUP_ITERS": 250,
+        "SOLVER.STEPS": (12 * EPOCH * 4 // 5,),
     }
 
 

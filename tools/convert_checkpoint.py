@@ -18,13 +18,13 @@ EXAMPLES = [
 ]
 DESCRIPTION = """\
 Converts weights of the authors' program, of detrex and of MMDetection, and ImageNet weights of a backbone alone
-(torchvision's ResNets, the Swin release, timm's Swin), which become weights to start training from. `ema` takes the
-moving average of the weights out of a checkpoint of your own training. What dino-d2 zoo lists is converted without
-this command.
+(torchvision's ResNets, the Swin release, timm's Swin, MAE's ViTs), which become weights to start training from. `ema`
+takes the moving average of the weights out of a checkpoint of your own training. What dino-d2 zoo lists is converted
+without this command.
 
 CONFIG says what the weights are used with; a name left over, missing or of another shape stops the conversion.
 detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,
-MMDetection's need MODEL.DINO.SHARE_HEADS False."""
+MMDetection's need MODEL.DINO.SHARE_HEADS False, and its "improved" R-50 the other two as well."""
 SOURCES = ("official", "detrex", "mmdet")
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from detectron2.utils.file_io import PathManager
 
     from dino_d2 import load_config
-    from dino_d2.checkpoint import read_state_dict, to_ours, to_published
+    from dino_d2.checkpoint import read_published, to_ours, to_published
     from dino_d2.checkpoint.convert import summarize
     from dino_d2.checkpoint.files import average_of, write_checkpoint
 
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.source == "ema":
                 state = average_of(args.input)
             else:
-                published, model = read_state_dict(args.input), build_model(cfg)
-                convert = to_published(published, args.to, model) if args.to else to_ours(published, args.source, model)
-                state, notes = convert.state, convert.notes
+                given, model = read_published(args.input), build_model(cfg)
+                result = to_published(given.state, args.to, model) if args.to else to_ours(given, args.source, model)
+                state, notes = result.state, result.notes
         except ValueError as error:
             raise ValueError(f"{args.input}: {error}") from error
         folder, name = os.path.split(args.output)

@@ -4,7 +4,7 @@ from .assumptions import Assumptions
 from .backbone import from_backbone
 from .checkpointer import DINOCheckpointer
 from .convert import Conversion, from_published, to_published
-from .files import read_state_dict
+from .files import read_published
 from .sources import to_ours
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "DINOCheckpointer",
     "from_backbone",
     "from_published",
-    "read_state_dict",
+    "read_published",
     "to_ours",
     "to_published",
 ]

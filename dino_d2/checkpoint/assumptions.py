@@ -29,6 +29,7 @@ class Assumptions:
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
     encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
     num_classes: of the class logits; None, in older checkpoints without names: not known.
+    zoo_name: by which `model_zoo` knows the weights; empty: it does not. Not compared.
     """
 
     class_names: tuple[str, ...]
@@ -40,6 +41,7 @@ class Assumptions:
     pixel_std: tuple[float, ...]
     encoder: str = "deformable"
     num_classes: int | None = None
+    zoo_name: str = ""
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
@@ -88,7 +90,7 @@ class Assumptions:
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             unknown = field.name in ("encoder", "num_classes") and not theirs
             told_by_number = field.name == "class_names" and len(ours) != len(theirs)
-            if ours == theirs or unknown or told_by_number:
+            if ours == theirs or unknown or told_by_number or field.name == "zoo_name":
                 continue
             if field.name == "num_classes":
                 lines.append(
@@ -97,6 +99,8 @@ class Assumptions:
                 )
             else:
                 lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
+        if lines and other.zoo_name:
+            lines.append(f"their config is dino_d2.model_zoo.get_config({other.zoo_name!r}, trained=True)")
         return lines
 
 

@@ -1,4 +1,4 @@
-"""ImageNet weights of a backbone alone, as torchvision, the Swin release and timm save them."""
+"""ImageNet weights of a backbone alone, as torchvision, the Swin release, timm and MAE save them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from .names import torchvision_resnet
 if TYPE_CHECKING:
     from dino_d2.meta_arch import DINO
 
-CLASSIFIER = re.compile(r"(fc|head|norm|avgpool)\..+")  # what comes after the maps
+CLASSIFIER = re.compile(r"(fc|head|norm|fc_norm|avgpool)\..+|cls_token")  # what the maps do not need
 COMPUTED = (*DERIVED, "attn_mask")
+# What no classifier has: norms of the maps, the pyramid and the relative positions of ViTDet.
+DETECTORS_OWN = re.compile(r"norm\d\.(weight|bias)|norms\..+|simfp_\d\..+|net\.blocks\.\d+\.attn\.rel_pos_[hw]")
 MARKS = ("layer1.0.conv1.weight", "patch_embed.proj.weight")
 
 
 def is_backbone(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of a ResNet or a Swin transformer alone."""
+    """Whether these are the names of a ResNet, a Swin transformer or a ViT alone."""
     return any(mark in state for mark in MARKS)
 
 
@@ -35,14 +37,14 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
     shifted = "layers.3.downsample.reduction.weight" in state
     result, used, notes, lines = {}, set(), [], []
     for name, own in model.backbone.state_dict().items():
-        theirs = torchvision_resnet(f"backbone.{name}") or name
+        theirs = torchvision_resnet(f"backbone.{name}") or name.removeprefix("net.")
         if shifted:
             theirs = re.sub(r"^layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", theirs)
         if theirs in state and state[theirs].shape == own.shape:
             result[f"backbone.{name}"] = state[theirs].clone()
         elif theirs in state:
             lines.append(f"not fitting: {theirs} is {tuple(state[theirs].shape)}, backbone.{name} {tuple(own.shape)}")
-        elif re.fullmatch(r"norm\d\.(weight|bias)", name) or name.endswith(COMPUTED):
+        elif DETECTORS_OWN.fullmatch(name) or name.endswith(COMPUTED):
             notes.append(f"backbone.{name}: not in the file, left as initialised")
         else:
             lines.append(f"missing: {theirs} (for backbone.{name})")

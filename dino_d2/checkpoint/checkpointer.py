@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .assumptions import EXTRA_STATE, Assumptions
-from .backbone import COMPUTED
+from .backbone import COMPUTED, DETECTORS_OWN
 from .classes import CLASS_BIAS, CLASS_ROWS, match_classes
 from .files import check_arrays_only, write_checkpoint, write_whole
 
@@ -95,6 +97,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         try:
             if filename.endswith(".pkl") and not self.trust_files:
                 check_arrays_only(filename)
+            if filename.endswith(".safetensors"):
+                return {"model": load_file(filename)}
             return super()._load_file(filename)
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on with advice for people who call torch.load
@@ -104,7 +108,7 @@ class DINOCheckpointer(DetectionCheckpointer):
                 "Weights published with their authors' settings: tools/convert_checkpoint.py reads them without "
                 "running anything. A file whose makers you trust: MODEL.TRUST_WEIGHTS True."
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, SafetensorError) as error:
             raise ValueError(f"{filename} is damaged or no checkpoint ({error}). {self._advice(filename)}") from error
 
     def _advice(self, damaged: str) -> str:
@@ -145,9 +149,10 @@ class DINOCheckpointer(DetectionCheckpointer):
         """Whether most of the detector was found in a file with these names, or its whole backbone and little else."""
         own = self._own_names()
         backbone = {name for name in own if name.startswith("backbone.")}
+        pretrained = {name for name in backbone if not DETECTORS_OWN.fullmatch(name.removeprefix("backbone."))}
         used = len(found) / max(1, sum(not name.endswith(OPTIONAL) for name in names))
         is_detector = 2 * len(found - backbone) >= len(own - backbone)
-        return is_detector or (len(found & backbone) >= BACKBONE_SHARE * len(backbone) and used >= BACKBONE_SHARE)
+        return is_detector or (len(found & pretrained) >= BACKBONE_SHARE * len(pretrained) and used >= BACKBONE_SHARE)
 
     def _other_model(self, found: int, names: Sequence[str]) -> ValueError:
         return ValueError(

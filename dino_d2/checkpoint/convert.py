@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,11 +20,16 @@ if TYPE_CHECKING:  # the model imports this package
 COCO = sorted((c for c in COCO_CATEGORIES if c["isthing"]), key=lambda c: c["id"])
 COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the published program has them
 
-# Temperature and offset of the pixels' sine embedding; the shapes do not show them.
-POSITION = {"official": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
+# Temperatures and offsets of the pixels' sine embedding that a source publishes weights for; shapes do not show them.
+# MMDetection's "improved" R-50 has detrex's, its others the published program's.
+POSITIONS = {
+    "official": ((20.0, 0.0),),
+    "detrex": ((10000.0, -0.5),),
+    "mmdet": ((20.0, 0.0), (10000.0, -0.5)),
+}
 PIXELS = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
-DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, present or not
+DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, whatever a file says
 OPTIONAL = (  # what a config may do without
     "denoising.label_embed.weight",
     "query_selection.content.weight",
@@ -56,35 +62,46 @@ def detect_source(state: Mapping[str, Tensor]) -> str:
     )
 
 
-def from_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conversion:
+def from_published(state: Mapping[str, Tensor], source: str, model: DINO, config: str = "") -> Conversion:
     """The state dict of `model` with the values of a published checkpoint.
 
     Args:
         state: as read from the file.
         source: official, detrex or mmdet.
         model: made from the config that the weights are to be used with.
+        config: the text of theirs, if the file has it; MMDetection's files do. Where the pixels' sine embedding can be
+            one or the other, this decides, else the config of `model`.
 
     Raises:
         ConversionError: a name left over, missing or of another shape, or a config that contradicts the source.
     """
     layout = layout_of(model)
-    assumptions = _assumptions(source, model, state)
+    positions = _positions(source, config)
+    assumptions = _assumptions(source, model, state, positions)
     result: dict[str, Tensor] = {}
     used: set[str] = set()
     notes, missing, wrong = [], [], []
+    if len(positions) > 1:
+        notes.append(
+            f"position embedding: temperature {assumptions.position_temperature}, offset "
+            f"{assumptions.position_offset}, as the config says; the checkpoint does not"
+        )
     for name, own in model.state_dict().items():
         if name == EXTRA_STATE:
             continue
         names = SOURCES[source](name, layout)
         present = [n for n in names if n in state]
         used.update(present)
+        if name.endswith(DERIVED):
+            result[name] = own.clone()
+            continue
         if not present:
             default = _default(name, own, source)
             if default is None:
                 missing.append(f"{names[0]} (for {name})")
             else:
                 result[name] = default
-                notes.append(f"{name}: not in the checkpoint, {'zero' if not default.any() else 'computed'}")
+                notes.append(f"{name}: not in the checkpoint, zero")
             continue
         value = state[present[0]]
         if any(not torch.equal(value, state[n]) for n in present[1:]):
@@ -138,16 +155,30 @@ def layout_of(model: DINO) -> Layout:
     return Layout(len(model.decoder.layers), model.assumptions.share_heads, len(model.neck.projections))
 
 
-def _assumptions(source: str, model: DINO, state: Mapping[str, Tensor]) -> Assumptions:
+def _positions(source: str, config: str) -> tuple[tuple[float, float], ...]:
+    """The temperatures and offsets that weights can be for; one where their own config tells it."""
+    encoding = re.search(r"positional_encoding\s*=\s*dict\(([^()]*)\)", config) if source == "mmdet" else None
+    if encoding is None:
+        return POSITIONS[source]
+    numbers = dict(re.findall(r"(temperature|offset)\s*=\s*([-+.\deE]+)", encoding[1]))
+    return ((float(numbers.get("temperature", 10000)), float(numbers.get("offset", 0))),)  # MMDetection's defaults
+
+
+def _assumptions(
+    source: str, model: DINO, state: Mapping[str, Tensor], positions: Sequence[tuple[float, float]]
+) -> Assumptions:
     """What the converted weights assume; contradicting the config is an error at once."""
     ours = model.assumptions
-    temperature, offset = POSITION[source]
+    own_position = (ours.position_temperature, ours.position_offset)
+    temperature, offset = own_position if own_position in positions else positions[0]
     pixel_format, mean, std = PIXELS
     theirs = replace(
         ours, position_temperature=temperature, position_offset=offset, pixel_format=pixel_format,
         pixel_mean=mean, pixel_std=std, encoder="deformable",
     )  # fmt: skip
     lines = ours.contradictions(theirs)
+    if own_position not in positions:
+        lines += [f"or for MODEL.DINO.POS_TEMPERATURE {t} MODEL.DINO.POS_OFFSET {o}" for t, o in positions[1:]]
     if lines:
         raise ConversionError(f"{source} weights need another config:\n  " + "\n  ".join(lines))
     bias = state.get(SOURCES[source]("decoder.class_heads.0.bias", layout_of(model))[0])
@@ -163,9 +194,7 @@ def _known(name: str, source: str) -> bool:
 
 
 def _default(name: str, own: Tensor, source: str) -> Tensor | None:
-    """Values of what a source may lack: derived buffers, and biases that MMDetection's convolutions do not have."""
-    if name.endswith(DERIVED):
-        return own.clone()
+    """Values of what a source may lack: biases that MMDetection's convolutions do not have."""
     if source == "mmdet" and name.startswith("neck.") and name.endswith(".0.bias"):
         return torch.zeros_like(own)
     return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
@@ -43,26 +45,118 @@ def check_arrays_only(path: str | Path) -> None:
         _ArraysOnly(file, encoding="latin1").load()
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Parameters and buffers of a checkpoint, under the names it has, without the `module.` of data parallelism.
+# What tensors in containers are made of; storages torch finds by itself.
+TENSORS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+}
 
-    Understands {"model": …} (published program, detectron2, detrex), {"state_dict": …} (MMDetection) and a bare
-    state dict. Published files also hold an `argparse.Namespace`; no other class is allowed to be made.
+
+class _Inert:
+    """Stands for an object of any class but those of tensors: takes what it is given and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __call__(self, *args: object, **kwargs: object) -> _Inert:
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    append = extend = add = __setstate__
+
+
+class _TensorsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in TENSORS:
+            return _Inert
+        found = super().find_class(module, name)
+        return found if isinstance(found, type) else lambda *args: found(*args)  # a file can set attributes of it
+
+
+def _load_tensors(file: IO[bytes], **kwargs: Any) -> Any:
+    return _TensorsOnly(file, **kwargs).load()
+
+
+# A `pickle_module` as torch.load takes it.
+TENSORS_ONLY = SimpleNamespace(__name__=__name__, Unpickler=_TensorsOnly, load=_load_tensors)
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """What is used of a checkpoint that another program wrote.
+
+    state: parameters and buffers, under the names they have there.
+    config: text of the config that MMDetection puts into its files; empty where there is none.
+    """
+
+    state: dict[str, Tensor]
+    config: str
+
+
+def read_published(path: str | Path) -> PublishedFile:
+    """Read a checkpoint without running or importing anything that it names, whatever else is in it.
+
+    Understands {"model": …} (published program, detectron2, detrex), {"ema_state": …} (detrex's moving average; it
+    takes the place of "model"), {"state_dict": …} (MMDetection) and a bare state dict; of names the `module.`
+    of data parallelism is left out.
 
     Raises:
-        ValueError: the file holds something else, or objects that could run code when loaded.
+        OSError: the file is not there or must not be read.
+        ValueError: the file is damaged or holds something else.
     """
+    content = _read_tensors(path)
+    content = content if isinstance(content, dict) else {}
+    parts = {key: _tensors(content.get(key)) for key in ("model", "ema_state", "state_dict")}
+    state = _averaged(parts["model"], parts["ema_state"]) or parts["state_dict"] or _tensors(content)
+    if not state:
+        raise ValueError(
+            f"{path} is no checkpoint: neither a state dict nor one under 'model', 'ema_state' or 'state_dict'"
+        )
+    meta = content.get("meta")
+    config = meta.get("cfg", meta.get("config")) if isinstance(meta, dict) else None
+    return PublishedFile(state, config if isinstance(config, str) else "")
+
+
+def _read_tensors(path: str | Path) -> Any:
+    """Whatever a file holds, with something inert in the place of all that is no tensor, container, text or number."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than weights, which is not loaded: {error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} is no checkpoint: neither a state dict nor one under 'model' or 'state_dict'")
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused here anyway, and of source code that nobody has
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # not tensors alone
+                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY)
+    except OSError:
+        raise
+    except Exception as error:  # of any class: unpickling does what the bytes say
+        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    items = content.items() if isinstance(content, dict) else ()
+    return {
+        name.removeprefix("module."): value
+        for name, value in items
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _averaged(model: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`model` with its moving average in its place, which lists a tensor of several names under one of them."""
+    if not average:
+        return model
+    renamed = {_place(model[name]): value for name, value in average.items() if name in model}
+    return {name: renamed.get(_place(value), value) for name, value in model.items()} | average
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
 
 
 def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:

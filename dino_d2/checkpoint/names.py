@@ -103,6 +103,15 @@ _NECK: Rules = [
     (r"neck\.extra_levels\.(\d+)\.0\.(.+)", r"neck.extra_convs.\1.conv.\2"),
 ]
 
+_CONVNEXT: Rules = [  # timm's in detrex's names, which are its authors'
+    (r"backbone\.body\.stem_(\d)\.(.+)", r"backbone.downsample_layers.0.\1.\2"),
+    (r"backbone\.body\.stages_(\d)\.downsample\.(.+)", r"backbone.downsample_layers.\1.\2"),
+    (r"backbone\.body\.stages_(\d)\.blocks\.(\d+)\.conv_dw\.(.+)", r"backbone.stages.\1.\2.dwconv.\3"),
+    (r"backbone\.body\.stages_(\d)\.blocks\.(\d+)\.mlp\.fc(\d)\.(.+)", r"backbone.stages.\1.\2.pwconv\3.\4"),
+    (r"backbone\.body\.stages_(\d)\.blocks\.(.+)", r"backbone.stages.\1.\2"),
+    (r"backbone\.norms\.stage(\d)\.(.+)", r"backbone.norm\1.\2"),
+]
+
 DETREX: Rules = [
     (r"encoder\.level_embed", "transformer.level_embeds"),
     (r"encoder\.layers\.(\d+)\.self_attn\.(.+)", r"transformer.encoder.layers.\1.attentions.0.\2"),
@@ -117,6 +126,7 @@ DETREX: Rules = [
     *_NECK,
     (r"neck\.projections\.(\d+)\.1\.(.+)", r"neck.convs.\1.norm.\2"),
     (r"neck\.extra_levels\.(\d+)\.1\.(.+)", r"neck.extra_convs.\1.norm.\2"),
+    *_CONVNEXT,
     (r"(backbone\..+)", r"\1"),
     *OFFICIAL,
 ]

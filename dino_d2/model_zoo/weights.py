@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
 
-from dino_d2.checkpoint import read_state_dict, to_ours
+from dino_d2.checkpoint import Assumptions, read_published, to_ours
+from dino_d2.checkpoint.assumptions import EXTRA_STATE
 from dino_d2.checkpoint.files import write_checkpoint
 from dino_d2.config import find_config_file, load_config
 
@@ -77,10 +79,12 @@ def _load(entry: Entry, published: Path) -> None:
 def _convert(entry: Entry, published: Path, converted: Path) -> None:
     cfg = config_of(entry, ["MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False])
     try:
-        conversion = to_ours(read_state_dict(published), "auto", build_model(cfg))
+        conversion = to_ours(read_published(published), "auto", build_model(cfg))
     except ValueError as error:
         raise ValueError(f"{published} is not what was published as {entry.name}: {error}") from error
-    write_checkpoint({"model": conversion.state}, converted.parent, converted.name)
+    state = conversion.state
+    assumed = replace(Assumptions.from_tensor(state[EXTRA_STATE]), zoo_name=entry.name)
+    write_checkpoint({"model": state | {EXTRA_STATE: assumed.to_tensor()}}, converted.parent, converted.name)
 
 
 def config_of(entry: Entry, overrides: list[Any]) -> CfgNode:

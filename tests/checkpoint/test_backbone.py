@@ -18,7 +18,9 @@ from dino_d2.checkpoint.convert import ConversionError
 from dino_d2.meta_arch import DINO
 from tests.checkpoint.test_convert import resnet_config
 
-SWIN = str(Path(__file__).resolve().parents[2] / "configs" / "dino_swint_4scale_12ep.yaml")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SWIN = str(CONFIGS / "dino_swint_4scale_12ep.yaml")
+VIT = str(CONFIGS / "dino_vitdetb_4scale_12ep.yaml")
 SMALL = ["MODEL.DINO.ENC_LAYERS", "1", "MODEL.DINO.DEC_LAYERS", "1", "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
 
 
@@ -67,6 +69,36 @@ def test_swin(shifted: bool) -> None:
         tokens = theirs.layers[2](theirs.layers[1](theirs.layers[0](theirs.patch_embed(image))))
         expected = F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+VITDET = [
+    "MODEL.VITDET.EMBED_DIM", "32", "MODEL.VITDET.DEPTH", "2", "MODEL.VITDET.NUM_HEADS", "2",
+    "MODEL.VITDET.GLOBAL_BLOCKS", "[0, 1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["converted", "converted file", "by the ends of the names"])
+def test_vit_of_mae(way: str, tmp_path: Path) -> None:
+    theirs = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    state = theirs.state_dict()  # of timm's names, which MAE has
+    assert is_backbone(state)
+    model = build_model(load_config(VIT, [*SMALL, *VITDET])).eval()
+    conversion = from_backbone(state, model)
+    assert "cls_token: not part of the maps, left out" in conversion.notes
+    torch.save({"model": conversion.state}, tmp_path / "converted.pth")
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    if way == "converted":
+        model.load_state_dict(conversion.state, strict=False)
+    elif way == "converted file":
+        DINOCheckpointer(model).load(str(tmp_path / "converted.pth"))
+    else:
+        DINOCheckpointer(model).load(f"{tmp_path / 'mae.pth'}?matching_heuristics=True")
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        found = model.backbone.net(image)["vit"]
+        tokens = theirs.patch_embed(image) + theirs.pos_embed[:, 1:]
+        expected = theirs.blocks(tokens).transpose(1, 2).reshape(1, 32, 14, 14)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_backbone_is_a_start_for_any_classes_and_encoder() -> None:

@@ -115,6 +115,56 @@ def test_swin_is_built_from_config_and_trains(checkpoint: bool) -> None:
     assert backbone.patch_embed.proj.weight.grad.any()
 
 
+def test_maps_of_timm_are_normed_each_by_itself_if_wanted() -> None:
+    cfg = config("build_timm_backbone")
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.OUT_INDICES = "mobilenetv2_050", [2, 4]
+    plain = build_backbone(cfg).eval()
+    cfg.MODEL.TIMM.NORM_MAPS = True
+    normed = build_backbone(cfg).eval()
+    normed.body.load_state_dict(plain.body.state_dict())
+    torch.nn.init.constant_(normed.norms["stage4"].bias, 3.0)
+    image = torch.rand(1, 3, 64, 64)
+    for name, feature in plain(image).items():
+        by_token = torch.nn.functional.layer_norm(feature.movedim(1, -1), [feature.shape[1]], eps=1e-6).movedim(-1, 1)
+        expected = by_token + (3.0 if name == "stage4" else 0.0)
+        torch.testing.assert_close(normed(image)[name], expected)
+
+
+def vitdet(**values: object) -> nn.Module:
+    cfg = config("build_vitdet_backbone")
+    small = {"EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 2, "GLOBAL_BLOCKS": [1], "WINDOW_SIZE": 2, "OUT_CHANNELS": 16}
+    for key, value in (small | values).items():
+        cfg.merge_from_list([f"MODEL.VITDET.{key}", value])
+    return build_backbone(cfg)
+
+
+def test_vitdet_is_built_from_config_and_trains() -> None:
+    backbone = vitdet(IMAGE_SIZE=128).train()
+    shapes = {name: (shape.channels, shape.stride) for name, shape in backbone.output_shape().items()}
+    assert shapes == {"p3": (16, 8), "p4": (16, 16), "p5": (16, 32), "p6": (16, 64)}
+    blocks = backbone.net.blocks
+    assert [block.window_size for block in blocks] == [2, 0, 2]
+    assert [len(block.attn.rel_pos_h) for block in blocks] == [3, 15, 3]
+    assert [type(block.drop_path).__name__ for block in blocks] == ["Identity", "DropPath", "DropPath"]
+    loss = sum(feature.square().sum() for feature in backbone(torch.rand(2, 3, 96, 64)).values())
+    loss.backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_global_blocks_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"GLOBAL_BLOCKS is \[3\]; .* from 0 to 2"):
+        vitdet(GLOBAL_BLOCKS=[3])
+
+
+def test_vitdet_drops_what_is_no_whole_patch_and_pads_nothing() -> None:
+    backbone = vitdet().eval()
+    image = torch.rand(1, 3, 100, 79)
+    whole, part = backbone(image), backbone(image[..., :96, :64])
+    assert [tuple(feature.shape[-2:]) for feature in whole.values()] == [(12, 8), (6, 4), (3, 2), (2, 1)]
+    for name, feature in whole.items():
+        torch.testing.assert_close(feature, part[name])
+
+
 # --- frozen norms
 
 

@@ -40,6 +40,19 @@ def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def test_config_in_mmdetections_file_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    published, ours = str(tmp_path / "epoch_12.pth"), tmp_path / "ours.pth"
+    meta = {"cfg": "positional_encoding=dict(num_feats=128, normalize=True, offset=-0.5, temperature=10000)"}
+    values = [*SMALL, "MODEL.DINO.SHARE_HEADS", "False"]
+    torch.save({"meta": meta, "state_dict": published_by("mmdet", "MODEL.DINO.SHARE_HEADS", "False")}, published)
+    arguments = ["--source", "auto", published, str(ours), *CONFIG, *values]
+    error = said(capsys, *arguments)
+    assert re.search(r"epoch_12\.pth: .*\n.*POS_TEMPERATURE is 20\.0, the weights are for 10000\.0", error)
+    assert not ours.exists()
+    convert_checkpoint.main([*arguments, "MODEL.DINO.POS_TEMPERATURE", "10000.0", "MODEL.DINO.POS_OFFSET", "-0.5"])
+    assert ours.exists()
+
+
 def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     published, ours = tmp_path / "published.pth", tmp_path / "ours.pth"
     torch.save({"model": published_by("official")}, published)

@@ -138,11 +138,12 @@ def test_pictures_of_every_kind_are_predicted_and_a_damaged_one_is_named(
 
 def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
-    result = run_demo("--weights", str(weights), "--input", "no_photo.jpg", "--output", str(tmp_path))
+    found = str(tmp_path / "found")
+    result = run_demo("--weights", str(weights), "--input", "no_photo.jpg", "--output", found)
     assert result.returncode != 0
     assert "no_photo.jpg" in result.stderr
     photo = tmp_path / "photo.png"
     Image.new("RGB", (8, 8)).save(photo)
-    result = run_demo("--weights", str(weights), "--input", str(photo), "--output", str(tmp_path))
-    assert result.returncode != 0
+    result = run_demo("--weights", str(weights), "--input", str(photo), "--output", found)
+    assert result.returncode == 2
     assert "weights.pth" in result.stderr

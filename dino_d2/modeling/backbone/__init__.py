@@ -2,5 +2,6 @@
 
 from .swin import build_swin_backbone
 from .timm_wrapper import TimmBackbone, build_timm_backbone
+from .vit import build_vitdet_backbone
 
-__all__ = ["TimmBackbone", "build_swin_backbone", "build_timm_backbone"]
+__all__ = ["TimmBackbone", "build_swin_backbone", "build_timm_backbone", "build_vitdet_backbone"]

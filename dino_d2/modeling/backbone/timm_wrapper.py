@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import timm
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import Format
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class TimmBackbone(Backbone):
         freeze_batchnorm: batch norms keep their statistics and their affine transform, in training too.
         freeze_at: as in detectron2: 0 trains everything, 1 fixes what makes timm's map 0 (the stem), 2 what makes
             map 1 as well, and so on.
+        norm_maps: put out each map through a LayerNorm over its channels, which starts anew.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class TimmBackbone(Backbone):
         pretrained: bool,
         freeze_batchnorm: bool,
         freeze_at: int,
+        norm_maps: bool = False,
     ):
         super().__init__()
         self.body = timm.create_model(
@@ -51,13 +54,16 @@ class TimmBackbone(Backbone):
         self._out_features = [f"stage{index}" for index in out_indices]
         self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, info.reduction(), strict=True))
+        normed = self._out_feature_channels if norm_maps else {}
+        self.norms = nn.ModuleDict({name: LayerNorm(channels) for name, channels in normed.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
         maps = self.body(x)
         if self.channels_last_maps:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
-        return dict(zip(self._out_features, maps, strict=True))
+        named = dict(zip(self._out_features, maps, strict=True))
+        return {name: self.norms[name](feature) if self.norms else feature for name, feature in named.items()}
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
@@ -94,4 +100,5 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         pretrained=t.PRETRAINED,
         freeze_batchnorm=t.FREEZE_BATCHNORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        norm_maps=t.NORM_MAPS,
     )

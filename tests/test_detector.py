@@ -1,0 +1,252 @@
+"""Detector finds what DefaultPredictor finds, and takes weights and pictures however they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import GeneratorType
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from PIL import Image
+from safetensors.torch import load_file
+
+from dino_d2 import Detections, Detector, load_config
+from tests.web import Web, serve
+
+NAMES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config: Callable[..., CfgNode], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training leaves: config.yaml and model_final.pth."""
+    cfg = tiny_config(CLASS_NAMES=NAMES)
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(folder: Path) -> Detector:
+    return Detector.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+
+
+def same(first: Detections, second: Detections, within: float = 0) -> bool:
+    return len(first) == len(second) > 0 and np.abs(first.boxes - second.boxes).max() <= within
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_detections_are_those_of_default_predictor(folder: Path, picture: np.ndarray, image_format: str) -> None:
+    cfg = load_config(str(folder / "config.yaml"), ["INPUT.FORMAT", image_format])
+    model = build_model(cfg)
+    torch.save({"model": model.state_dict()}, folder / f"{image_format}.pth")
+    cfg.MODEL.WEIGHTS = str(folder / f"{image_format}.pth")
+    expected = DefaultPredictor(cfg)(picture[:, :, ::-1])["instances"]
+    detections = Detector.from_pretrained(cfg.MODEL.WEIGHTS, overrides=["INPUT.FORMAT", image_format])(
+        picture, threshold=0
+    )
+    assert len(detections) == len(expected)
+    assert np.array_equal(detections.boxes, expected.pred_boxes.tensor.numpy())
+    assert np.array_equal(detections.scores, expected.scores.numpy())
+    assert np.array_equal(detections.classes, expected.pred_classes.numpy())
+    assert detections.image_size == (90, 120)
+
+
+def test_pictures_come_in_every_way(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture).save(path)
+    expected = detector(picture, threshold=0)
+    with serve() as web:
+        web.files["/photo.png"] = path.read_bytes()
+        of_web = detector(f"{web.url}/photo.png", threshold=0)
+    for found in (
+        detector(str(path), threshold=0),
+        detector(path, threshold=0),
+        detector(Image.open(path), threshold=0),
+        detector(picture[:, :, ::-1], threshold=0, channel_order="bgr"),
+        detector([picture], threshold=0)[0],
+        detector(tmp_path, threshold=0)[0],
+        of_web,
+    ):
+        assert same(found, expected)
+        assert found.draw().size == (120, 90)
+    assert not same(detector(picture[:, :, ::-1], threshold=0), expected)
+
+
+def test_batches_change_nothing_but_roundings(detector: Detector, picture: np.ndarray) -> None:
+    pictures = [picture, picture[:60], picture[::-1], picture[:60, ::-1], picture[:, :70]]
+    alone = detector(pictures, threshold=0)
+    together = detector(pictures, threshold=0, batch_size=3)
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.scores - other.scores).max() < 1e-5
+        distances = np.abs(one.boxes[:, None] - other.boxes).max(-1)
+        assert distances.min(1).max() < 0.01  # objects that score alike may change places
+
+
+def test_threshold_and_classes_choose(detector: Detector, picture: np.ndarray) -> None:
+    everything = detector(picture, threshold=0)
+    middle = float(np.median(everything.scores))
+    assert len(detector(picture, threshold=middle)) == (everything.scores > middle).sum()
+    assert set(detector(picture, threshold=0, classes=["bee", "elk"]).names) <= {"bee", "elk"}
+    with pytest.raises(ValueError, match="there is no class bea; did you mean bee"):
+        detector(picture, classes=["bea"])
+
+
+def test_tiles_look_at_all_of_the_picture(detector: Detector, picture: np.ndarray) -> None:
+    assert same(detector(picture, threshold=0, tile=120), detector(picture, threshold=0))
+    tiled = detector(picture, threshold=0, tile=60)
+    assert len(tiled) > 0
+    assert not same(tiled, detector(picture, threshold=0))
+
+
+def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    path = str(tmp_path / "film.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for brightness in range(0, 250, 50):
+        writer.write(np.full((48, 64, 3), brightness, np.uint8))
+    writer.release()
+    found = detector(path, threshold=0, batch_size=2)
+    assert isinstance(found, GeneratorType)
+    frames = list(found)
+    assert len(frames) == 5
+    assert [abs(int(frame.image.mean()) - 50 * number) < 5 for number, frame in enumerate(frames)] == [True] * 5
+    (tmp_path / "broken.mp4").write_bytes(b"no film")
+    with pytest.raises(ValueError, match=r"broken\.mp4 cannot be read as a video"):
+        next(detector(tmp_path / "broken.mp4"))
+
+
+def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_text("text")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as a picture"):
+        detector(tmp_path / "broken.jpg")
+    with pytest.raises(FileNotFoundError):
+        detector("nowhere.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there are no pictures in .*empty"):
+        detector(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"uint8 array \(height, width, 3\), got float64 \(90, 120, 3\)"):
+        detector(picture / 255)
+    with pytest.raises(ValueError, match="channel_order"):
+        detector(picture, channel_order="gbr")
+
+
+def test_half_precision_finds_nearly_the_same(folder: Path, detector: Detector, picture: np.ndarray) -> None:
+    half = Detector.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    assert half.cfg.TEST.AMP.ENABLED
+    scores, exact = half(picture, threshold=0).scores, detector(picture, threshold=0).scores
+    assert not np.array_equal(scores, exact)
+    assert np.abs(scores[:5] - exact[:5]).max() < 0.02
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        Detector.from_pretrained(folder, dtype="int8")
+
+
+# --- weights
+
+
+def test_saved_detector_is_the_same_one(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
+    detector.save_pretrained(tmp_path / "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.yaml", "model.safetensors", "README.md"}
+    assert "ant, bee, cat" in (tmp_path / "mine" / "README.md").read_text()
+    again = Detector.from_pretrained(tmp_path / "mine")
+    assert again.class_names == tuple(NAMES)
+    assert same(again(picture, threshold=0), detector(picture, threshold=0))
+    assert load_file(tmp_path / "mine" / "model.safetensors").keys() == detector.model.state_dict().keys()
+
+
+def test_training_folder_gives_its_best_weights(folder: Path, tmp_path: Path, picture: np.ndarray) -> None:
+    run = shutil.copytree(folder, tmp_path / "run")
+    best = torch.load(run / "model_final.pth", weights_only=True)
+    best["model"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in best["model"].items()}
+    torch.save(best, run / "model_best.pth")
+    alone = Detector.from_pretrained(run / "model_best.pth")(picture, threshold=0)
+    assert same(Detector.from_pretrained(run)(picture, threshold=0), alone)
+    (run / "model_best.pth").unlink()
+    (run / "model_final.pth").rename(run / "model_0000009.pth")
+    (run / "last_checkpoint").write_text("model_0000009.pth")
+    assert not same(Detector.from_pretrained(run)(picture, threshold=0), alone)
+    (run / "last_checkpoint").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there are no weights in .*run"):
+        Detector.from_pretrained(run)
+
+
+def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> None:
+    weights = shutil.copy(folder / "model_final.pth", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"which config do they go with\? There is no .*config\.yaml"):
+        Detector.from_pretrained(weights)
+    assert Detector.from_pretrained(weights, folder / "config.yaml").class_names == tuple(NAMES)
+
+
+def test_names_that_are_nothing_are_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"there are no weights nothing\.pth: it can be a name"):
+        Detector.from_pretrained("nothing.pth")
+
+
+HUB = """
+import json, sys
+from dino_d2 import Detector
+try:
+    print(json.dumps(Detector.from_pretrained(sys.argv[1]).class_names))
+except (ValueError, OSError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def from_hub(url: str, name: str, cache: Path) -> subprocess.CompletedProcess:
+    """HF_ENDPOINT is read when huggingface_hub is imported, so in a process of its own."""
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", HUB, name]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def saved(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    detector.save_pretrained(folder)
+    return folder
+
+
+def publish(web: Web, files: dict[str, bytes]) -> None:
+    """As a hub does, as the repository owner/insects."""
+    web.files = {f"/owner/insects/resolve/main/{name}": content for name, content in files.items()}
+    web.headers = {"X-Repo-Commit": "0" * 40, "X-Error-Code": "EntryNotFound"}
+
+
+def test_repository_of_a_hub_is_read(saved: Path, tmp_path: Path) -> None:
+    with serve() as web:
+        publish(web, {path.name: path.read_bytes() for path in saved.iterdir()})
+        result = from_hub(web.url, "owner/insects", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout) == NAMES
+
+
+def test_of_a_hub_neither_pickles_nor_other_files_are_read(saved: Path, tmp_path: Path) -> None:
+    with serve() as web:
+        publish(web, {"config.yaml": b"_BASE_: /etc/passwd\n", "model.safetensors": b"", "model.pth": b"x"})
+        based = from_hub(web.url, "owner/insects", tmp_path / "a")
+        publish(web, {"config.yaml": (saved / "config.yaml").read_bytes(), "model.pth": b"x"})
+        pickled = from_hub(web.url, "owner/insects", tmp_path / "b")
+        web.headers["X-Error-Code"] = "RepoNotFound"
+        absent = from_hub(web.url, "owner/nothing", tmp_path / "c")
+        asked = [path for path, _ in web.requests]
+    assert "ValueError: the config.yaml of owner/insects has a _BASE_" in based.stderr
+    assert "the repository owner/insects on Hugging Face lacks config.yaml or model.safetensors" in pickled.stderr
+    assert "there are no weights owner/nothing here, nor on Hugging Face" in absent.stderr
+    assert not [path for path in asked if path.endswith(".pth")]
