@@ -169,7 +169,7 @@ class _Page:
         self.view = [self.summary, self.shown, self.table]
 
     def _add_controls(self, tile: int) -> None:
-        self.files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
+        self.files = gr.File(label="Pictures", file_count="multiple", height=180)
         self.note = gr.Markdown(elem_id="note")
         self.threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
         self.classes = gr.Dropdown(
@@ -315,6 +315,7 @@ def launch(page: gr.Blocks, port: int) -> str:
         ssr_mode=False,
         footer_links=[],
         theme=theme,
+        show_error=True,
         quiet=True,
         prevent_thread_lock=True,
     )

@@ -285,15 +285,19 @@ def test_what_is_chosen_while_the_model_works_stays_chosen(
 def test_broken_file_gets_a_message_and_the_page_lives_on(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.jpg"
-    text.write_text("no picture at all")
+    texts = tmp_path / "text.jpg", tmp_path / "notes.txt"
+    for text in texts:
+        text.write_text("no picture at all")
     cut = tmp_path / "cut.png"
     cut.write_bytes(photos[0].read_bytes()[:3000])
-    upload(tab, text, cut, photos[0])
+    upload(tab, *texts, cut, photos[0])
     says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
     note = tab.locator("#note")
     expect(note).to_have_text(
-        re.compile(r"text\.jpg cannot be read as a picture: it is in no known format.*cut\.png cannot be .*truncated")
+        re.compile(
+            r"text\.jpg cannot be read as a picture: it is in no known format.*notes\.txt cannot be .*no known format"
+            r".*cut\.png cannot be .*truncated"
+        )
     )
     assert str(tmp_path) not in note.inner_text()
     assert "Traceback" not in tab.content()
