@@ -135,9 +135,12 @@ def hold_back(part: Part) -> tuple[Part, Part]:
 
 def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
     """Faulty entries stay where they are: the inspection of the data finds them."""
-    ids = [image.get("id") for image in images]
-    ids = {number for number in ids if isinstance(number, int | str)}
-    annotations = [entry for entry in part.content["annotations"] if entry.get("image_id") in ids]
+    ids = {number for image in images if isinstance(number := image.get("id"), int | str)}
+    annotations = [
+        entry
+        for entry in part.content["annotations"]
+        if isinstance(number := entry.get("image_id"), int | str) and number in ids
+    ]
     return Part(part.content | {"images": images, "annotations": annotations}, part.images)
 
 
