@@ -45,7 +45,9 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        return f"  {self.key} {shlex.quote(str(self.value))}" + (f"  # {self.reason}" if self.reason else "")
+        value = str(self.value)
+        quoted = f'"{value}"' if "'" in value and not set('"$`\\!') & set(value) else shlex.quote(value)
+        return f"  {self.key} {quoted}" + (f"  # {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True)
