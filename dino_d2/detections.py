@@ -135,13 +135,12 @@ class Detections:
         Args:
             category_ids: of all classes; by default COCO's where the classes are COCO's, else 1, 2, ….
         """
-        if category_ids is None:
-            is_coco = len(self.class_names) == 80 and self.class_names[:: 80 - 1] == FIRST_AND_LAST_OF_COCO
-            category_ids = COCO_IDS if is_coco else range(1, max([len(self.class_names), *(self.classes + 1)]) + 1)
+        names = self.class_names or [self._name(number) for number in range(self.classes.max(initial=-1) + 1)]
+        numbers = number_categories(names) if category_ids is None else category_ids
         return [
             {
                 "image_id": image_id,
-                "category_id": category_ids[found.class_id],
+                "category_id": numbers[found.class_id],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": found.score,
             }
@@ -200,6 +199,12 @@ class Detections:
 
     def _name(self, number: int) -> str:
         return self.class_names[number] if number < len(self.class_names) else f"class {number}"
+
+
+def number_categories(class_names: Sequence[str]) -> Sequence[int]:
+    """Category ids of all classes: COCO's where the classes are COCO's, else 1, 2, …."""
+    is_coco = len(class_names) == 80 and (class_names[0], class_names[-1]) == FIRST_AND_LAST_OF_COCO
+    return COCO_IDS if is_coco else range(1, len(class_names) + 1)
 
 
 def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:

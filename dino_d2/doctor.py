@@ -21,6 +21,7 @@ from dino_d2 import ops
 PACKAGES = (
     "torch", "torchvision", "detectron2", "fvcore", "iopath", "pycocotools", "hotcoco", "scipy", "timm", "numpy",
 )  # fmt: skip
+NOT_INSTALLED = "not installed"
 SHAPES = [(13, 17), (7, 9), (4, 5), (2, 3)]
 # Largest error allowed, relative to the largest number: a few roundings of what is computed in.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -39,7 +40,11 @@ def examine() -> Iterator[Finding]:
     """What is there, then what was tested, one after the other."""
     yield Finding("python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
-        yield Finding(package, _version(package))
+        version = _version(package)
+        if package == "detectron2" and version == NOT_INSTALLED:
+            yield Finding(package, "not installed: dino-d2 install-detectron2", ok=False)
+        else:
+            yield Finding(package, version)
     for program in ("c++", "nvcc"):
         yield Finding(program, _first_line_of_version(program))
     devices = [torch.device("cpu")]
@@ -66,7 +71,7 @@ def _version(package: str) -> str:
     try:  # some ways of installing detectron2 leave no metadata under its name
         return getattr(importlib.import_module(package), "__version__", "installed")
     except ImportError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _first_line_of_version(program: str) -> str:

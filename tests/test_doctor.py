@@ -44,3 +44,34 @@ def test_kernel_that_computes_something_else_is_found(
     monkeypatch.setattr(ops, name, lambda *arguments: 1.001 * right(*arguments))
     assert doctor.main() == 1
     assert "BAD float32 on cpu" in capsys.readouterr().out
+
+
+WITHOUT_DETECTRON2 = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "detectron2":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import importlib.metadata
+real = importlib.metadata.version
+
+def version(name):
+    if name == "detectron2":
+        raise importlib.metadata.PackageNotFoundError
+    return real(name)
+
+importlib.metadata.version = version
+"""
+
+
+def test_without_detectron2_it_is_said_how_it_comes() -> None:
+    result = run_doctor(WITHOUT_DETECTRON2)
+    assert result.returncode == 1, result.stderr
+    assert "BAD detectron2             not installed: dino-d2 install-detectron2" in result.stdout
+    assert "ok  float32 on cpu" in result.stdout
+    script = f"{WITHOUT_DETECTRON2}\nfrom dino_d2 import Detector"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "dino_d2.Detector needs detectron2: dino-d2 install-detectron2" in result.stderr

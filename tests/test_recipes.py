@@ -22,11 +22,8 @@ NAMES = sorted(
 LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep", "50ep"))]
 COMPLETE = [name for name in NAMES if "Base-" not in name]
 FINE_TUNED = {  # recipe: what it starts from
-    "finetune_small": "dino_r50.pth",
-    **{
-        f"objects365/{model}_coco_18ep": f"output/objects365/{model}_26ep/model_final.pth"
-        for model in ("dino_r50_4scale", "dino_swinl_5scale")
-    },
+    f"objects365/{model}_coco_18ep": f"output/objects365/{model}_26ep/model_final.pth"
+    for model in ("dino_r50_4scale", "dino_swinl_5scale")
 }
 SMALL = [  # what keeps a step short
     "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False,
@@ -122,8 +119,7 @@ def test_weights_are_of_the_backbone_in_the_recipe(name: str) -> None:
 @pytest.mark.parametrize(("name", "weights"), FINE_TUNED.items())
 def test_fine_tuning_starts_from_a_detector(name: str, weights: str) -> None:
     assert weights == recipe(name).MODEL.WEIGHTS
-    if name.startswith("objects365/"):
-        assert weights == recipe(name.replace("coco_18ep", "26ep")).OUTPUT_DIR + "/model_final.pth"
+    assert weights == recipe(name.replace("coco_18ep", "26ep")).OUTPUT_DIR + "/model_final.pth"
 
 
 PUBLISHED = {

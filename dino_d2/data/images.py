@@ -7,7 +7,7 @@ from os import PathLike
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 DEEP_MODES = ("I", "F")  # how PIL's names of pixels with more than 8 bits begin; converting those clips at 255
 
@@ -44,6 +44,8 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
             grey = np.asarray(image)
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"{path} cannot be read as a picture: it is in no known format") from error
     except Exception as error:  # decoders raise all kinds
         raise UnreadableImage(f"{path} cannot be read as a picture: {error}") from error
     if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:

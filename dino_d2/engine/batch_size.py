@@ -47,11 +47,11 @@ def photographs_at_once(cfg: CfgNode, share: int, most_objects: int) -> int:
     def fits(size: int) -> bool:
         try:
             make_steps(cfg, [example(height, width, most_objects) for _ in range(size)])
+            fitted = True
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            release(device)
-        return True
+            fitted = False
+        release(device)  # not before the exception is gone, which holds the model
+        return fitted
 
     size = largest_part(share, fits)
     if size == 0:

@@ -54,7 +54,9 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
         FileNotFoundError: there is no recipe of that name.
         ValueError: `trained`, and no weights are published by that name.
     """
-    settings = [*find(name).settings, "MODEL.WEIGHTS", get_checkpoint_url(name)] if trained else settings_of(name)
+    settings = settings_of(name)
+    if trained:  # timm need not fetch a backbone's weights then
+        settings += ["MODEL.WEIGHTS", get_checkpoint_url(name), "MODEL.TIMM.PRETRAINED", False]
     return load_config(get_config_file(name), settings)
 
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from dino_d2.data import CocoFiles, find_dataset
-from dino_d2.data.inspection import inspect_dataset, training_can_start
+from dino_d2.data.inspection import BROKEN_IMAGE_ENTRY, inspect_dataset, training_can_start
 
 SIZE = (64, 48)  # width, height
 BOX = (8, 6, 40, 30)  # x1, y1, x2, y2
@@ -332,6 +332,20 @@ def test_a_fifth_is_held_back_where_nothing_is_to_evaluate_on(tmp_path: Path) ->
     assert names_of(find_dataset(tmp_path, tmp_path / "two").val) == val
     inside = {image["id"] for image in content_of(found.val)["images"]}
     assert {entry["image_id"] for entry in content_of(found.val)["annotations"]} <= inside
+
+
+def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> None:
+    file = coco(tmp_path / "train.json", [f"{i}.png" for i in range(10)])
+    content = json.loads(file.read_text())
+    for key, entry in zip(("id", "file_name", "width"), content["images"], strict=False):
+        del entry[key]
+    file.write_text(json.dumps(content))
+    for i in range(10):
+        picture(tmp_path / "train" / f"{i}.png")
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert sum(found.counts) == 10
+    findings = [finding for part in (found.train, found.val) for finding in inspect_dataset(part, None)]
+    assert sum(finding.count for finding in findings if finding.kind == BROKEN_IMAGE_ENTRY) == 3
 
 
 def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:

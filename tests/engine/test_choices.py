@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size
@@ -188,6 +189,15 @@ def test_values_of_the_user_win(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert cfg.SOLVER.ACCUMULATION_STEPS == 4  # of 2 images, on a CPU
     assert not (tmp_path / "out").exists()
     assert "SOLVER.MAX_ITER" not in capsys.readouterr().out
+
+
+def test_every_process_gets_a_photograph(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    cfg = chosen("--data", data, "--config-file", RECIPE, "--output", tmp_path / "out").config()
+    assert cfg.SOLVER.IMS_PER_BATCH == 3  # not 2
+    assert pytest.approx(1.5 * dict(few_photos())["SOLVER.BASE_LR"]) == cfg.SOLVER.BASE_LR
+    assert cfg.SOLVER.MAX_ITER == 24 * 3
+    assert cfg.SOLVER.ACCUMULATION_STEPS == 1
 
 
 def test_weights_of_the_zoo_bring_their_recipe(data: Path, tmp_path: Path) -> None:

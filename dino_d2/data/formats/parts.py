@@ -119,25 +119,29 @@ def hold_back(part: Part) -> tuple[Part, Part]:
     Raises:
         ValueError: there is a single photograph.
     """
-    digests = {
-        image["id"]: hashlib.sha256(str(image["file_name"]).split(".rf.")[0].encode()).hexdigest()
-        for image in part.content["images"]
-    }
-    ordered = sorted(set(digests.values()))
+    images = part.content["images"]
+    names = [str(image.get("file_name")).split(".rf.")[0] for image in images]
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    ordered = sorted(set(digests))
     if len(ordered) < 2:
         raise ValueError(f"{part.images} has a single photograph, of which none can be held back for evaluation")
     last = ordered[max(len(ordered) // HELD_BACK, 1) - 1]
-    held = {number for number, digest in digests.items() if digest <= last}
-    return _selected(part, digests.keys() - held), _selected(part, held)
+    pairs = list(zip(images, digests, strict=True))
+    return (
+        _with_images(part, [image for image, digest in pairs if digest > last]),
+        _with_images(part, [image for image, digest in pairs if digest <= last]),
+    )
 
 
-def _selected(part: Part, ids: set) -> Part:
-    content = {
-        "images": [image for image in part.content["images"] if image["id"] in ids],
-        "annotations": [entry for entry in part.content["annotations"] if entry.get("image_id") in ids],
-        "categories": part.content["categories"],
-    }
-    return Part(content, part.images)
+def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
+    """Faulty entries stay where they are: the inspection of the data finds them."""
+    ids = {number for image in images if isinstance(number := image.get("id"), int | str)}
+    annotations = [
+        entry
+        for entry in part.content["annotations"]
+        if isinstance(number := entry.get("image_id"), int | str) and number in ids
+    ]
+    return Part(part.content | {"images": images, "annotations": annotations}, part.images)
 
 
 def require_supervision(layout: str) -> None:

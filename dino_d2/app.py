@@ -1,0 +1,359 @@
+"""The page of `dino-d2 app`: pictures in, boxes out, in a browser on this machine.
+
+It is served on loopback alone and asks no other host for anything: no telemetry, no share link, no fonts. Uploaded
+pictures are removed with the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .data import read_image
+from .detections import Detections, number_categories
+from .detector import Detector
+
+# Gradio reads these while it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+_UPLOADS = tempfile.TemporaryDirectory(prefix="dino_d2_app_")
+os.environ.setdefault("GRADIO_TEMP_DIR", _UPLOADS.name)
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    if error.name != "gradio":
+        raise
+    raise ImportError("the page needs Gradio, which is not installed: pip install 'dino-d2[app]'") from error
+
+HOST = "127.0.0.1"
+PORTS_TRIED = 100
+THRESHOLD = 0.3  # at first
+SHOWN = (1024, 2048)  # least and most of the longer side, in pixels, of what is drawn on; the model sees the file's own
+THUMBNAIL = 160
+SMALLEST_TILE = 64
+NOTHING_YET = "Upload pictures to begin."
+TABLE = ("class", "score", "x1", "y1", "x2", "y2")
+PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
+
+Values = dict[Any, Any]  # of Gradio's components
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture of the queue and everything that the model found in it.
+
+    name: of its file, without folders.
+    shown: the picture to draw on, RGB, resized to `SHOWN`.
+    found: in pixels of the file, whatever the score.
+    tile: with which it was found; see `Detector`.
+    """
+
+    name: str
+    shown: Image.Image
+    found: Detections
+    tile: int
+
+    def draw(self, kept: Detections) -> Image.Image:
+        height, width = self.found.image_size
+        scale = max(self.shown.size) / max(height, width)
+        size = (self.shown.height, self.shown.width)
+        return replace(kept, boxes=kept.boxes * scale, image_size=size).draw(self.shown)
+
+    def thumbnail(self) -> Image.Image:
+        return _resize(self.shown, THUMBNAIL)
+
+
+@dataclass
+class Session:
+    """What a visitor has. Events may change it while the model works, so there is one object for all of them.
+
+    pictures: by path of the uploaded file, in the order of the queue; replaced as a whole.
+    current: path of the one that is chosen.
+    threshold, classes: what is shown: what scores more; of these names, or if there are none, of all.
+    """
+
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    current: str | None = None
+    threshold: float = THRESHOLD
+    classes: Sequence[str] = ()
+
+    @property
+    def shown(self) -> Picture | None:
+        """The one that is chosen, or the first."""
+        return self.pictures.get(self.current, next(iter(self.pictures.values()), None))
+
+    def kept(self, picture: Picture) -> Detections:
+        kept = picture.found.above(self.threshold)
+        return kept.of(*self.classes) if self.classes else kept
+
+
+def look_at(detector: Detector, path: str, tile: int) -> Picture:
+    """Run the model on a file.
+
+    Raises:
+        ValueError: it is no picture, or cannot be looked at; the message names the file without its folder.
+    """
+    name = Path(path).name
+    try:
+        pixels = read_image(path, "RGB")
+        found = replace(detector(pixels, threshold=0.0, tile=tile), class_names=class_names_of(detector), image=None)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, name)) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{name} needs more memory than the device has: look at it in tiles") from error
+    longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
+    return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
+
+
+def class_names_of(detector: Detector) -> tuple[str, ...]:
+    """Of all classes, numbered as :class:`Detections` does if the model knows no names."""
+    return detector.class_names or tuple(f"class {number}" for number in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
+
+
+def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is kept of all pictures as a data set in COCO's format; annotations have scores, too."""
+    images, annotations = [], []
+    for number, picture in enumerate(session.pictures.values(), start=1):
+        height, width = picture.found.image_size
+        images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
+        for result in session.kept(picture).to_coco(number):
+            area = result["bbox"][2] * result["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **result, "area": area, "iscrowd": 0})
+    numbered = zip(number_categories(class_names), class_names, strict=True)
+    categories = [{"id": number, "name": name} for number, name in numbered]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
+    """The page, to be started by :func:`launch`.
+
+    The model looks at a picture once, when it is uploaded or the tiles change; all it finds stays in the session, and
+    threshold and classes choose from that.
+
+    Args:
+        detector: finds objects.
+        title: what the model is called.
+        tile: longest side in pixels of what is looked at at once, at first; 0: whole pictures.
+    """
+    title = f"DINO · {title}"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(f"# {_plain(title)}")
+        _Page(detector, tile).connect()
+    return blocks
+
+
+class _Page:
+    """What is seen, and what happens when something is changed there.
+
+    The methods that Gradio calls get values of components and return new ones.
+    """
+
+    def __init__(self, detector: Detector, tile: int):
+        self.detector, self.class_names = detector, class_names_of(detector)
+        self.session = gr.State(Session())  # of which each visitor gets a copy
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                self._add_controls(tile)
+            with gr.Column(scale=3, min_width=480):
+                self._add_results()
+        self.view = [self.summary, self.shown, self.table]
+
+    def _add_controls(self, tile: int) -> None:
+        self.files = gr.File(label="Pictures", file_count="multiple", height=180)
+        self.note = gr.Markdown(elem_id="note")
+        self.threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
+        self.classes = gr.Dropdown(
+            list(self.class_names),
+            value=[],
+            multiselect=True,
+            label="Classes",
+            info="None chosen: all are shown",
+            elem_id="classes",
+        )
+        self.tile = gr.Number(
+            tile,
+            label="Tiles",
+            info="Pixels; 0: the whole picture at once. Tiles find small objects in large pictures",
+            precision=0,
+            minimum=0,
+            elem_id="tile",
+        )
+        self.again = gr.Button("Find again with these tiles")
+        self.download = gr.Button("Download COCO JSON", variant="primary")
+        self.file = gr.DownloadButton(visible="hidden", elem_id="coco_file")
+
+    def _add_results(self) -> None:
+        self.summary = gr.Markdown(NOTHING_YET, elem_id="summary")
+        self.shown = gr.Image(
+            show_label=False,
+            format="jpeg",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            height="65vh",
+            elem_id="shown",
+        )
+        self.queue = gr.Gallery(
+            label="Queue",
+            format="jpeg",
+            columns=8,
+            fit_columns=False,
+            height=170,
+            allow_preview=False,
+            interactive=False,
+            visible=False,
+            buttons=[],
+            elem_id="queue",
+        )
+        self.table = gr.Dataframe(
+            headers=list(TABLE), label="Boxes, in pixels", interactive=False, max_height=360, elem_id="table"
+        )
+
+    def connect(self) -> None:
+        """Say what calls which method."""
+        choice = [self.session, self.threshold, self.classes]
+        # No progress bars: they hide what is there already. The note says how far it is.
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        ran = gr.on(
+            [self.files.change, self.again.click, self.tile.submit],
+            self.run,
+            [self.session, self.files, self.tile],
+            [self.note, self.queue, *self.view],
+            trigger_mode="always_last",
+            concurrency_id="model",
+            **quiet,
+        )
+        in_turn = quiet | {"concurrency_id": "view"}  # the latest choice is shown last
+        ran.then(self.redraw, choice, self.view, **in_turn)
+        changes = [self.threshold.change, self.classes.change]
+        gr.on(changes, self.redraw, choice, self.view, trigger_mode="always_last", **in_turn)
+        self.queue.select(self.select, self.session, self.view, **in_turn)
+        written = self.download.click(self.write, choice, self.file, **in_turn)
+        written.then(None, js=PRESS_DOWNLOAD)
+
+    def run(self, session: Session, paths: list[str] | None, tile: int) -> Iterator[Values]:
+        """Look at the files that the model has not seen with these tiles, and forget those that are no more there."""
+        if 0 < tile < SMALLEST_TILE:
+            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole pictures) or {SMALLEST_TILE} and more"}
+            return
+        paths = list(dict.fromkeys(paths or []))
+        session.pictures = {path: session.pictures[path] for path in paths if path in session.pictures}
+        problems: list[str] = []
+        for number, path in enumerate(paths, start=1):
+            if path in session.pictures and session.pictures[path].tile == tile:
+                continue
+            yield {self.note: _lines(*problems, f"Looking at {Path(path).name} ({number} of {len(paths)}) …")}
+            try:
+                picture = look_at(self.detector, path, tile)
+            except ValueError as error:
+                problems.append(f"⚠ {error}")
+                continue
+            session.pictures = session.pictures | {path: picture}
+            yield {self.queue: self.thumbnails(session)} | (self.draw(session) if picture is session.shown else {})
+        yield {self.note: _lines(*problems), self.queue: self.thumbnails(session)}
+
+    def redraw(self, session: Session, threshold: float, classes: list[str]) -> Values:
+        session.threshold, session.classes = threshold, classes
+        return self.draw(session)
+
+    def select(self, event: gr.SelectData, session: Session) -> Values:
+        session.current = list(session.pictures)[event.index]
+        return self.draw(session)
+
+    def write(self, session: Session, threshold: float, classes: list[str]) -> str:
+        session.threshold, session.classes = threshold, classes
+        path = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE), "detections.json")
+        path.write_text(json.dumps(to_coco(session, self.class_names)))
+        return str(path)
+
+    def draw(self, session: Session) -> Values:
+        picture = session.shown
+        if picture is None:
+            return {self.summary: NOTHING_YET, self.shown: None, self.table: []}
+        kept = session.kept(picture)
+        return {self.summary: _summary(picture, kept), self.shown: picture.draw(kept), self.table: _rows(kept)}
+
+    def thumbnails(self, session: Session) -> gr.Gallery:
+        pictures = list(session.pictures.values())
+        return gr.Gallery(
+            [(picture.thumbnail(), picture.name) for picture in pictures],
+            visible=len(pictures) > 1,
+            selected_index=pictures.index(session.shown) if pictures else None,
+        )
+
+
+def launch(page: gr.Blocks, port: int) -> str:
+    """Serve the page in threads of this process until `page.close()`.
+
+    Args:
+        page: of :func:`build_page`.
+        port: the first one that is tried; if it is taken, the next free one.
+
+    Returns:
+        the address.
+
+    Raises:
+        OSError: no port is free.
+    """
+    # Gradio asks its own server whether it is up; a proxy for the network beyond must not be asked for that.
+    os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY", os.environ.get("no_proxy")), HOST)))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the system
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
+    _, address, _ = page.launch(
+        server_name=HOST,
+        server_port=_free_port(port),
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        theme=theme,
+        show_error=True,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return address
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, first + PORTS_TRIED):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no port from {first} to {first + PORTS_TRIED - 1} is free on {HOST}")
+
+
+def _resize(image: Image.Image, longest: int) -> Image.Image:
+    scale = longest / max(image.size)
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size))
+
+
+def _rows(kept: Detections) -> list[list[str | float]]:
+    return [[found.name, round(found.score, 3), *(round(side, 1) for side in found.box)] for found in kept]
+
+
+def _summary(picture: Picture, kept: Detections) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(kept.names).most_common())
+    height, width = picture.found.image_size
+    objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
+    return f"**{_plain(picture.name)}** ({width} × {height}): {_plain(f'{objects}: {counts}' if counts else objects)}"
+
+
+def _lines(*lines: str) -> str:
+    return "  \n".join(map(_plain, lines))
+
+
+def _plain(text: str) -> str:
+    """The text as Markdown that shows it as it is."""
+    return "".join(f"\\{character}" if character in "\\`*_{}[]()<>#+-.!|$&~" else character for character in text)

@@ -1,0 +1,164 @@
+"""SOLVER.EARLY_STOPPING: when a run ends, what it leaves, and what a resumed one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_d2 import load_config
+from dino_d2.data import register_datasets
+from dino_d2.engine import DINOTrainer
+from tests.engine.test_distributed import torchrun
+from tests.synthetic import config_values, write_rectangles
+
+RECIPE = "dino_r50_4scale_12ep"
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_rectangles(tmp_path_factory.mktemp("early_stopping"), count=2, size=64)
+
+
+class Run:
+    """A run of at most 20 steps, evaluated every second one with the given results instead of its own."""
+
+    def __init__(self, data: tuple[Path, Path], output: Path, monkeypatch: pytest.MonkeyPatch):
+        self.data, self.output, self.monkeypatch = data, output, monkeypatch
+        self.evaluated: list[int] = []
+
+    def train(self, scores: dict[int, float], *overrides: object) -> DINOTrainer:
+        """`scores`: AP after so many steps."""
+
+        def evaluate(trainer: DINOTrainer) -> dict:
+            done = min(trainer.iter + 1, trainer.max_iter)
+            self.evaluated.append(done)
+            trainer._last_eval_results = {"bbox": {"AP": scores.get(done, 0.0)}}
+            return trainer._last_eval_results
+
+        self.monkeypatch.setattr(DINOTrainer, "evaluate", evaluate)
+        settings = {
+            "INPUT.MIN_SIZE_TRAIN": "(48,)",
+            "SOLVER.MAX_ITER": 20,
+            "SOLVER.STEPS": "()",
+            "SOLVER.CHECKPOINT_PERIOD": 2,
+            "TEST.EVAL_PERIOD": 2,
+            "SOLVER.BEST_METRIC": "bbox/AP",
+            "SOLVER.EARLY_STOPPING": 3,
+        }
+        values = [str(part) for item in settings.items() for part in item]
+        values = [*config_values(self.data, self.output, f"early_{self.output.name}"), *values, *map(str, overrides)]
+        cfg = load_config(RECIPE, values)
+        register_datasets(cfg)
+        trainer = DINOTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        self.results = trainer.train()
+        return trainer
+
+
+@pytest.fixture
+def run(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(data, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("scores", "last"),
+    [
+        ({2: 10.0, 4: 30.0, 6: 20.0, 8: 30.0, 10: 29.0}, 10),  # as good is not better
+        ({2: 10.0, 4: 9.0, 6: 8.0, 8: 11.0}, 14),
+        ({2: NAN, 4: NAN, 6: NAN}, 6),  # nothing was ever found
+        ({2 * i: float(i) for i in range(11)}, 20),  # ever better: to the end
+    ],
+)
+def test_run_ends_after_so_many_evaluations_without_a_better_one(run: Run, scores: dict[int, float], last: int) -> None:
+    run.train(scores)
+    assert run.evaluated == list(range(2, last + 1, 2))
+    assert (run.output / "last_checkpoint").read_text() == "model_final.pth"
+    final = torch.load(run.output / "model_final.pth", weights_only=True)
+    assert final["iteration"] == last - 1
+    assert final["trainer"]["iteration"] == last - 1
+    assert run.results == {"bbox": {"AP": pytest.approx(scores.get(last, 0.0), nan_ok=True)}}
+    lines = [json.loads(line) for line in (run.output / "metrics.json").read_text().splitlines()]
+    assert [line["bbox/AP"] for line in lines if "bbox/AP" in line][-1] == pytest.approx(
+        scores.get(last, 0.0), nan_ok=True
+    )
+
+
+def test_a_run_that_was_ended_is_over_when_it_is_resumed(run: Run) -> None:
+    scores = {2: 10.0, 4: 30.0}
+    run.train(scores)
+    final = (run.output / "model_final.pth").stat().st_mtime_ns
+    run.evaluated.clear()
+    trainer = run.train(scores)
+    assert run.evaluated == [11]  # once, of the weights that it was left with
+    assert trainer.start_iter == trainer.iter == 10
+    assert (run.output / "model_final.pth").stat().st_mtime_ns == final
+
+
+def test_it_goes_on_if_more_evaluations_are_allowed(run: Run) -> None:
+    run.train({2: 10.0, 4: 30.0})
+    run.evaluated.clear()
+    run.train({}, "SOLVER.EARLY_STOPPING", 5)
+    assert run.evaluated == [12, 14]  # five since that after 4
+
+
+def test_a_run_that_was_interrupted_ends_where_it_would_have_ended(run: Run) -> None:
+    scores = {2: 10.0, 4: 30.0}
+
+    class Interruption(Exception):
+        pass
+
+    step = DINOTrainer.run_step
+
+    def run_step(trainer: DINOTrainer) -> None:
+        if trainer.iter == 7:
+            raise Interruption
+        step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINOTrainer, "run_step", run_step)
+        with pytest.raises(Interruption):
+            run.train(scores)
+    run.train(scores)
+    assert run.evaluated == [2, 4, 6, 8, 10]
+
+
+def test_what_is_better_must_be_said(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"SOLVER\.EARLY_STOPPING needs .*SOLVER\.BEST_METRIC bbox/AP"):
+        run.train({}, "SOLVER.BEST_METRIC", "")
+
+
+def test_it_is_off_by_default() -> None:
+    assert load_config(RECIPE).SOLVER.EARLY_STOPPING == 0
+
+
+IN_TWO_PROCESSES = """
+import sys
+from detectron2.utils import comm
+from dino_d2.engine import run
+from dino_d2.engine.processes import run_in_every_process
+from dino_d2.tools.train_net import parse
+
+class Trainer(run.DINOTrainer):
+    def evaluate(self):  # as detectron2: the other processes get no results
+        return {"bbox": {"AP": {2: 30.0}.get(self.iter + 1, 20.0)}} if comm.is_main_process() else {}
+
+run.DINOTrainer, run.own_photographs = Trainer, lambda cfg: ""
+if __name__ == "__main__":
+    run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))
+    print("process ended", flush=True)
+"""
+
+
+def test_all_processes_end_together(data: tuple[Path, Path], tmp_path: Path) -> None:
+    script = tmp_path / "early.py"
+    script.write_text(IN_TWO_PROCESSES)
+    values = [*config_values(data, tmp_path / "run", "early_two"), "INPUT.MIN_SIZE_TRAIN", "[48]"]
+    values += ["SOLVER.MAX_ITER", "20", "TEST.EVAL_PERIOD", "2", "SOLVER.BEST_METRIC", "bbox/AP"]
+    result = torchrun(str(script), "--config-file", RECIPE, *values, "SOLVER.EARLY_STOPPING", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("process ended") == 2
+    assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 5

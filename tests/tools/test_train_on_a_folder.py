@@ -1,0 +1,110 @@
+"""`dino-d2 train --data FOLDER`, from photographs to a detector."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.engine.test_resume import differing
+from tests.synthetic import COLOURS, config_values, write_rectangles
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "dino_r50_4scale_12ep"
+CHOSEN = (  # by the command
+    "MODEL.DINO.NUM_CLASSES", "DATASETS.COCO_FORMAT", "DATASETS.TRAIN", "DATASETS.TEST", "OUTPUT_DIR",
+    "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+)  # fmt: skip
+
+
+def yolo_of(folder: Path, photographs: int, part: str) -> None:
+    """A part in Roboflow's layout; its last picture has no label file."""
+    annotations, images = write_rectangles(folder / "rectangles" / part, photographs, size=64, empty=1)
+    content = json.loads(annotations.read_text())
+    labels = folder / part / "labels"
+    labels.mkdir(parents=True)
+    images.rename(folder / part / "images")
+    for entry in content["annotations"]:
+        x, y, width, height = (side / 64 for side in entry["bbox"])
+        with (labels / f"{entry['image_id']}.txt").open("a") as file:
+            file.write(f"{entry['category_id'] - 1} {x + width / 2} {y + height / 2} {width} {height}\n")
+
+
+def small(output: Path) -> list[str]:
+    """KEY VALUE: what makes the model tiny."""
+    values = config_values((output, output), output, "unused")
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [part for pair in pairs if pair[0] not in CHOSEN for part in pair]
+
+
+def run(*command: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("train_on_a_folder")
+    data, output = folder / "pets", folder / "out"
+    yolo_of(data, 5, "train")
+    yolo_of(data, 7, "valid")
+    names = {"names": list(COLOURS), "train": "../train/images", "val": "../valid/images", "test": "../test/images"}
+    (data / "data.yaml").write_text(yaml.safe_dump(names))
+    options = ("--data", data, "--config-file", RECIPE, "--epochs", 2, "--output", output)
+    result = run("-m", "dino_d2", "train", *options, *small(output), "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output, result
+
+
+def test_it_says_what_it_found_and_chose(trained: tuple[Path, subprocess.CompletedProcess]) -> None:
+    printed = trained[1].stdout
+    assert "YOLO, 5 images to train on, 7 to evaluate on" in printed
+    assert "SOLVER.MAX_ITER 6  # 2 epochs of 3: 5 images, 2 a step" in printed
+    assert "SOLVER.BASE_LR" not in printed.split("Rank of current process")[0]  # the command's own
+
+
+def test_it_ends_with_ap_by_class_examples_and_the_next_command(
+    trained: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    output, result = trained
+    end = result.stdout[result.stdout.index("AP on the 7 photographs of") :]
+    rows = [line.split()[0] for line in end.splitlines()[3:6]]
+    assert rows == [*COLOURS, "all"]
+    assert f"Next: dino-d2 predict --weights {output} --input PHOTO" in end
+    pictures = sorted(path.name for path in (output / "examples").iterdir())
+    assert pictures == [f"{what}_{number}.png" for what in ("best", "worst") for number in (1, 2, 3)]
+    assert (output / "model_best.pth").is_file()
+
+
+def test_its_config_alone_makes_the_same_run(trained: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> None:
+    output = trained[0]
+    command = ("tools/train_net.py", "--config-file", output / "config.yaml")
+    again = run(*command, "OUTPUT_DIR", tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    ours, theirs = (torch.load(folder / "model_final.pth", weights_only=True) for folder in (tmp_path, output))
+    assert list(differing(ours, theirs)) == []
+    assert (tmp_path / "examples" / "worst_1.png").is_file()
+    resumed = run(*command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "Starting training from iteration 6" in resumed.stdout
+
+
+def test_what_comes_next_finds_objects(trained: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> None:
+    photograph = trained[0].parent / "pets" / "valid" / "images" / "1.png"
+    result = run("-m", "dino_d2", "predict", "--weights", trained[0], "--input", photograph, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "1.png").is_file()
+
+
+def test_a_folder_of_something_else_is_an_error_of_the_user(tmp_path: Path) -> None:
+    result = run("-m", "dino_d2", "train", "--data", tmp_path, "--config-file", RECIPE)
+    assert result.returncode == 2
+    assert "has none of the layouts that are looked for" in result.stderr
+    assert "Traceback" not in result.stderr
