@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -33,6 +34,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 KEY = re.compile(r"\b(?:DATALOADER|DATASETS|INPUT|MODEL|SOLVER|TEST)(?:\.[A-Z][A-Z0-9_]*)+")
 NAME = re.compile(r"(?:\w+/)*dino_(?:convnext|mobilenet|r\d|swin|vitdet)\w*")
 PATH = re.compile(r"(?<![\w./-])(?:configs|dev|dino_d2|docs|ops|tests|tools)/[\w./-]*\w")
+REFERENCE = re.compile(r"^::: ([\w.]+)\n(?:    options:\n      members: \[(.*)\]\n)?", re.M)
 SCRIPT = re.compile(r"(?:dev|tools|tests)/\w+\.(?:py|sh)")
 
 
@@ -248,6 +250,20 @@ def faults_of_links(text: str, path: Path) -> Iterator[str]:
             yield f"{target} has no heading {anchor}"
 
 
+def faults_of_references(text: str) -> Iterator[str]:
+    """Of what MkDocs puts in from docstrings."""
+    for name, members in REFERENCE.findall(text):
+        module, _, last = re.sub(r"^ops\b", "dino_d2.ops", name).rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), last)
+        except (ImportError, AttributeError) as error:
+            yield f"::: {name}: {error}"
+            continue
+        yield from (
+            f"{name} has no {member}" for member in filter(None, members.split(", ")) if not hasattr(found, member)
+        )
+
+
 def faults(text: str, path: Path) -> Iterator[str]:
     """
     Args:
@@ -262,6 +278,7 @@ def faults(text: str, path: Path) -> Iterator[str]:
             yield from faults_of_python(block)
     sentences = FENCE.sub("", text)
     yield from faults_of_links(sentences, path)
+    yield from faults_of_references(sentences)
     for span in SPAN.findall(sentences):
         yield from faults_of_span(span)
 
@@ -298,6 +315,8 @@ def test_what_documents_name_exists(path: Path, monkeypatch: pytest.MonkeyPatch)
         ("See `dino_d2/nothing.py`.", "there is no dino_d2/nothing.py"),
         ("Say `dino-d2 predict --nothing`.", "demo.py has no option --nothing"),
         ("Say `make nothing`.", "make has no target nothing"),
+        ("::: dino_d2.detector.Nothing\n", "has no attribute 'Nothing'"),
+        ("::: dino_d2.model_zoo\n    options:\n      members: [get, nothing]\n", "dino_d2.model_zoo has no nothing"),
     ],
 )
 def test_faults_are_found(text: str, fault: str) -> None:
@@ -307,6 +326,14 @@ def test_faults_are_found(text: str, fault: str) -> None:
 def test_index_leads_to_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     assert [path.name for path in (ROOT / "docs").glob("*.md") if f"]({path.name})" not in index] == ["README.md"]
+
+
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs MkDocs: pip install 'dino-d2[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "from_pretrained" in (tmp_path / "api" / "index.html").read_text()
 
 
 def test_weights_in_the_readme_are_as_published() -> None:
