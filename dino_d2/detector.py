@@ -65,7 +65,7 @@ class Detector:
                 training; a checkpoint; the id of a repository on Hugging Face, of which only safetensors and plain YAML
                 are read.
             config_file: of a checkpoint that has no config.yaml beside it: a path, or the name of a recipe.
-            device: "cpu", "cuda", …; by default a GPU if there is one.
+            device: as PyTorch names it, such as "cpu"; by default a GPU if there is one.
             dtype: float32, or bfloat16 or float16 for what may be computed in less.
             overrides: KEY, VALUE, … over the config.
 
