@@ -60,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = [
         *config_values(data, folder / "out", "page_rectangles"),
         *("MODEL.DINO.CLASS_NAMES", str(list(COLOURS))),
-        *("MODEL.DINO.NMS_detector.threshold", "0.6"),
+        *("MODEL.DINO.NMS_THRESHOLD", "0.6"),
         *("MODEL.DINO.DN.NUMBER", "10"),
         *("SOLVER.IMS_PER_BATCH", str(PICTURES)),
         *("SOLVER.MAX_ITER", "240"),
