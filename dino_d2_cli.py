@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("train_net", (), "train a detector, from a recipe or a folder of photographs"),
     "evaluate": ("train_net", ("--eval-only",), "measure AP of trained weights"),
     "predict": ("demo", (), "find objects in photographs and draw them"),
-    "check": ("check_dataset", (), "look for faults in a data set before training on it"),
+    "check": ("check_dataset", (), "look for faults in a dataset before training on it"),
     "convert": ("convert_checkpoint", (), "convert weights of other DINO programs, and back"),
     "export": ("export", (), "write a model as ONNX or torch.export program"),
     "analyze": ("analyze", (), "count parameters and FLOPs"),

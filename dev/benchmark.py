@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--growth", nargs="+", choices=GROWTH, metavar="AXIS", help=f"how cost grows: {', '.join(GROWTH)}"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of the growth")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="image of the growth")
     parser.add_argument("--rounds", type=positive, default=10, help="timed calls of each (default 10)")
     parser.add_argument("--profile", action="store_true", help="list the operators of the first case, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")

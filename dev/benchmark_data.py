@@ -4,7 +4,7 @@
     dev/benchmark_data.py --data coco
     dev/benchmark_data.py --data objects365 --share 0.25 --way dino_d2 --folder /large/disk
 
-A data set as large as the real one is generated: annotations like those of COCO (7.3 objects an image, with polygons)
+A dataset as large as the real one is generated: annotations like those of COCO (7.3 objects an image, with polygons)
 or of Objects365 (14.7, boxes alone), and eight photographs that all its entries name. The processes stand for those
 of a node with several GPUs. "dino_d2" is `dino_d2.data.build_train_loader`, "detectron2" its
 `build_detection_train_loader`, both with the recipe's augmentation. Linux only: memory is read from /proc.
@@ -49,7 +49,7 @@ COLUMNS = ("loader", "start (s)", "peak, process (MiB)", "peak, node", "steady, 
 
 @dataclass(frozen=True)
 class Kind:
-    """How large a data set is."""
+    """How large a dataset is."""
 
     images: int
     objects: float  # of an image, on average
@@ -87,7 +87,7 @@ def write_dataset(folder: Path, kind: Kind) -> tuple[Path, Path]:
         file.write('], "annotations": [')
         file.writelines(_joined(_objects(kind)))
         categories = (f'{{"id": {i}, "name": "class {i}"}}' for i in range(1, kind.classes + 1))
-        file.write(f'], "categories": [{", ".join(categories)}]}}')
+        file.write(f'], "categories": [{", ".join(categories)}}}]')
     return annotations, images
 
 
@@ -229,13 +229,13 @@ def as_row(case: Case, found: Sequence[dict[str, float]]) -> list[str]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=KINDS, default="coco", help="whose numbers are imitated (default coco)")
-    parser.add_argument("--images", type=int, help="how many; default: as many as the data set has")
+    parser.add_argument("--images", type=int, help="how many; default: as many as the dataset has")
     parser.add_argument("--share", type=float, default=1.0, help="of the images, where all do not fit")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), help="default: both")
     parser.add_argument("--processes", type=int, default=2, help="of the node (default 2)")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8], help="to read samples (default 1 2 8)")
     parser.add_argument("--seconds", type=float, default=20.0, help="to read samples for (default 20)")
-    parser.add_argument("--folder", type=Path, help="for the data set, up to 3.5 GB; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="for the dataset, up to 3.5 GB; default: a temporary one")
     return parser.parse_args(arguments)
 
 

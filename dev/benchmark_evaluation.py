@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time COCO's AP of a generated data set of val2017's size by pycocotools and by hotcoco, and compare their numbers.
+"""Time COCO's AP of a generated dataset of val2017's size by pycocotools and by hotcoco, and compare their numbers.
 
     dev/benchmark_evaluation.py                  5,000 images, 300 detections each
     dev/benchmark_evaluation.py --images 50

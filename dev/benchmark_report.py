@@ -1,4 +1,4 @@
-"""What dev/benchmark.py measured: its dataclasses, as JSON, as Markdown and as a picture."""
+"""What dev/benchmark.py measured: its dataclasses, as JSON, as Markdown and as an image."""
 
 from __future__ import annotations
 

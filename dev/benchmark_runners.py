@@ -29,7 +29,7 @@ from dino_d2.engine.optimizer import ClippedAdamW
 from dino_d2.engine.step import StepSettings, StepTrainer
 from dino_d2.meta_arch import DINO
 
-# Heights and widths of pictures of COCO, in an order in which two already differ.
+# Heights and widths of images of COCO, in an order in which two already differ.
 COCO_SIZES = [(480, 640), (640, 480), (427, 640), (500, 375), (612, 612), (640, 427), (360, 640), (333, 500)]
 
 
@@ -39,7 +39,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def make_batch(cfg: CfgNode, case: Case) -> list[dict[str, Any]]:
-    """Random pictures with random objects, in the model's format; mixed shapes are those that evaluation makes of
+    """Random images with random objects, in the model's format; mixed shapes are those that evaluation makes of
     `COCO_SIZES`."""
     torch.manual_seed(0)
     resize = build_test_augmentation(cfg)

@@ -35,7 +35,7 @@ LEAST_VISIBLE = 0.5  # share of a tree's box that a tile must show
 
 @dataclass
 class Photo:
-    """An RGB picture and its trees, boxes (n, 4) as x1, y1, x2, y2 in pixels."""
+    """An RGB image and its trees, boxes (n, 4) as x1, y1, x2, y2 in pixels."""
 
     pixels: np.ndarray
     boxes: np.ndarray
@@ -61,7 +61,7 @@ def fetch(folder: Path) -> None:
 
 
 def read_photo(folder: Path, which: str) -> Photo:
-    """`which`: a key of `PHOTOS`. Boxes come from the Pascal VOC file beside the picture."""
+    """`which`: a key of `PHOTOS`. Boxes come from the Pascal VOC file beside the image."""
     pixels = np.asarray(Image.open(folder / f"{PHOTOS[which]}.png").convert("RGB"))
     root = ElementTree.parse(folder / f"{PHOTOS[which]}.xml").getroot()
     sides = ("xmin", "ymin", "xmax", "ymax")

@@ -1,7 +1,7 @@
-"""The page of `dino-d2 app`: pictures in, boxes out, in a browser on this machine.
+"""The page of `dino-d2 app`: images in, boxes out, in a browser on this machine.
 
 It is served on loopback alone and asks no other host for anything: no telemetry, no share link, no fonts. Uploaded
-pictures are removed with the process.
+images are removed with the process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THRESHOLD = 0.3  # at first
 SHOWN = (1024, 2048)  # least and most of the longer side, in pixels, of what is drawn on; the model sees the file's own
 THUMBNAIL = 160
 SMALLEST_TILE = 64
-NOTHING_YET = "Upload pictures to begin."
+NOTHING_YET = "Upload images to begin."
 TABLE = ("class", "score", "x1", "y1", "x2", "y2")
 PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
 
@@ -50,10 +50,10 @@ Values = dict[Any, Any]  # of Gradio's components
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture of the queue and everything that the model found in it.
+    """An image of the queue and everything that the model found in it.
 
     name: of its file, without folders.
-    shown: the picture to draw on, RGB, resized to `SHOWN`.
+    shown: the image to draw on, RGB, resized to `SHOWN`.
     found: in pixels of the file, whatever the score.
     tile: with which it was found; see `Detector`.
     """
@@ -77,7 +77,7 @@ class Picture:
 class Session:
     """What a visitor has. Events may change it while the model works, so there is one object for all of them.
 
-    pictures: by path of the uploaded file, in the order of the queue; replaced as a whole.
+    images: by path of the uploaded file, in the order of the queue; replaced as a whole.
     current: path of the one that is chosen.
     threshold, classes: what is shown: what scores more; of these names, or if there are none, of all.
     """
@@ -101,7 +101,7 @@ def look_at(detector: Detector, path: str, tile: int) -> Picture:
     """Run the model on a file.
 
     Raises:
-        ValueError: it is no picture, or cannot be looked at; the message names the file without its folder.
+        ValueError: it is no image, or cannot be looked at; the message names the file without its folder.
     """
     name = Path(path).name
     try:
@@ -121,7 +121,7 @@ def class_names_of(detector: Detector) -> tuple[str, ...]:
 
 
 def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What is kept of all pictures as a data set in COCO's format; annotations have scores, too."""
+    """What is kept of all images as a dataset in COCO's format; annotations have scores, too."""
     images, annotations = [], []
     for number, picture in enumerate(session.pictures.values(), start=1):
         height, width = picture.found.image_size
@@ -137,13 +137,13 @@ def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict
 def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
     """The page, to be started by :func:`launch`.
 
-    The model looks at a picture once, when it is uploaded or the tiles change; all it finds stays in the session, and
+    The model looks at an image once, when it is uploaded or the tiles change; all it finds stays in the session, and
     threshold and classes choose from that.
 
     Args:
         detector: finds objects.
         title: what the model is called.
-        tile: longest side in pixels of what is looked at at once, at first; 0: whole pictures.
+        tile: longest side in pixels of what is looked at at once, at first; 0: whole images.
     """
     title = f"DINO · {title}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
@@ -183,7 +183,7 @@ class _Page:
         self.tile = gr.Number(
             tile,
             label="Tiles",
-            info="Pixels; 0: the whole picture at once. Tiles find small objects in large pictures",
+            info="Pixels; 0: the whole image at once. Tiles find small objects in large images",
             precision=0,
             minimum=0,
             elem_id="tile",
@@ -243,7 +243,7 @@ class _Page:
     def run(self, session: Session, paths: list[str] | None, tile: int) -> Iterator[Values]:
         """Look at the files that the model has not seen with these tiles, and forget those that are no more there."""
         if 0 < tile < SMALLEST_TILE:
-            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole pictures) or {SMALLEST_TILE} and more"}
+            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole images) or {SMALLEST_TILE} and more"}
             return
         paths = list(dict.fromkeys(paths or []))
         session.pictures = {path: session.pictures[path] for path in paths if path in session.pictures}

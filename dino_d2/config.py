@@ -28,7 +28,7 @@ def add_dino_config(cfg: CN) -> None:
 
     c = cfg.MODEL.DINO = CN()
     c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
-    c.CLASS_NAMES = []  # their names in that order, or none: the data set's; saved with the weights
+    c.CLASS_NAMES = []  # their names in that order, or none: the dataset's; saved with the weights
     c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE); may be lowered later
     c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
     c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
@@ -58,7 +58,7 @@ def add_dino_config(cfg: CN) -> None:
     c.DN.NUMBER = 100  # positives per image, about: it is divided by the most objects in one image
     c.DN.LABEL_NOISE_RATIO = 0.5  # a label is redrawn with half of this probability
     c.DN.BOX_NOISE_SCALE = 1.0  # lambda_1, in half sides of the box
-    c.DN.REORDER_NEGATIVES = False  # put corners that changed places back in order; the published program does not
+    c.DN.REORDER_NEGATIVES = False  # put corners that changed places back in order; the official code does not
     c.DN.MAX_QUERIES = 0  # bound on denoising queries per image, for images full of objects; 0: none
 
     # Recompute activations in the backward pass: less memory, a forward pass more of that part.
@@ -97,20 +97,20 @@ def add_dino_config(cfg: CN) -> None:
     v.DEPTH = 12  # blocks
     v.NUM_HEADS = 12
     v.WINDOW_SIZE = 14  # side of the windows that the other blocks attend in, in tokens
-    v.GLOBAL_BLOCKS = [2, 5, 8, 11]  # blocks that attend to the whole picture, counted from 0
+    v.GLOBAL_BLOCKS = [2, 5, 8, 11]  # blocks that attend to the whole image, counted from 0
     v.DROP_PATH_RATE = 0.1
     v.IMAGE_SIZE = 1024  # side in pixels that the relative positions are learned for; interpolated for others
     v.OUT_CHANNELS = 256  # of every map
 
-    # [name, annotation file, image folder] of data sets in COCO's format, to be registered
+    # [name, annotation file, image folder] of datasets in COCO's format, to be registered
     cfg.DATASETS.COCO_FORMAT = []
 
     cfg.INPUT.CROP.PROBABILITY = 0.5  # of cropping to INPUT.CROP.SIZE
     cfg.INPUT.CROP.RESIZE_FIRST = [400, 500, 600]  # short sides drawn from before the crop; empty: no resize
-    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (pictures without an up, as from the air)
+    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (images without an up, as from the air)
     cfg.INPUT.QUARTER_TURN = False  # turn by 90 degrees, half of the time
     cfg.INPUT.COLOR_JITTER = 0.0  # brightness, contrast and saturation change by up to this share
-    cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does at a picture that cannot be read; docs/data.md
+    cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does at an image that cannot be read; docs/data.md
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
     cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED

@@ -50,7 +50,7 @@ class Detections:
     classes: (n,) int64, counted from 0.
     class_names: of all classes of the model; empty if it knows none.
     image_size: height, width.
-    image: the picture: a path, or (H, W, 3) uint8 in RGB; None if it is not kept.
+    image: the image: a path, or (H, W, 3) uint8 in RGB; None if it is not kept.
     """
 
     boxes: np.ndarray
@@ -98,7 +98,7 @@ class Detections:
         return self[np.array([name in names for name in self.names], bool)]
 
     def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:
-        """The picture with boxes, classes and scores.
+        """The image with boxes, classes and scores.
 
         Args:
             image: to draw on, arrays in RGB; by default the one that was looked at.
@@ -109,12 +109,12 @@ class Detections:
         picture = as_picture(self.image if image is None else image)
         height, width = self.image_size
         if picture.size != (width, height):
-            raise ValueError(f"the picture is {picture.size[0]} x {picture.size[1]}, the detections are of one of "
+            raise ValueError(f"the image is {picture.size[0]} x {picture.size[1]}, the detections are of one of "
                              f"{width} x {height} pixels")  # fmt: skip
         return _draw(self, picture)
 
     def save(self, path: str | PathLike) -> None:
-        """The drawn picture, or for a path that ends with .json a list of the objects."""
+        """The drawn image, or for a path that ends with .json a list of the objects."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
@@ -190,7 +190,7 @@ class Detections:
         )
 
     def _repr_png_(self) -> bytes | None:
-        """The drawn picture, in a notebook."""
+        """The drawn image, in a notebook."""
         if self.image is None:
             return None
         file = io.BytesIO()
@@ -208,11 +208,11 @@ def number_categories(class_names: Sequence[str]) -> Sequence[int]:
 
 
 def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
-    """A new PIL picture in RGB, turned as its EXIF data say."""
+    """A new PIL image in RGB, turned as its EXIF data say."""
     from PIL import Image, ImageOps
 
     if image is None:
-        raise ValueError("the picture is not kept with these detections: give it to draw")
+        raise ValueError("the image is not kept with these detections: give it to draw")
     if isinstance(image, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
@@ -237,7 +237,7 @@ def _draw(detections: Detections, picture: Image) -> Image:
 def draw_boxes(
     picture: Image, boxes: Sequence[Sequence[float]], class_ids: Sequence[int], texts: Sequence[str]
 ) -> Image:
-    """Draw on the picture, in RGB, and give it back.
+    """Draw on the image, in RGB, and give it back.
 
     Args:
         boxes: x1, y1, x2, y2 in pixels; later ones lie on top.

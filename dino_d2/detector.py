@@ -36,7 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Detector:
-    """A model that takes pictures as they come. It finds what detectron2's `DefaultPredictor` finds with its config.
+    """A model that takes images as they come. It finds what detectron2's `DefaultPredictor` finds with its config.
 
     Attributes:
         cfg: the config.
@@ -102,21 +102,21 @@ class Detector:
 
         Args:
             images: a path, a URL, a PIL image or an array (H, W, 3) uint8 in RGB (`cv2.imread` gives BGR: say
-                channel_order="bgr"); a list of them; a folder, whose pictures are taken in the order of their names; a
+                channel_order="bgr"); a list of them; a folder, whose images are taken in the order of their names; a
                 video file.
             threshold: keep what scores more. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
             classes: names; none: all.
-            tile: look at the picture in pieces of at most this side, in pixels: large pictures with small objects.
-            batch_size: pictures that the model sees at once, if they have one size.
+            tile: look at the image in pieces of at most this side, in pixels: large images with small objects.
+            batch_size: images that the model sees at once, if they have one size.
             channel_order: of arrays, "rgb" or "bgr".
 
         Returns:
-            :class:`Detections` of a picture; a list of them for a list or a folder; for a video an iterator over its
+            :class:`Detections` of an image; a list of them for a list or a folder; for a video an iterator over its
             frames, which are read as they are needed.
 
         Raises:
-            FileNotFoundError: there is no such file, or no picture in the folder.
-            ValueError: a file that is no picture, an array of another shape or type, a class that is not known.
+            FileNotFoundError: there is no such file, or no image in the folder.
+            ValueError: a file that is no image, an array of another shape or type, a class that is not known.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
@@ -163,9 +163,9 @@ class Detector:
                 yield detections.of(*classes) if classes else detections
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Of pictures in RGB, as `DefaultPredictor` does.
+        """Of images in RGB, as `DefaultPredictor` does.
 
-        Those of one size go through the model together: padding pictures of several sizes would change what is found.
+        Those of one size go through the model together: padding images of several sizes would change what is found.
         """
         found: dict[int, Instances] = {}
         for size in dict.fromkeys(image.shape for image in images):
@@ -220,25 +220,25 @@ detections = detector("photo.jpg")
 
 - Classes: {names}
 - Backbone: {self.cfg.MODEL.BACKBONE.NAME}
-- Pictures: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
+- Images: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
 - Trained on, evaluated on, licence: *say it here before you publish the model*
 """
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """The pictures of a folder, in the order of their names.
+    """The images of a folder, in the order of their names.
 
     Raises:
         FileNotFoundError: there are none.
     """
     found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES)
     if not found:
-        raise FileNotFoundError(f"there are no pictures in {folder}: none of {', '.join(sorted(PICTURES))}")
+        raise FileNotFoundError(f"there are no images in {folder}: none of {', '.join(sorted(PICTURES))}")
     return found
 
 
 def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.ndarray]:
-    """What detections keep of a picture to draw it later, and its pixels (H, W, 3) uint8 in RGB."""
+    """What detections keep of an image to draw it later, and its pixels (H, W, 3) uint8 in RGB."""
     if isinstance(image, str | PathLike):
         pixels = read_image(image, "RGB")
         return (pixels if "://" in str(image) else str(image)), pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Both are the published program's.
+# Both are the official code's.
 LOGIT_EPS = 1e-3  # bounds what one decoder layer can move a box
 IOU_EPS = 1e-6  # keeps boxes without area finite
 

@@ -1,7 +1,7 @@
 """What detectron2 imports from the package `lvis`, which does not run with NumPy 1.24 or later.
 
 LVIS's AP is computed by hotcoco. Importing dino_d2 makes this module known as `lvis` where that package is not
-installed, so that detectron2 loads and evaluates data sets in LVIS's format.
+installed, so that detectron2 loads and evaluates datasets in LVIS's format.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LVISResults:
     """
 
     def __init__(self, lvis_gt: LVIS, results: list[dict[str, Any]], max_dets: int = 300):
-        import hotcoco  # late: most who load a data set never evaluate one in this format
+        import hotcoco  # late: most who load a dataset never evaluate one in this format
 
         self.annotations = hotcoco.COCO(lvis_gt.dataset)
         self.detections = hotcoco.LVISResults(self.annotations, results, max_dets)

@@ -46,7 +46,7 @@ class Memory:
         padding (1, N, 2).
 
         One division of two numbers that are exact: 0.5 / 50 is what a comparison with 0.01 finds equal, and the
-        published programs ask for tokens strictly inside. The detour over the padded map rounds to either side.
+        published implementations ask for tokens strictly inside. The detour over the padded map rounds to either side.
         """
         valid = self.valid_sizes if self.padding_mask is not None else self.valid_sizes[:1]
         pixels = pixel_centres(self.spatial_shapes, valid.dtype, valid.device)

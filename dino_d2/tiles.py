@@ -27,17 +27,17 @@ def predict_in_tiles(
 ) -> Instances:
     """Run `predict` on overlapping tiles; each detection counts in the one tile whose core holds its centre.
 
-    Cores divide the picture at the middle of the overlaps, so nothing is found twice and, as long as the overlap
+    Cores divide the image at the middle of the overlaps, so nothing is found twice and, as long as the overlap
     is wider than an object, nothing is cut.
 
     Args:
-        predict: (h, w, 3) picture -> Instances with `pred_boxes`, `scores`, `pred_classes`.
+        predict: (h, w, 3) image -> Instances with `pred_boxes`, `scores`, `pred_classes`.
         image: (H, W, 3).
         size: longest side of a tile in pixels.
         overlap: pixels that neighbours share at least.
 
     Returns:
-        Instances of the whole picture, best first.
+        Instances of the whole image, best first.
     """
     height, width = image.shape[:2]
     rows, columns = spread(height, size, overlap), spread(width, size, overlap)

@@ -54,7 +54,7 @@ class WatchedDetector(Detector):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a training that knows the pictures beside it, in data/images, by heart."""
+    """The output of a training that knows the images beside it, in data/images, by heart."""
     folder = tmp_path_factory.mktemp("page")
     data = write_rectangles(folder / "data", count=PICTURES, size=128)
     values = [
@@ -127,7 +127,7 @@ def tab(browser: sync_api.Browser, address: str) -> Iterator[sync_api.Page]:
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(address)
-    expect(tab.locator("#summary")).to_have_text("Upload pictures to begin.")
+    expect(tab.locator("#summary")).to_have_text("Upload images to begin.")
     yield tab
     tab.close()
     assert len(requests) > 10
@@ -147,7 +147,7 @@ def set_threshold(tab: sync_api.Page, threshold: float) -> None:
 
 
 def says(tab: sync_api.Page, name: str, count: int) -> None:
-    """The line above the picture, and the rows of the table below it."""
+    """The line above the image, and the rows of the table below it."""
     pattern = rf"{re.escape(name)} \(128 × 128\): {count} objects?\b"
     expect(tab.locator("#summary")).to_have_text(re.compile(pattern))
     expect(tab.locator("#table").get_by_role("grid")).to_have_attribute("aria-rowcount", str(count + 1))  # the head
@@ -286,14 +286,14 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.jpg"
-    text.write_text("no picture at all")
+    text.write_text("no image at all")
     cut = tmp_path / "cut.png"
     cut.write_bytes(photos[0].read_bytes()[:3000])
     upload(tab, text, cut, photos[0])
     says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
     note = tab.locator("#note")
     expect(note).to_have_text(
-        re.compile(r"text\.jpg cannot be read as a picture: it is in no known format.*cut\.png cannot be .*truncated")
+        re.compile(r"text\.jpg cannot be read as an image: it is in no known format.*cut\.png cannot be .*truncated")
     )
     assert str(tmp_path) not in note.inner_text()
     assert "Traceback" not in tab.content()
@@ -353,7 +353,7 @@ def test_two_visitors_have_queues_of_their_own(
     expect(tab.locator("#summary")).to_have_text(re.compile(r"1\.png"))
     other = browser.new_page()
     other.goto(address)
-    expect(other.locator("#summary")).to_have_text("Upload pictures to begin.")
+    expect(other.locator("#summary")).to_have_text("Upload images to begin.")
     upload(other, photos[1])
     expect(other.locator("#summary")).to_have_text(re.compile(r"2\.png"))
     assert [image["file_name"] for image in coco_of(other)["images"]] == ["2.png"]

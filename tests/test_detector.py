@@ -1,4 +1,4 @@
-"""Detector finds what DefaultPredictor finds, and takes weights and pictures however they come."""
+"""Detector finds what DefaultPredictor finds, and takes weights and images however they come."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_p
 
 def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_text("text")
-    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
         detector(tmp_path / "broken.jpg")
     with pytest.raises(FileNotFoundError):
         detector("nowhere.jpg")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"there are no pictures in .*empty"):
+    with pytest.raises(FileNotFoundError, match=r"there are no images in .*empty"):
         detector(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"uint8 array \(height, width, 3\), got float64 \(90, 120, 3\)"):
         detector(picture / 255)

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # Neither weights nor how the backward pass gets its activations change a count of the prediction. Weights would
     # have to be fetched, and checkpointed blocks cannot be traced. All queries: how many pass a threshold depends on
-    # the picture, and ours is black.
+    # the image, and ours is black.
     neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
     neutral += ["MODEL.DINO.QUERY_SCORE_THRESHOLD", "0.0"]
     with user_errors():

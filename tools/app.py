@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="CONFIG", help="of a checkpoint that has no config.yaml beside it")
     parser.add_argument("--device", help="such as cpu (default: the GPU if there is one)")
     parser.add_argument("--port", type=int, default=7860, help="or the next free one (default 7860)")
-    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="at first (default 0: whole pictures)")
+    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="at first (default 0: whole images)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     return parser.parse_args(arguments)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a data set in COCO's format before training on it, and draw what the model will see of it."""
+"""Check a dataset in COCO's format before training on it, and draw what the model will see of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dino_d2_cli import CommandParser, user_errors
 
 EXAMPLES = ["--json train.json --images train", "--json train.json --images train --config-file CONFIG --output FOLDER"]
 DESCRIPTION = """\
-Prints what is wrong or odd in a data set in COCO's format, and, unless something is wrong, draws
+Prints what is wrong or odd in a dataset in COCO's format, and, unless something is wrong, draws
 FOLDER/contact_sheet.png: augmented training samples with their objects and denoising queries. The exit code is 0 if
 training can start, else 1."""
 RECIPE = "dino_r50_4scale_12ep"

@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--source", choices=[*SOURCES, "backbone", "ema", "auto"], help="whose weights IN holds")
-    way.add_argument("--to", choices=["official"], help="write OUT in the published program's names")
+    way.add_argument("--to", choices=["official"], help="write OUT in the official code's names")
     parser.add_argument("input", metavar="IN")
     parser.add_argument("output", metavar="OUT")
     parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a file")

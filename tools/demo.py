@@ -52,10 +52,10 @@ def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def photos_of(inputs: Sequence[str]) -> list[Path]:
-    """The files, and the pictures in the folders.
+    """The files, and the images in the folders.
 
     Raises:
-        FileNotFoundError: one is not there, or a folder without pictures.
+        FileNotFoundError: one is not there, or a folder without images.
     """
     from dino_d2.detector import pictures_in
 

@@ -45,7 +45,7 @@ class Assumptions:
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
-        """Names of the classes: the config's, else those of its data set if it has as many as the model.
+        """Names of the classes: the config's, else those of its dataset if it has as many as the model.
 
         Raises:
             ValueError: class names of another number, or the same twice.

@@ -222,7 +222,7 @@ class DINOCheckpointer(DetectionCheckpointer):
             )
         if ANCHORS in own:
             raise ValueError(
-                f"{problem}. Static queries have learned where to look, each its part of the picture: none may be left "
+                f"{problem}. Static queries have learned where to look, each its part of the image: none may be left "
                 f"out or added. Set MODEL.DINO.NUM_QUERIES {count}."
             )
         if count > own_count:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # the model imports this package
     from dino_d2.meta_arch import DINO
 
 COCO = sorted((c for c in COCO_CATEGORIES if c["isthing"]), key=lambda c: c["id"])
-COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the published program has them
+COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the official code has them
 
 # Temperatures and offsets of the pixels' sine embedding that a source publishes weights for; shapes do not show them.
-# MMDetection's "improved" R-50 has detrex's, its others the published program's.
+# MMDetection's "improved" R-50 has detrex's, its others the official code's.
 POSITIONS = {
     "official": ((20.0, 0.0),),
     "detrex": ((10000.0, -0.5),),
@@ -135,7 +135,7 @@ def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conve
 
     Raises:
         ConversionError: names of the state dict that the model does not have, or the other way round; an encoder that
-            no published program has.
+            no official code has.
     """
     if model.assumptions.encoder != "deformable":
         raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} weights cannot be")
@@ -189,7 +189,7 @@ def _assumptions(
 
 
 def _known(name: str, source: str) -> bool:
-    """Only the published program can learn its anchors."""
+    """Only the official code can learn its anchors."""
     return not (name.startswith("query_selection.anchor_logits") and source != "official")
 
 

@@ -102,7 +102,7 @@ class PublishedFile:
 def read_published(path: str | Path) -> PublishedFile:
     """Read a checkpoint without running or importing anything that it names, whatever else is in it.
 
-    Understands {"model": …} (published program, detectron2, detrex), {"ema_state": …} (detrex's moving average; it
+    Understands {"model": …} (official code, detectron2, detrex), {"ema_state": …} (detrex's moving average; it
     takes the place of "model"), {"state_dict": …} (MMDetection) and a bare state dict; of names the `module.`
     of data parallelism is left out.
 

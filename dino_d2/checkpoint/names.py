@@ -23,7 +23,7 @@ class Layout:
 
 
 def official(name: str, layout: Layout) -> list[str]:
-    """Names in the published program's checkpoints."""
+    """Names in the official code's checkpoints."""
     head = re.fullmatch(r"decoder\.(class|box)_heads\.(\d+)\.(.+)", name)
     if head:
         kind = {"class": "class_embed", "box": "bbox_embed"}[head[1]]

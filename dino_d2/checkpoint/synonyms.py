@@ -1,4 +1,4 @@
-"""Classes that two data sets spell differently. Capitals and punctuation are no difference (`classes.plain`)."""
+"""Classes that two datasets spell differently. Capitals and punctuation are no difference (`classes.plain`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OBJECTS365_OF_COCO: dict[str, tuple[str, ...]] = {
     "handbag": ("Handbag/Satchel",),
     "suitcase": ("Luggage",),  # in the first version of Objects365 both are classes
     "skis": ("Skiboard",),
-    "sports ball": ("Baseball",),  # one of many balls, and the one that published programs choose
+    "sports ball": ("Baseball",),  # one of many balls, and the one that published implementations choose
     "bowl": ("Bowl/Basin",),
     "orange": ("Orange/Tangerine",),
     "dining table": ("Dinning Table",),

@@ -6,11 +6,11 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-LONGEST_BEFORE_CROP = 10_000  # pixels; of a picture of COCO it changes nothing, of a line of pixels it saves gigabytes
+LONGEST_BEFORE_CROP = 10_000  # pixels; of an image of COCO it changes nothing, of a line of pixels it saves gigabytes
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """detectron2's, which leaves nothing of a picture thousands of times as long as wide; here one pixel stays."""
+    """detectron2's, which leaves nothing of an image thousands of times as long as wide; here one pixel stays."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -22,7 +22,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
     """Flip; with `INPUT.CROP.PROBABILITY` resize and crop; resize to one of `INPUT.MIN_SIZE_TRAIN`.
 
-    Three more are off by default: vertical flips and quarter turns, for pictures without an up, and colour jitter.
+    Three more are off by default: vertical flips and quarter turns, for images without an up, and colour jitter.
     """
     i = cfg.INPUT
     steps: list[T.Augmentation] = []
@@ -46,5 +46,5 @@ def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
 
 
 def build_test_augmentation(cfg: CfgNode) -> T.Augmentation:
-    """Resize to `INPUT.MIN_SIZE_TEST`; 0: leave the picture as it is."""
+    """Resize to `INPUT.MIN_SIZE_TEST`; 0: leave the image as it is."""
     return ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

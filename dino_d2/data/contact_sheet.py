@@ -1,4 +1,4 @@
-"""A picture of what the model is trained on: augmented samples with their objects and their denoising queries."""
+"""An image of what the model is trained on: augmented samples with their objects and their denoising queries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .datasets import class_names
 from .mapper import ImageMapper
 from .records import load_records
 
-PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of a picture, space around it, samples side by side
+PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of an image, space around it, samples side by side
 TITLE, CAPTION, LABEL = 64, 24, 12  # height in pixels
 OBJECT, POSITIVE, NEGATIVE = (1.0, 0.85, 0.0), (0.0, 0.85, 1.0), (1.0, 0.3, 0.6)
 PAPER, INK = (24, 26, 30), (235, 235, 235)
@@ -36,11 +36,11 @@ EXPLANATION = (
 def draw_contact_sheet(cfg: CfgNode, denoising: nn.Module, count: int) -> Image.Image:
     """`count` samples of `DATASETS.TRAIN` (fewer if it is smaller), as training sees them; images with objects only.
 
-    Of each there are two pictures: the augmented image with its objects, and with one group of denoising queries,
+    Of each there are two images: the augmented image with its objects, and with one group of denoising queries,
     drawn with detectron2's random numbers and torch's.
 
     Args:
-        cfg: whose data sets are registered (`register_datasets`).
+        cfg: whose datasets are registered (`register_datasets`).
         denoising: the model's, of `dino_d2.modeling.build.build_denoising`.
     """
     records = load_records(cfg.DATASETS.TRAIN, filter_empty=True, needs_annotations=True)
@@ -83,7 +83,7 @@ def _draw_sample(
 
 
 class _Panel:
-    """detectron2's Visualizer for boxes relative to a picture (height, width, 3), RGB."""
+    """detectron2's Visualizer for boxes relative to an image (height, width, 3), RGB."""
 
     def __init__(self, picture: np.ndarray):
         self.visualizer = Visualizer(picture, font_size_scale=0.6)  # which also makes thin lines
@@ -102,7 +102,7 @@ class _Panel:
 
 
 def _arrange(samples: Sequence[tuple[str, Image.Image, Image.Image]]) -> Image.Image:
-    """The samples in rows, as high as their highest picture, under a line that explains the colours."""
+    """The samples in rows, as high as their highest image, under a line that explains the colours."""
     rows = [samples[i : i + COLUMNS] for i in range(0, len(samples), COLUMNS)]
     heights = [max(picture.height for _, picture, _ in row) + CAPTION + GAP for row in rows]
     cell = 2 * (PANEL + GAP)

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format, named in the config or given as files."""
+"""Datasets in COCO's format, named in the config or given as files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dino_d2.config import load_config
 
 from .coco import CocoRecords, stream_lists
 
-TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of data sets that are given as files
-DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the data sets that detectron2 registers itself
+TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of datasets that are given as files
+DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the datasets that detectron2 registers itself
 
 
 @dataclass(frozen=True)
 class CocoFiles:
-    """A data set in COCO's format: the annotation file, and the folder that its `file_name`s are relative to."""
+    """A dataset in COCO's format: the annotation file, and the folder that its `file_name`s are relative to."""
 
     annotations: Path
     images: Path
@@ -34,7 +34,7 @@ def register_datasets(cfg: CfgNode) -> None:
     """Register every (name, annotation file, image folder) of `DATASETS.COCO_FORMAT` with detectron2.
 
     Their records hold boxes alone (:class:`CocoRecords`); so do, from now on, those of detectron2's own COCO sets that
-    the config uses. Registering the same data set again changes nothing.
+    the config uses. Registering the same dataset again changes nothing.
 
     Raises:
         ValueError: an entry is no such triple, or its name is taken.
@@ -46,11 +46,11 @@ def register_datasets(cfg: CfgNode) -> None:
         name, annotations, images = entry
         for path in (annotations, images):
             if not Path(path).exists():
-                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the data set {name!r} does not exist")
+                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the dataset {name!r} does not exist")
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue
-            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another data set; choose a new one")
+            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset; choose a new one")
         DatasetCatalog.register(name, partial(CocoRecords, annotations, images, name))
         MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
         _REGISTERED[name] = (annotations, images)
@@ -65,7 +65,7 @@ _REGISTERED: dict[str, tuple[str, str]] = {}
 def load_config_for_files(
     config_file: str, overrides: Sequence[str], train: CocoFiles | None, val: CocoFiles | None
 ) -> CfgNode:
-    """The config of `dino_d2.load_config`, with the data sets of these files and with their classes.
+    """The config of `dino_d2.load_config`, with the datasets of these files and with their classes.
 
     The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and take the place of
     `DATASETS.TRAIN` (which stays without `train`) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come
@@ -75,7 +75,7 @@ def load_config_for_files(
     Raises:
         FileNotFoundError: an annotation file or image folder does not exist.
         ValueError: an annotation file is not COCO's format; the two have different categories, or the config has
-            different classes; `overrides` name other data sets.
+            different classes; `overrides` name other datasets.
     """
     given = {TRAIN_NAME: train, VAL_NAME: val}
     given = {name: files for name, files in given.items() if files is not None}
@@ -131,7 +131,7 @@ def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classes: the config's, else those of its first data set; empty where neither has them."""
+    """Names of the classes: the config's, else those of its first dataset; empty where neither has them."""
     if cfg.MODEL.DINO.CLASS_NAMES:
         return list(cfg.MODEL.DINO.CLASS_NAMES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
@@ -142,7 +142,7 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
-    """Compare the classes of the config with those of the data sets, as far as these are known.
+    """Compare the classes of the config with those of the datasets, as far as these are known.
 
     Raises:
         ValueError: their number, their names or the order of the names differ; both sides are named.
@@ -155,14 +155,14 @@ def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
             continue
         if len(theirs) != number:
             raise ValueError(
-                f"MODEL.DINO.NUM_CLASSES is {number}, but the data set {dataset} has {len(theirs)} categories "
+                f"MODEL.DINO.NUM_CLASSES is {number}, but the dataset {dataset} has {len(theirs)} categories "
                 f"({_some(theirs)}): set it to {len(theirs)}, or use data that has the model's classes"
             )
         if names and names != list(theirs):
             pairs = enumerate(zip_longest(names, theirs, fillvalue="no class"))
             place, ours, other = next((i, *pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
-                f"MODEL.DINO.CLASS_NAMES and the categories of the data set {dataset} differ: class {place} is "
+                f"MODEL.DINO.CLASS_NAMES and the categories of the dataset {dataset} differ: class {place} is "
                 f"{ours!r} in the config and {other!r} in the data (classes are numbered in order of "
                 f"category id). The config: {_some(names)}. The data: {_some(theirs)}. Correct CLASS_NAMES, or the "
                 f"categories of the file"

@@ -1,4 +1,4 @@
-"""Reading pictures as detectron2 does, and what it gets wrong or leaves unsaid."""
+"""Reading images as detectron2 does, and what it gets wrong or leaves unsaid."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DEEP_MODES = ("I", "F")  # how PIL's names of pixels with more than 8 bits begin
 
 
 class UnreadableImage(ValueError):
-    """A file that is no picture, or a damaged one."""
+    """A file that is no image, or a damaged one."""
 
 
 def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
-    """A picture as it should be seen: grey, palette, alpha and CMYK converted, turned as its EXIF data say.
+    """An image as it should be seen: grey, palette, alpha and CMYK converted, turned as its EXIF data say.
 
     Of pixels with 16 bits the upper 8 are taken, as PIL does by itself with colours. Transparency is ignored.
 
@@ -29,7 +29,7 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        UnreadableImage: the file is no picture, or is damaged; it is named.
+        UnreadableImage: the file is no image, or is damaged; it is named.
         ValueError: its pixels have no known range.
         FileNotFoundError: there is no such file.
     """
@@ -45,9 +45,9 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{path} cannot be read as a picture: it is in no known format") from error
+        raise UnreadableImage(f"{path} cannot be read as an image: it is in no known format") from error
     except Exception as error:  # decoders raise all kinds
-        raise UnreadableImage(f"{path} cannot be read as a picture: {error}") from error
+        raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
     if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
         raise ValueError(
             f"{path} has pixels of unknown range (PIL's mode {mode}): save it with 8 or 16 bits per colour"

@@ -1,4 +1,4 @@
-"""What is wrong, odd or worth knowing in a data set of COCO's format, before hours of training find it out."""
+"""What is wrong, odd or worth knowing in a dataset of COCO's format, before hours of training find it out."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ DUPLICATE = _warning(
 )
 
 NO_OBJECTS = _error("no usable box in the whole file", "there is nothing to learn")
-EMPTY_IMAGE = _info("images without boxes", "trained on, as pictures without objects")
+EMPTY_IMAGE = _info("images without boxes", "trained on, as images without objects")
 EMPTY_CATEGORY = _warning("categories without boxes", "nothing can be learned about them")
 REPEATED_NAME = _warning("category names used twice", "they are different classes to the model")
 ID_GAP = _info("gaps in the category ids", "no harm: classes are numbered from 0, in the order of their ids")
@@ -146,7 +146,7 @@ def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[
     Every image is read, as training reads it.
 
     Args:
-        files: the data set.
+        files: the dataset.
         denoising: the model's, whose capacity is compared with the objects of an image; None: it has none.
 
     Raises:

@@ -1,7 +1,7 @@
 """The training loader: detectron2's parts, put together so that it can go on at any batch.
 
 What a batch holds depends on the seed and on its number alone, not on how many workers load it or what was drawn
-before. Grouping by shape is done on indices, so that going on at batch n loads none of the n pictures before.
+before. Grouping by shape is done on indices, so that going on at batch n loads none of the n images before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .images import UnreadableImage
 from .records import SharedRecords, load_records
 
 DATA = 0  # first number of the keys of the random numbers that augmentation draws
-MOST_UNREADABLE = 10  # pictures in a row: then it is not a single file that is damaged
+MOST_UNREADABLE = 10  # images in a row: then it is not a single file that is damaged
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class SeededSamples(Dataset):
     """Samples by (place in the stream, index), mapped with random numbers of their own.
 
-    Each comes with the complaints about pictures that could not be read, in whose place it was taken: another one of
+    Each comes with the complaints about images that could not be read, in whose place it was taken: another one of
     the same group, and which one depends on the key and the place alone.
     """
 
@@ -65,7 +65,7 @@ class SeededSamples(Dataset):
                     complaints.append(str(error))
                     if len(complaints) == MOST_UNREADABLE:
                         raise ValueError(
-                            f"{MOST_UNREADABLE} pictures in a row cannot be read:\n" + "\n".join(complaints)
+                            f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
                         ) from error
                 index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
 
@@ -97,7 +97,7 @@ class GroupedBatches:
 class TrainingLoader:
     """Endless batches (lists of mapped samples) for this process.
 
-    `seed` and `first_batch`, the number of the batch that iteration begins with, may be set until then. Pictures that
+    `seed` and `first_batch`, the number of the batch that iteration begins with, may be set until then. Images that
     were skipped as unreadable are logged, and counted in `unreadable` and in detectron2's `EventStorage`.
     """
 
@@ -116,8 +116,8 @@ class TrainingLoader:
         Args:
             indices: from a seed to the endless stream of this process.
             batch_size: of this process.
-            group_by_shape: wide pictures with wide ones, tall with tall.
-            skip_unreadable: take another picture in place of one that cannot be read.
+            group_by_shape: wide images with wide ones, tall with tall.
+            skip_unreadable: take another image in place of one that cannot be read.
         """
         self.records, self.mapper, self.indices = records, mapper, indices
         self.groups = records.wide if group_by_shape else np.zeros(len(records), dtype=bool)
@@ -150,14 +150,14 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
     """As detectron2's `build_detection_train_loader`, for exact resuming. All processes must call it.
 
     Args:
-        cfg: whose data sets are registered.
+        cfg: whose datasets are registered.
         mapper: from a record in detectron2's format to an input of the model, as `ImageMapper`; it draws its random
-            numbers from Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` another picture is taken where it
+            numbers from Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` another image is taken where it
             raises `UnreadableImage` or `FileNotFoundError`, as `read_image` does.
 
     Raises:
         ValueError: the batch cannot be shared among the processes, the sampler is one that cannot resume, the classes
-            of a data set are not those of the config, or there is nothing to train on.
+            of a dataset are not those of the config, or there is nothing to train on.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
@@ -168,7 +168,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
     _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
     _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
     if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN names no data set to train on")
+        raise ValueError("DATASETS.TRAIN names no dataset to train on")
     check_classes(cfg, cfg.DATASETS.TEST)  # before hours of training
     records = load_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, needs_annotations=True)
     check_classes(cfg, cfg.DATASETS.TRAIN)
@@ -197,7 +197,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], 
     """As detectron2's `build_detection_test_loader`. All processes must call it.
 
     Raises:
-        ValueError: the classes of the data set are not those of the config.
+        ValueError: the classes of the dataset are not those of the config.
     """
     records = load_records([dataset_name], filter_empty=False, needs_annotations=False)
     check_classes(cfg, [dataset_name])

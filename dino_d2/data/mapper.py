@@ -1,4 +1,4 @@
-"""From a record of a data set to an input of the model."""
+"""From a record of a dataset to an input of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .images import read_image
 
 
 class ImageMapper(DatasetMapper):
-    """detectron2's, for boxes alone; what cannot be read or makes no sense is an error that names the picture."""
+    """detectron2's, for boxes alone; what cannot be read or makes no sense is an error that names the image."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """
@@ -26,7 +26,7 @@ class ImageMapper(DatasetMapper):
             it with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
 
         Raises:
-            UnreadableImage: the picture cannot be read.
+            UnreadableImage: the image cannot be read.
             ValueError: it has another size than the record says, or an annotation a box that is not four numbers or a
                 category that is no number.
         """
@@ -49,7 +49,7 @@ def check_annotations(record: dict[str, Any]) -> None:
     """Refuse what would be trained on wrongly or fail without a name.
 
     Raises:
-        ValueError: it names the picture, the annotation and the value.
+        ValueError: it names the image, the annotation and the value.
     """
     for number, annotation in enumerate(record["annotations"], start=1):
         box, category = annotation.get("bbox"), annotation.get("category_id")

@@ -1,4 +1,4 @@
-"""The records of data sets, held once for all processes of a node."""
+"""The records of datasets, held once for all processes of a node."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SharedRecords(Sequence):
         length = int.from_bytes(self.content[-8:], "little")
         begin = len(self.content) - 8 - 9 * length
         self.ends = np.frombuffer(self.content, np.int64, length, begin)
-        self.wide = np.frombuffer(self.content, bool, length, begin + 8 * length)  # pictures wider than high
+        self.wide = np.frombuffer(self.content, bool, length, begin + 8 * length)  # images wider than high
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -87,21 +87,21 @@ def share_on_node(records: Iterable[Record]) -> SharedRecords:
 def load_records(names: Sequence[str], filter_empty: bool, needs_annotations: bool) -> SharedRecords:
     """As detectron2's `get_detection_dataset_dicts`, without a list of them; all processes must call this.
 
-    What loading tells about the data sets (`MetadataCatalog`) is known in all processes then.
+    What loading tells about the datasets (`MetadataCatalog`) is known in all processes then.
 
     Args:
-        names: of data sets in `DatasetCatalog`.
-        filter_empty: leave out pictures without an object that is no crowd.
+        names: of datasets in `DatasetCatalog`.
+        filter_empty: leave out images without an object that is no crowd.
         needs_annotations: refuse a file in COCO's format that has no "annotations", as those of images to predict.
 
     Raises:
-        ValueError: there is no picture, there are no annotations, or the data sets have different classes.
-        KeyError: there is no data set of that name.
+        ValueError: there is no image, there are no annotations, or the datasets have different classes.
+        KeyError: there is no dataset of that name.
         RuntimeError: any of these happened in another process.
     """
     records = share_on_node(_loaded(names, filter_empty, needs_annotations))
     if not len(records):
-        raise ValueError(f"{', '.join(names)}: there is no picture{' with an object' if filter_empty else ''} in there")
+        raise ValueError(f"{', '.join(names)}: there is no image{' with an object' if filter_empty else ''} in there")
     for name, metadata in _in_first_of_node(lambda: _describe(records, names)).items():
         known = MetadataCatalog.get(name).as_dict()
         MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key not in known})
@@ -113,7 +113,7 @@ def _loaded(names: Sequence[str], filter_empty: bool, needs_annotations: bool) -
     for name in names:
         dataset = DatasetCatalog.get(name)
         if needs_annotations and isinstance(dataset, CocoRecords) and not dataset.has_annotations:
-            raise ValueError(f'{dataset.json_file} of the data set {name} has no "annotations": nothing to train on')
+            raise ValueError(f'{dataset.json_file} of the dataset {name} has no "annotations": nothing to train on')
         for index in range(len(dataset)):
             record = dataset[index]
             if not filter_empty or _is_usable(record):
@@ -121,7 +121,7 @@ def _loaded(names: Sequence[str], filter_empty: bool, needs_annotations: bool) -
             else:
                 left_out += 1
     if filter_empty:
-        logger.info(f"Left out {left_out} pictures without objects")
+        logger.info(f"Left out {left_out} images without objects")
 
 
 def _is_usable(record: Record) -> bool:
@@ -130,7 +130,7 @@ def _is_usable(record: Record) -> bool:
 
 
 def _describe(records: SharedRecords, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Print how many objects of each class there are; return what is known of the data sets."""
+    """Print how many objects of each class there are; return what is known of the datasets."""
     metadata = {name: MetadataCatalog.get(name).as_dict() for name in names}
     if all("thing_classes" in known for known in metadata.values()) and "annotations" in records[0]:
         check_metadata_consistency("thing_classes", names)

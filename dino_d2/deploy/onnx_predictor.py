@@ -110,7 +110,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, channels) uint8 -> (height, width, channels), bit for bit what Pillow's bilinear filter makes of it.
 
     Width first, then height. Since version 13 Pillow takes the height first where that saves it work, as when it
-    shrinks pictures much higher than wide; of those some pixels differ by one, the rounding in between.
+    shrinks images much higher than wide; of those some pixels differ by one, the rounding in between.
     """
     if width != image.shape[1]:
         image = _resize_lines(image.transpose(1, 0, 2), width).transpose(1, 0, 2)

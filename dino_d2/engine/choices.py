@@ -50,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Run:
-    """What `load_config_for_files` is called with. train, val: None where the config names the data sets."""
+    """What `load_config_for_files` is called with. train, val: None where the config names the datasets."""
 
     config_file: str
     overrides: tuple[Any, ...]

@@ -54,7 +54,7 @@ def train_or_evaluate(args: Namespace) -> dict | None:
 
 
 def set_up(args: Namespace) -> CfgNode:
-    """The frozen config of a run, its data sets registered, its folder and logs made."""
+    """The frozen config of a run, its datasets registered, its folder and logs made."""
     chosen = comm.all_gather(choose(args) if comm.is_main_process() else None)[0]
     cfg = chosen.config()
     register_datasets(cfg)

@@ -187,7 +187,7 @@ class DINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's, LVIS's or Pascal VOC's, by the data set's `evaluator_type`."""
+        """COCO's, LVIS's or Pascal VOC's, by the dataset's `evaluator_type`."""
         folder = os.path.join(cfg.OUTPUT_DIR, EVALUATION, dataset_name)
         return build_evaluator(dataset_name, APSettings.of_config(cfg), folder)
 

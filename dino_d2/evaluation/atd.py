@@ -1,6 +1,6 @@
 """Average top-k distance (paper section 3.3): how far the decoder's anchors start from their objects.
 
-The published program does not compute it; this is the paper's definition.
+The official code does not compute it; this is the paper's definition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def average_top_k_distance(boxes: Tensor, anchors: Tensor, k: int) -> Tensor:
     The largest, because an object is confused with another where its anchor is far away.
 
     Args:
-        boxes: (M, 4) objects b_i of a whole data set, cx, cy, w, h in [0, 1] of their image.
+        boxes: (M, 4) objects b_i of a whole dataset, cx, cy, w, h in [0, 1] of their image.
         anchors: (M, 4) a_i, the anchor that the decoder began with at the query whose final prediction is matched
             to b_i; same format.
         k: at least 1. With fewer pairs than k it is the mean of all.

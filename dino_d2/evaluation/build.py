@@ -1,4 +1,4 @@
-"""The evaluator that a data set asks for."""
+"""The evaluator that a dataset asks for."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EVALUATORS: dict[str, Build] = {
 
 
 def evaluator_type(dataset_name: str) -> str:
-    """What the data set was registered with; "coco" if nothing was said."""
+    """What the dataset was registered with; "coco" if nothing was said."""
     return MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
 
 
 def build_evaluator(dataset_name: str, settings: APSettings, output_dir: str) -> DatasetEvaluator:
-    """Chosen as detectron2's tools/train_net.py does, by the `evaluator_type` of the data set.
+    """Chosen as detectron2's tools/train_net.py does, by the `evaluator_type` of the dataset.
 
     Args:
         dataset_name: registered with detectron2.
         settings: of COCO's and LVIS's AP; Pascal VOC's has none.
-        output_dir: where detections are written to, and the data set in COCO's format if it is not in it.
+        output_dir: where detections are written to, and the dataset in COCO's format if it is not in it.
 
     Raises:
         ValueError: there is no evaluator for that type.
@@ -39,8 +39,8 @@ def build_evaluator(dataset_name: str, settings: APSettings, output_dir: str) ->
     kind = evaluator_type(dataset_name)
     if kind not in EVALUATORS:
         raise ValueError(
-            f"The data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no evaluator of boxes here "
-            f"(there are {', '.join(EVALUATORS)}): override DINOTrainer.build_evaluator, or leave the data set out of "
+            f"The dataset {dataset_name!r} has evaluator_type {kind!r}, for which there is no evaluator of boxes here "
+            f"(there are {', '.join(EVALUATORS)}): override DINOTrainer.build_evaluator, or leave the dataset out of "
             "DATASETS.TEST"
         )
     return EVALUATORS[kind](dataset_name, settings, output_dir)

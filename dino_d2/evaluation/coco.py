@@ -97,7 +97,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             if detection["category_id"] not in dataset_ids:
                 raise ValueError(
                     f"A prediction has class {detection['category_id']}, but {self._metadata.name!r} has "
-                    f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                    f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the dataset must agree"
                 )
             detection["category_id"] = dataset_ids[detection["category_id"]]
 
@@ -158,7 +158,7 @@ def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], ma
     if 0 in annotation_ids or len(annotation_ids) < len(annotations):
         return "annotations have the id 0 or share one, which pycocotools counts as never found"
     if not {x["image_id"] for x in detections} <= image_ids:
-        return "there are detections of images that the data set does not have"
+        return "there are detections of images that the dataset does not have"
     sizes = sum(x["area"] + sum(x["bbox"]) for x in annotations)
     if not math.isfinite(sizes + sum(x["score"] + sum(x["bbox"]) for x in detections)):
         return "annotations or detections are infinite or NaN"

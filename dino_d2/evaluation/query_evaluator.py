@@ -1,4 +1,4 @@
-"""What the paper says of DINO's queries, measured on a data set: anchors, duplicates, and AP layer by layer."""
+"""What the paper says of DINO's queries, measured on a dataset: anchors, duplicates, and AP layer by layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _Batch:
 class QueryEvaluator(DatasetEvaluator):
     """Measures what AP does not say; docs/evaluation.md explains the numbers.
 
-    Objects are those of the registered data set, without crowds and boxes without area. It watches the decoder by
+    Objects are those of the registered dataset, without crowds and boxes without area. It watches the decoder by
     a hook from `reset` to `evaluate` and changes nothing that the model computes.
 
     Args:
@@ -69,7 +69,7 @@ class QueryEvaluator(DatasetEvaluator):
 
     Raises:
         TypeError: the model has no decoder to watch.
-        ValueError: an image of the data set has no "image_id", or the model augments its images.
+        ValueError: an image of the dataset has no "image_id", or the model augments its images.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class QueryEvaluator(DatasetEvaluator):
         """
         Returns:
             {"queries": {"ATD100", "ATD100s", "duplicates", "AP_layer1", … "AP_layerN"}} of all processes in the main
-            one, {} in the others. The APs are COCO's or LVIS's, as the data set asks; they are missing where it has no
+            one, {} in the others. The APs are COCO's or LVIS's, as the dataset asks; they are missing where it has no
             annotations or asks for another evaluation.
         """
         self._recorder.detach()
@@ -170,14 +170,14 @@ class QueryEvaluator(DatasetEvaluator):
         image_id = _image_id(x)
         if image_id not in self._objects:
             raise ValueError(
-                f"Image {image_id} is not in the data set {self._dataset_name!r}: the evaluator and the loader must be "
+                f"Image {image_id} is not in the dataset {self._dataset_name!r}: the evaluator and the loader must be "
                 "made for the same one"
             )
         boxes, classes = self._objects[image_id]
         if len(classes) and int(classes.max()) >= num_classes:
             raise ValueError(
                 f"Image {image_id} of {self._dataset_name!r} has an object of class {int(classes.max())}, but the "
-                f"model predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                f"model predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the dataset must agree"
             )
         objects = Instances((x["height"], x["width"]), gt_boxes=boxes.clone(), gt_classes=classes)
         objects.gt_boxes.clip(objects.image_size)
@@ -216,16 +216,14 @@ def _layer_evaluator(dataset_name: str, settings: APSettings | None) -> DatasetE
 
 
 def _image_id(record: dict[str, Any]) -> int | str:
-    """What names an image: in the data set, in the model's inputs, and in COCO's evaluation."""
+    """What names an image: in the dataset, in the model's inputs, and in COCO's evaluation."""
     if "image_id" not in record:
-        raise ValueError(
-            f"{record.get('file_name', 'An image')} has no image_id: the data set must give each image one"
-        )
+        raise ValueError(f"{record.get('file_name', 'An image')} has no image_id: the dataset must give each image one")
     return record["image_id"]
 
 
 def _boxes_and_classes(record: dict[str, Any]) -> tuple[Boxes, Tensor]:
-    """Objects of one image of the data set, boxes x1, y1, x2, y2 in pixels, without crowds."""
+    """Objects of one image of the dataset, boxes x1, y1, x2, y2 in pixels, without crowds."""
     objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
     boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
     return Boxes(boxes), torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)

@@ -215,7 +215,7 @@ class DINO(nn.Module):
                 name, shape = x.get("file_name", "an image"), tuple(x["image"].shape)
                 raise ValueError(
                     f"{name} has the shape {shape}; it must be ({channels}, height, width). dino_d2.data.read_image "
-                    "reads grey and transparent pictures so"
+                    "reads grey and transparent images so"
                 )
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         batch = ImageList.from_tensors([(image - self.pixel_mean) / self.pixel_std for image in images])

@@ -31,7 +31,7 @@ def noise_boxes(boxes: Tensor, scale: float, least: Tensor, reorder: bool) -> Te
         boxes: (..., 4) cx, cy, w, h in [0, 1].
         scale: lambda_1 of the paper.
         least: broadcasts to (..., 4); 0 for positives, 1 for negatives.
-        reorder: put corners that changed places back in order; the published program leaves them.
+        reorder: put corners that changed places back in order; the official code leaves them.
     """
     half = boxes[..., 2:] / 2
     amount = torch.rand_like(boxes) + least

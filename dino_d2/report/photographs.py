@@ -68,7 +68,7 @@ class Photograph:
 
 
 def own_photographs(cfg: CfgNode) -> str:
-    """The name of the first data set of `DATASETS.TEST` that `DATASETS.COCO_FORMAT` describes; empty without one."""
+    """The name of the first dataset of `DATASETS.TEST` that `DATASETS.COCO_FORMAT` describes; empty without one."""
     own = {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
     return next((name for name in cfg.DATASETS.TEST if name in own), "")
 

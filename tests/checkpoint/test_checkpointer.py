@@ -146,7 +146,7 @@ def test_without_names_classes_of_another_number_start_anew(
 
 
 def test_data_set_gives_the_names_where_the_config_does_not(tiny_config: Callable) -> None:
-    """The recipes' data set is COCO, whose names detectron2 knows."""
+    """The recipes' dataset is COCO, whose names detectron2 knows."""
     assert build_model(tiny_config(NUM_CLASSES=80)).assumptions.class_names[:2] == ("person", "bicycle")
     assert build_model(tiny_config(NUM_CLASSES=2)).assumptions.class_names == ()
 

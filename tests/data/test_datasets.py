@@ -198,7 +198,7 @@ def test_images_without_annotations_are_predicted_and_not_trained_on(two_sets: t
     with pytest.raises(ValueError, match=rf'{val.annotations} .* no list of objects named "annotations"'):
         load_config_for_files(RECIPE, [], val, None)
     cfg.DATASETS.TRAIN = (VAL_NAME,)
-    with pytest.raises(ValueError, match=rf'{val.annotations} of the data set {VAL_NAME} has no "annotations"'):
+    with pytest.raises(ValueError, match=rf'{val.annotations} of the dataset {VAL_NAME} has no "annotations"'):
         build_train_loader(cfg, mapper)
 
 
@@ -226,7 +226,7 @@ def named(name: str, data: tuple[Path, Path], *overrides: str) -> CfgNode:
         (["MODEL.DINO.NUM_CLASSES", "80"], r"NUM_CLASSES is 80, .*{} has 2 categories \(red, blue\): set it to 2"),
         (
             ["MODEL.DINO.CLASS_NAMES", "['blue', 'red']"],
-            r"the data set {} differ: class 0 is 'blue' in the config and 'red' in the data .* blue, red\..* red, blue",
+            r"the dataset {} differ: class 0 is 'blue' in the config and 'red' in the data .* blue, red\..* red, blue",
         ),
         (["MODEL.DINO.CLASS_NAMES", "['red', 'green']"], r"class 1 is 'green' in the config and 'blue' in the data"),
     ],
@@ -250,7 +250,7 @@ def test_classes_of_the_evaluated_set_are_compared_before_training(tmp_path: Pat
     entries = [["compared_train", *map(str, train)], ["compared_test", *map(str, test)]]
     cfg = named("compared_train", train, "DATASETS.COCO_FORMAT", str(entries), "DATASETS.TEST", "['compared_test']")
     cfg.MODEL.DINO.CLASS_NAMES = ["red", "blue"]
-    with pytest.raises(ValueError, match="the data set compared_test differ: class 0 is 'red'"):
+    with pytest.raises(ValueError, match="the dataset compared_test differ: class 0 is 'red'"):
         build_train_loader(cfg, ImageMapper(cfg, is_train=True, augmentations=[]))
 
 

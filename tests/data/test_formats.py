@@ -27,7 +27,7 @@ def picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
 
 
 def coco(file: Path, names: list[str], dummy: bool = False, keys: tuple[str, ...] = ("area", "iscrowd")) -> Path:
-    """An object of each class in turn; the last picture has none."""
+    """An object of each class in turn; the last image has none."""
     width, height = BOX[2] - BOX[0], BOX[3] - BOX[1]
     whole = {"area": width * height, "iscrowd": 0}
     images = [{"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in enumerate(names)]
@@ -68,7 +68,7 @@ def xml(path: Path, *objects: str, difficult: int = 0) -> None:
 
 
 def yolo(folder: Path, train: str, val: str | None, entries: dict, names: object = NAMES) -> Path:
-    """Two pictures with an object and one without a label file in each part."""
+    """Two images with an object and one without a label file in each part."""
     for part, place in (("train", train), ("val", val)):
         for i in range(3 if place else 0):
             path = picture(folder / place / f"{part}_{i}.png")
@@ -242,7 +242,7 @@ def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
         (lambda folder: label(folder / "data.yaml", "names: [cat"), "not YAML"),
         (lambda folder: (folder / "labels").rename(folder / "marks"), "no image has a label file.*labels.train"),
         (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images are there"),
-        (lambda folder: label(folder / "images" / "train" / "x.jpg", "no picture"), "x.jpg"),
+        (lambda folder: label(folder / "images" / "train" / "x.jpg", "no image"), "x.jpg"),
     ],
 )
 def test_yolos_faults_are_named(tmp_path: Path, change, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Each thing that inspection looks for is put into a sound data set, and found; nothing else is."""
+"""Each thing that inspection looks for is put into a sound dataset, and found; nothing else is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINE = {"area": 600, "iscrowd": 0}
 
 @pytest.fixture
 def files(tmp_path: Path) -> CocoFiles:
-    """Two pictures with one object of each class."""
+    """Two images with one object of each class."""
     images, annotations = [], []
     for number in (1, 2):
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
@@ -55,7 +55,7 @@ def test_nothing_is_found_in_a_sound_data_set(files: CocoFiles) -> None:
 
 
 def more(box: list, **others: Any) -> Callable[[Content], None]:
-    """Adds an object to the first picture."""
+    """Adds an object to the first image."""
     return lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": box} | FINE | others)
 
 
@@ -159,7 +159,7 @@ def test_more_objects_than_denoising_has_room_for(files: CocoFiles) -> None:
             {"id": 10 + i, "image_id": 1, "category_id": 1, "bbox": [i, 0, 5, 5]} | FINE for i in range(5)
         ]
 
-    change(files, edit)  # six objects in the first picture
+    change(files, edit)  # six objects in the first image
     assert inspect(files, denoising(6, 12)) == {}
     found = inspect(files, denoising(5, 11))
     assert {kind.what: finding.examples for kind, finding in found.items()} == {

@@ -108,7 +108,7 @@ def test_pictures_without_objects_are_filtered_as_detectron2_does(name: str) -> 
     DatasetCatalog.register(name, lambda: make_records(9))
     assert list(load_records([name, name], filter_empty=True, needs_annotations=True)) == make_records(9)[2::3] * 2
     DatasetCatalog[name] = lambda: make_records(2)
-    with pytest.raises(ValueError, match=rf"{name}: there is no picture with an object"):
+    with pytest.raises(ValueError, match=rf"{name}: there is no image with an object"):
         load_records([name], filter_empty=True, needs_annotations=True)
     unannotated = [{"file_name": "a.png"}]
     DatasetCatalog[name] = lambda: unannotated

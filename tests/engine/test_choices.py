@@ -32,7 +32,7 @@ def _forget_data_sets() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """train.json and its pictures; nothing to evaluate on."""
+    """train.json and its images; nothing to evaluate on."""
     annotations, images = write_rectangles(tmp_path / "data", count=10, size=64, empty=1)
     annotations.rename(tmp_path / "data" / "train.json")
     images.rename(tmp_path / "data" / "train")

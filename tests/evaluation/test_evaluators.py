@@ -1,4 +1,4 @@
-"""Which evaluator a data set gets, which program computes, and that the numbers are detectron2's."""
+"""Which evaluator a dataset gets, which program computes, and that the numbers are detectron2's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Register = Callable[[Generated], str]
 
 @pytest.fixture
 def name(tmp_path: Path) -> Iterator[str]:
-    """Of a data set that the test registers."""
+    """Of a dataset that the test registers."""
     yield (name := f"test_v1_{tmp_path.name}")
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -215,7 +215,7 @@ def test_evaluator_can_be_copied_and_pickled_after_hotcoco_ran(register: Registe
         assert json.dumps(detect(again, made)) == expected
 
 
-# --- which evaluator a data set gets
+# --- which evaluator a dataset gets
 
 
 def cfg_for(name: str, output: Path, *overrides: str) -> CfgNode:
@@ -267,7 +267,7 @@ def test_every_decoder_layer_is_measured_by_the_same_program(tmp_path: Path, ran
 
 @pytest.fixture
 def lvis_like(name: str, tmp_path: Path) -> Generated:
-    """Four pictures registered with detectron2's function for LVIS; the objects as detections that are sure of them."""
+    """Four images registered with detectron2's function for LVIS; the objects as detections that are sure of them."""
     json_file, _ = write_rectangles(tmp_path / "data", count=4, size=128)
     dataset = json.loads(json_file.read_text())
     for image in dataset["images"]:
@@ -345,7 +345,7 @@ OBJECT = """<object><name>{name}</name><pose>Unspecified</pose><truncated>0</tru
 
 @pytest.fixture
 def voc_like(name: str, tmp_path: Path) -> Generated:
-    """Four pictures in Pascal VOC's folders, its ids being names; the objects as sure detections."""
+    """Four images in Pascal VOC's folders, its ids being names; the objects as sure detections."""
     json_file, images_folder = write_rectangles(tmp_path / "data", count=4, size=128)
     dataset, folder = json.loads(json_file.read_text()), tmp_path / "voc"
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):

@@ -223,7 +223,7 @@ def nan_area(made: Generated) -> None:
         (text_image_ids, "whole numbers"),
         (negative_image_ids, "whole numbers"),
         (no_iscrowd, "iscrowd"),
-        (unknown_image_in_detections, "images that the data set does not have"),
+        (unknown_image_in_detections, "images that the dataset does not have"),
         (infinite_score, "infinite"),
     ],
 )

@@ -19,7 +19,7 @@ FAR = [18, 10, 20, 20]  # 12 / 28
 
 
 def dataset(folder: Path, truth: list[list[tuple]]) -> CocoFiles:
-    """A picture for each list of (category id, box) or (category id, box, 1 for a crowd)."""
+    """A image for each list of (category id, box) or (category id, box, 1 for a crowd)."""
     images, annotations = [], []
     for number, objects in enumerate(truth, start=1):
         name = f"{number}.png"

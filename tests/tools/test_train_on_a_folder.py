@@ -24,7 +24,7 @@ CHOSEN = (  # by the command
 
 
 def yolo_of(folder: Path, photographs: int, part: str) -> None:
-    """A part in Roboflow's layout; its last picture has no label file."""
+    """A part in Roboflow's layout; its last image has no label file."""
     annotations, images = write_rectangles(folder / "rectangles" / part, photographs, size=64, empty=1)
     content = json.loads(annotations.read_text())
     labels = folder / part / "labels"

@@ -1,4 +1,4 @@
-"""What is in a folder: data sets as COCO, Roboflow, YOLO and Pascal VOC lay them out, made into `CocoFiles`."""
+"""What is in a folder: datasets as COCO, Roboflow, YOLO and Pascal VOC lay them out, made into `CocoFiles`."""
 
 from .find import FoundDataset, find_dataset
 

@@ -17,7 +17,7 @@ LAYOUTS = """\
               or train.json and val.json beside train/ and val/; or train/_annotations.coco.json (Roboflow)
   YOLO        data.yaml with names, train and val; images/train with labels/train, or train/images with train/labels
   Pascal VOC  JPEGImages/, Annotations/ and ImageSets/Main/train.txt; or train/ with an XML file beside each image
-A part for evaluation (val, valid) may be missing, images without annotations are pictures without objects."""
+A part for evaluation (val, valid) may be missing, images without annotations are images without objects."""
 
 
 @dataclass(frozen=True)

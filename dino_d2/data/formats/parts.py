@@ -1,4 +1,4 @@
-"""What the readers of the layouts have in common: parts of a data set in COCO's format, in memory."""
+"""What the readers of the layouts have in common: parts of a dataset in COCO's format, in memory."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ def as_coco(pictures: Iterable[Picture], names: Sequence[str]) -> Content:
 
 
 def pictures_in(folder: Path, recursive: bool = False) -> list[Path]:
-    """Files with the suffix of a picture, sorted."""
+    """Files with the suffix of an image, sorted."""
     found = folder.rglob("*") if recursive else folder.glob("*")
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Width and height as the pictures are seen, turned as their EXIF data say. Only their headers are read.
+    """Width and height as the images are seen, turned as their EXIF data say. Only their headers are read.
 
     Raises:
-        ValueError: files that are no pictures.
+        ValueError: files that are no images.
     """
     sizes, broken = [], []
     for path in paths:
@@ -104,7 +104,7 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
             broken.append(path)
     if broken:
         some = ", ".join(map(str, broken[:NAMED])) + (", …" if len(broken) > NAMED else "")
-        raise ValueError(f"{len(broken)} files cannot be read as pictures: {some}; replace or remove them")
+        raise ValueError(f"{len(broken)} files cannot be read as images: {some}; replace or remove them")
     return sizes
 
 

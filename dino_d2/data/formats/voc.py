@@ -87,7 +87,7 @@ def _listed(file: Path) -> list[str]:
 
 
 def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Picture]:
-    """The pictures, labelled by their place in `names`, to which new names are added."""
+    """The images, labelled by their place in `names`, to which new names are added."""
     sizes = sizes_of([image for image, _ in entries])
     return [
         _picture(image.relative_to(images).as_posix(), size, xml, names)

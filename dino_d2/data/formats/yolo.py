@@ -62,7 +62,7 @@ def _class_names(file: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _keypoint_values(settings: dict[str, Any]) -> int:
-    """How many numbers follow the box in a line of a pose data set."""
+    """How many numbers follow the box in a line of a pose dataset."""
     shape = settings.get("kpt_shape")
     return shape[0] * shape[1] if isinstance(shape, list) and len(shape) == 2 else 0
 

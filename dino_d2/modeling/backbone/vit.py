@@ -17,7 +17,7 @@ PATCH_SIZE = 16
 def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """A plain ViT and its pyramid from `MODEL.VITDET`; its maps are p3 to p6 (strides 8 to 64).
 
-    Pictures are not padded, neither to a square nor to whole patches: as in detrex, whose weights were trained so, up
+    Images are not padded, neither to a square nor to whole patches: as in detrex, whose weights were trained so, up
     to 15 pixels at the right and at the bottom are in no patch.
 
     Raises:
