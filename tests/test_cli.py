@@ -50,11 +50,11 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
         (["predict", "--weights", "dino_r50", "--input", "nothing.jpg", "--output", "x"], "no such file: nothing.jpg"),
         (
             ["predict", "--weights", "dino_r50", "--input", "README.md", "--output", "x"],
-            "there are no weights dino_",
+            "weights dino_",
         ),
         (["analyze", "--config-file", "dino_r50_4scale_12ep", "--size", "0", "1"], "--size 0 1"),
         (["plot", "nowhere"], "nowhere: there is no metrics.json"),
-        (["zoo", "--download", "dino_r49"], "no weights are published by the name dino_r49"),
+        (["zoo", "--download", "dino_r49"], "no weights are published under the name dino_r49"),
     ],
 )
 def test_errors_of_users_are_a_line(

@@ -54,7 +54,7 @@ def test_filters_by_score_and_class() -> None:
     assert found().of("dog").names == ["dog"]
     assert found().of("cat", "dog").above(0.5).names == ["cat", "dog"]
     assert len(found().of("elk")) == 0
-    with pytest.raises(ValueError, match="there is no class dok; did you mean dog"):
+    with pytest.raises(ValueError, match="unknown class dok; did you mean dog"):
         found().of("dok")
 
 

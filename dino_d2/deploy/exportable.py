@@ -56,7 +56,7 @@ class ExportableDINO(nn.Module):
             memory = model.encode(images, padding_mask)
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]
-        best = predictions.best(model.inference.max_detections)
+        best = predictions.topk(model.inference.max_detections)
         size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
         boxes = cxcywh_to_xyxy(best.boxes) * size
         inside = torch.minimum(boxes.clamp(min=0), size)

@@ -178,7 +178,7 @@ class DINO(nn.Module):
         selection = self.query_selection(memory)
         targets = self.prepare_targets(batched_inputs)
         denoising = self.denoising(targets, max(x.get("most_objects", 0) for x in batched_inputs))
-        queries = denoising.followed_by(selection.queries)
+        queries = denoising.concatenated_with(selection.queries)
         mask = denoising.attention_mask(selection.queries.content.shape[1])
         return self.decoder(queries, memory, mask), selection.proposals, denoising, targets
 
@@ -198,7 +198,7 @@ class DINO(nn.Module):
         # An image must find what it finds alone, though another in its batch has more queries: nobody looks at those.
         blocked = ~own[:, None].expand(-1, own.shape[1], -1)
         mask = blocked.repeat_interleave(self.decoder.layers[0].self_attn.num_heads, dim=0)
-        return self.decoder(queries, memory, mask)[-1].only(own)
+        return self.decoder(queries, memory, mask)[-1].masked(own)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor | None]:
         """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
@@ -257,7 +257,7 @@ class DINO(nn.Module):
     ) -> list[dict[str, Instances]]:
         """The best (query, class) pairs of each image as Instances of the wanted size."""
         results = []
-        best = predictions.best(self.inference.max_detections)
+        best = predictions.topk(self.inference.max_detections)
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):

@@ -246,7 +246,7 @@ def test_fewer_queries_are_the_first_and_predict_as_if_lowered_after_loading(
     path = saved(old, tmp_path)
     with caplog.at_level(logging.INFO):
         DINOCheckpointer(fewer, for_evaluation=for_evaluation).load(path)
-    assert "has 20 content queries, MODEL.DINO.NUM_QUERIES is 7: the first 7 are taken" in caplog.text
+    assert "has 20 content queries, MODEL.DINO.NUM_QUERIES is 7: using the first 7" in caplog.text
     assert torch.equal(fewer.query_selection.content.weight, old.query_selection.content.weight[:7])
     expected, found = with_queries(old, 7), with_queries(fewer, 7)
     assert len(found) == 7 * len(OLD)
@@ -260,7 +260,7 @@ def test_more_queries_are_an_error_in_evaluation_and_new_in_training(
     old, more = detector(*OLD), detector(*OLD, NUM_QUERIES=30)
     path = saved(old, tmp_path)
     initial = more.query_selection.content.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"NUM_QUERIES is 30: the others would be random. Set it to 20 or fewer"):
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 30: the rest would be random. Set it to 20 or fewer"):
         DINOCheckpointer(more, for_evaluation=True).load(path)
     DINOCheckpointer(more).load(path)
     assert "Newly initialised: the last 10" in caplog.text
@@ -389,7 +389,7 @@ def test_file_that_could_run_code_is_loaded_for_those_who_trust_it(
 def test_what_a_file_asks_for_is_said(detector: Callable, tmp_path: Path) -> None:
     path = str(tmp_path / "published.pth")
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path)
-    with pytest.raises(ValueError, match=r"published\.pth .* it asks for argparse\.Namespace\n.*convert_checkpoint"):
+    with pytest.raises(ValueError, match=r"published\.pth .* it uses argparse\.Namespace\n.*convert_checkpoint"):
         DINOCheckpointer(detector(*OLD)).load(path)
 
 

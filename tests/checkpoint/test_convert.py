@@ -204,8 +204,8 @@ def test_heads_that_differ_cannot_become_one() -> None:
 def test_what_a_config_does_not_use_is_listed_and_left_out() -> None:
     model = build_model(resnet_config("MODEL.DINO.DN.TYPE", "none", "MODEL.DINO.QUERY_SELECTION", "pure"))
     conversion = from_published(published_by("official"), "official", model)
-    assert "label_enc.weight: not used by this config, left out" in conversion.notes
-    assert "transformer.tgt_embed.weight: not used by this config, left out" in conversion.notes
+    assert "label_enc.weight: not used by this config, ignored" in conversion.notes
+    assert "transformer.tgt_embed.weight: not used by this config, ignored" in conversion.notes
 
 
 def test_queries_are_sliced_and_it_is_said() -> None:
@@ -222,7 +222,7 @@ def test_names_left_over_missing_and_of_another_shape_are_all_listed() -> None:
     state["transformer.level_embed"] = torch.zeros(5, 32)
     with pytest.raises(ConversionError) as error:
         from_published(state, "official", build_model(resnet_config()))
-    assert "left over: transformer.surprise.weight" in str(error.value)
+    assert "unexpected: transformer.surprise.weight" in str(error.value)
     assert "missing: transformer.enc_output.bias" in str(error.value)
     assert "transformer.level_embed is (5, 32)" in str(error.value)
 
@@ -255,7 +255,7 @@ def test_position_of_mmdetections_weights_is_that_of_their_config_or_else_ours(v
     model = build_model(resnet_config(*values))
     conversion = from_published(published_by("mmdet", *values), "mmdet", model, config)
     assert Assumptions.from_tensor(conversion.state[EXTRA_STATE]) == model.assumptions
-    assert any("as the config says" in note for note in conversion.notes) == (config == "")
+    assert any("from the config" in note for note in conversion.notes) == (config == "")
 
 
 @pytest.mark.parametrize(
@@ -326,5 +326,5 @@ def test_assumptions_survive_the_byte_tensor() -> None:
 
 
 def test_file_of_something_else_is_named() -> None:
-    with pytest.raises(ConversionError, match="none of the known"):
+    with pytest.raises(ConversionError, match="not a known DINO checkpoint"):
         detect_source({"fc.weight": torch.zeros(1)})

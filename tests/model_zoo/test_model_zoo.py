@@ -130,5 +130,5 @@ def test_file_of_another_model_is_named(web: Web) -> None:
     file = io.BytesIO()
     torch.save({"model": {"transformer.encoder.layers.0.attentions.0.value_proj.weight": torch.ones(2)}}, file)
     web.files[FILE] = file.getvalue()
-    with pytest.raises(ValueError, match=r"is not what was published as dino_r50_4scale_12ep"):
+    with pytest.raises(ValueError, match=r"is not the file published as dino_r50_4scale_12ep"):
         module.local_weights(NAME)
