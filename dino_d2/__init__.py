@@ -16,7 +16,7 @@ try:
     from .detector import Detector
     from .meta_arch import DINO
 
-    lvis.provide()
+    lvis.register()
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "detectron2"):
         raise

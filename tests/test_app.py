@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import THRESHOLD, Session, build_page, class_names_of, launch, look_at, to_coco  # noqa: E402
+from dino_d2.app import THRESHOLD, Session, build_page, class_names_of, detect, launch, to_coco  # noqa: E402
 
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
@@ -270,7 +270,7 @@ def test_what_is_chosen_while_the_model_works_stays_chosen(
     upload(tab, *photos[:3])
     thumbnails = tab.locator("#queue").get_by_role("button", name="Thumbnail")
     expect(thumbnails).to_have_count(2)
-    expect(tab.locator("#note")).to_have_text(re.compile(r"Looking at 3\.png \(3 of 3\)"))
+    expect(tab.locator("#note")).to_have_text(re.compile(r"Processing 3\.png \(3 of 3\)"))
     thumbnails.nth(1).click()
     says(tab, "2.png", counts[0])
     set_threshold(tab, 0.05)
@@ -293,7 +293,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
     says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
     note = tab.locator("#note")
     expect(note).to_have_text(
-        re.compile(r"text\.jpg cannot be read as an image: it is in no known format.*cut\.png cannot be .*truncated")
+        re.compile(r"text\.jpg cannot be read as an image: unknown format.*cut\.png cannot be .*truncated")
     )
     assert str(tmp_path) not in note.inner_text()
     assert "Traceback" not in tab.content()
@@ -308,11 +308,11 @@ def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDet
     in_tiles = len(detector(photos[0], threshold=0, tile=80))
     calls = detector.calls
     tab.locator("#tile input").fill("80")
-    tab.get_by_role("button", name="Find again").click()
+    tab.get_by_role("button", name="Detect again").click()
     says(tab, "1.png", in_tiles)
     assert detector.calls == calls + 1
     tab.locator("#tile input").fill("3")
-    tab.get_by_role("button", name="Find again").click()
+    tab.get_by_role("button", name="Detect again").click()
     expect(tab.locator("#note")).to_have_text(re.compile("Tiles of 3 pixels are too small"))
     assert detector.calls == calls + 1
 
@@ -322,14 +322,14 @@ def test_picture_too_large_for_the_memory_is_named(detector: WatchedDetector, ph
         def __call__(self, *args: Any, **options: Any) -> Detections:
             raise torch.OutOfMemoryError("tried to allocate 200 GiB")
 
-    with pytest.raises(ValueError, match=r"^1\.png needs more memory than the device has: look at it in tiles"):
-        look_at(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
+    with pytest.raises(ValueError, match=r"^1\.png does not fit into device memory: use tiles"):
+        detect(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
 
 
 def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: list[Path]) -> None:
     nameless = WatchedDetector(detector.cfg, detector.model)
     nameless.class_names = ()
-    picture = look_at(nameless, str(photos[1]), tile=0)
+    picture = detect(nameless, str(photos[1]), tile=0)
     session = Session({"2.png": picture}, threshold=0.05, classes=["class 1"])
     coco = to_coco(session, class_names_of(nameless))
     assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
@@ -340,10 +340,10 @@ def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: l
 def test_large_and_small_pictures_are_drawn_on_in_sizes_for_the_eye(detector: WatchedDetector, tmp_path: Path) -> None:
     for size, shown in (((40, 30), (1024, 768)), ((3000, 1500), (2048, 1024)), ((1200, 7), (1200, 7))):
         Image.new("RGB", size).save(tmp_path / "picture.png")
-        picture = look_at(detector, str(tmp_path / "picture.png"), tile=0)
+        picture = detect(detector, str(tmp_path / "picture.png"), tile=0)
         session = Session({"": picture}, threshold=0)
         assert picture.found.image_size == size[::-1]
-        assert picture.draw(session.kept(picture)).size == shown
+        assert picture.draw(session.select(picture)).size == shown
 
 
 def test_two_visitors_have_queues_of_their_own(

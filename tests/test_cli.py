@@ -53,7 +53,7 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
             "weights dino_",
         ),
         (["analyze", "--config-file", "dino_r50_4scale_12ep", "--size", "0", "1"], "--size 0 1"),
-        (["plot", "nowhere"], "nowhere: there is no metrics.json"),
+        (["plot", "nowhere"], "nowhere: metrics.json not found"),
         (["zoo", "--download", "dino_r49"], "no weights are published under the name dino_r49"),
     ],
 )

@@ -100,7 +100,7 @@ def test_key_that_does_not_exist_is_named_with_its_place_and_the_nearest_one(
         load_config(str(RECIPE), ["MODEL.DEVICE", "cpu", key, "3"])
     lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(key.split("."))]
     (tmp_path / "mine.yaml").write_text("\n".join([f"_BASE_: {RECIPE}", *lines]) + " 3\n")
-    with pytest.raises(ValueError, match=rf"^{key} in \S*mine\.yaml .*did you mean {near}\?"):
+    with pytest.raises(ValueError, match=rf"^unknown config key {key} in \S*mine\.yaml .*did you mean {near}\?"):
         load_config(str(tmp_path / "mine.yaml"))
 
 

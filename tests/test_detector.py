@@ -246,7 +246,7 @@ def test_of_a_hub_neither_pickles_nor_other_files_are_read(saved: Path, tmp_path
         web.headers["X-Error-Code"] = "RepoNotFound"
         absent = from_hub(web.url, "owner/nothing", tmp_path / "c")
         asked = [path for path, _ in web.requests]
-    assert "ValueError: the config.yaml of owner/insects has a _BASE_" in based.stderr
-    assert "the repository owner/insects on Hugging Face lacks config.yaml or model.safetensors" in pickled.stderr
+    assert "ValueError: the config.yaml of owner/insects on Hugging Face has a _BASE_" in based.stderr
+    assert "the Hugging Face repository owner/insects lacks config.yaml or model.safetensors" in pickled.stderr
     assert "weights owner/nothing not found, neither here nor on Hugging Face" in absent.stderr
     assert not [path for path in asked if path.endswith(".pth")]

@@ -278,7 +278,7 @@ def test_training_is_resumed_with_as_many_queries(detector: Callable, tmp_path: 
 @pytest.mark.parametrize("count", [7, 30])
 def test_static_queries_are_not_a_choice(count: int, detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD, QUERY_SELECTION="static"), tmp_path)
-    with pytest.raises(ValueError, match=r"Static queries have learned where to look(.|\n)*NUM_QUERIES 20\."):
+    with pytest.raises(ValueError, match=r"Each static query has learned its own part(.|\n)*NUM_QUERIES 20\."):
         DINOCheckpointer(detector(*OLD, QUERY_SELECTION="static", NUM_QUERIES=count)).load(path)
 
 
@@ -292,7 +292,7 @@ def test_queries_of_which_nothing_is_learned_may_be_any_number(count: int, detec
 @pytest.mark.parametrize("count", [7, 30])
 def test_detectron2s_own_checkpointer_leaves_no_query_random(count: int, detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD), tmp_path)
-    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.NUM_QUERIES, {count}, of them, so that they were left out\."):
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.NUM_QUERIES, {count}, so they were dropped\."):
         DetectionCheckpointer(detector(*OLD, NUM_QUERIES=count)).load(path)
 
 
@@ -483,5 +483,5 @@ def test_runs_lie_where_iopath_reaches(detector: Callable, tiny_config: Callable
     again = DINOCheckpointer(detector("red", "blue"), "test://run")
     again.resume_or_load("", resume=True)
     assert torch.equal(class_rows(again.model), class_rows(checkpointer.model))
-    with pytest.raises(FileExistsError, match="test://run holds a run"):
+    with pytest.raises(FileExistsError, match="test://run already holds a run"):
         check_run_folder(cfg, resume=False)

@@ -55,7 +55,7 @@ def test_16_bits_are_scaled_not_clipped(dtype: type, ending: str, tmp_path: Path
 )
 def test_pixels_of_unknown_range_are_refused(pixels: np.ndarray, tmp_path: Path) -> None:
     path = saved(pixels, tmp_path / "measured.tif")
-    with pytest.raises(ValueError, match=r"measured\.tif has pixels of unknown range .* 8 or 16 bits"):
+    with pytest.raises(ValueError, match=r"measured\.tif has pixel values of unknown range .* 8 or 16 bits"):
         read_image(path, "BGR")
 
 

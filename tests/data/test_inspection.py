@@ -117,7 +117,7 @@ def test_gap_in_the_category_ids_is_mentioned_only(files: CocoFiles) -> None:
 def test_files_that_are_missing_broken_or_of_another_size(files: CocoFiles) -> None:
     Image.new("RGB", (SIDE, SIDE + 6)).save(files.images / "1.png")
     found = inspect(files)
-    assert found[inspection.OTHER_SIZE].examples == ("1.png: 64 x 70, annotated 64 x 64",)
+    assert found[inspection.OTHER_SIZE].examples == ("1.png: 64 x 70 but annotated as 64 x 64",)
     (files.images / "1.png").write_bytes((files.images / "2.png").read_bytes()[:-30])  # cut off
     (files.images / "2.png").unlink()
     found = inspect(files)
@@ -163,8 +163,8 @@ def test_more_objects_than_denoising_has_room_for(files: CocoFiles) -> None:
     assert inspect(files, denoising(6, 12)) == {}
     found = inspect(files, denoising(5, 11))
     assert {kind.what: finding.examples for kind, finding in found.items()} == {
-        "images of more than 5 objects (MODEL.DINO.DN.NUMBER)": ("1.png: 6",),
-        "images of more than 5 objects (MODEL.DINO.DN.MAX_QUERIES)": ("1.png: 6",),
+        "images with more than 5 objects (MODEL.DINO.DN.NUMBER)": ("1.png: 6",),
+        "images with more than 5 objects (MODEL.DINO.DN.MAX_QUERIES)": ("1.png: 6",),
     }
     assert inspect(files, None) == {}
 

@@ -131,7 +131,7 @@ def test_missing_pictures_are_skipped_too(tmp_path: Path) -> None:
     [
         (["INPUT.ON_UNREADABLE", "ignore"], "INPUT.ON_UNREADABLE is 'ignore'; it must be stop or skip"),
         (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], "must be TrainingSampler or RepeatFactor"),
-        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN names no dataset"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
     ],
 )
 def test_what_cannot_be_done_is_refused(data: tuple[Path, Path], override: list[str], message: str) -> None:

@@ -57,7 +57,7 @@ def test_box_that_is_not_four_numbers_is_refused(box: Any, tiny_cfg: CfgNode, tm
 
 @pytest.mark.parametrize("category", ["cat", 1.5, None])
 def test_category_that_is_no_number_is_refused(category: Any, tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'a\.png, annotation 1: "category_id" is .* whole number'):
+    with pytest.raises(ValueError, match=r'a\.png, annotation 1: "category_id" is .* integer'):
         train_mapper(tiny_cfg)(record(tmp_path / "a.png", (30, 20), category=category))
 
 

@@ -192,11 +192,11 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
 
     again = run(train_net(data, tmp_path, *short))
     assert again.returncode != 0
-    assert f"{tmp_path} holds a run. --resume goes on with it" in again.stderr
+    assert f"{tmp_path} already holds a run. Pass --resume to continue it" in again.stderr
 
     other = run(train_net(data, tmp_path, *short, "MODEL.DINO.NUM_QUERIES", "30", options=("--resume",)))
     assert other.returncode != 0
-    assert "MODEL.DINO.NUM_QUERIES was 20, is 30" in other.stderr
+    assert "MODEL.DINO.NUM_QUERIES was 20, is now 30" in other.stderr
 
     evaluated = run(train_net(data, tmp_path, "TEST.DETECTIONS_PER_IMAGE", "7", options=("--eval-only", "--resume")))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]

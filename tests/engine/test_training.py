@@ -136,7 +136,7 @@ def test_detectron2s_own_loader_trains_with_a_warning(
     logging.getLogger("dino_d2").propagate = True
     trainer.resume_or_load(resume=False)
     trainer.train()
-    assert "a resumed run will not go on with the images that would have been next" in caplog.text
+    assert "a resumed run will not continue with the next images in order" in caplog.text
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["seed"] == 1
 
 

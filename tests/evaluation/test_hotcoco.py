@@ -172,7 +172,7 @@ def nan_boxes(made: Generated) -> None:
     ("change", "max_dets", "reason"),
     [
         (annotation_id_0, 100, "id 0"),
-        (shared_annotation_ids, 100, "share one"),
+        (shared_annotation_ids, 100, "duplicate ids"),
         (nan_boxes, 100, "NaN"),
         (change_nothing, 1, "fewer than 10"),
     ],
@@ -223,7 +223,7 @@ def nan_area(made: Generated) -> None:
         (text_image_ids, "whole numbers"),
         (negative_image_ids, "whole numbers"),
         (no_iscrowd, "iscrowd"),
-        (unknown_image_in_detections, "images that the dataset does not have"),
+        (unknown_image_in_detections, "images that are not in the dataset"),
         (infinite_score, "infinite"),
     ],
 )

@@ -373,7 +373,7 @@ def with_threshold(config: CfgNode, threshold: float) -> tuple[DINO, DecoderReco
 
 
 def number_of_queries(recorder: DecoderRecorder) -> int:
-    return recorder.take()[0].content.shape[1]
+    return recorder.pop()[0].content.shape[1]
 
 
 @pytest.mark.parametrize("selection", ["mixed", "pure"])
@@ -399,7 +399,7 @@ def test_queries_are_those_of_tokens_above_the_threshold(tiny_cfg: CfgNode) -> N
         selection = model.eval().query_selection(model.encode(images.tensor, mask))
         model.predict(images.tensor, mask)
     above = selection.proposals.logits.max(-1).values.sigmoid()[0] > 0.9
-    queries, _ = recorder.take()
+    queries, _ = recorder.pop()
     assert 1 < above.sum() < 20
     assert torch.equal(queries.anchors, selection.queries.anchors[:, above])
     assert torch.equal(queries.content, selection.queries.content[:, above])

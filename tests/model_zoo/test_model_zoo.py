@@ -118,7 +118,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
     monkeypatch.setenv("DINO_D2_ZOO_URL", "http://127.0.0.1:1")
     with pytest.raises(model_zoo.DownloadError) as error:
         module.local_weights(NAME)
-    place = Path(re.search(r"put dino_r50_4scale_12ep_49_2AP\.pth from \S+ at (\S+);", str(error.value))[1])
+    place = Path(re.search(r"download \S+_49_2AP\.pth from .* copy it to (\S+),", str(error.value))[1])
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(published)
     converted = torch.load(module.local_weights(NAME), weights_only=True)["model"]

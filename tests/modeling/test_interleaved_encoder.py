@@ -137,7 +137,7 @@ def test_settings_arrive(tiny_config: Callable) -> None:
 
 def test_one_level_is_refused(tiny_config: Callable) -> None:
     cfg = tiny_config(ENCODER="interleaved", IN_FEATURES=["stage4"], NUM_FEATURE_LEVELS=1)
-    with pytest.raises(ValueError, match=r"MODEL\.DINO\.NUM_FEATURE_LEVELS is 1; one level: deformable"):
+    with pytest.raises(ValueError, match=r"MODEL\.DINO\.NUM_FEATURE_LEVELS is 1; use deformable"):
         build_model(cfg)
 
 

@@ -106,7 +106,7 @@ def test_faulty_file_ends_training_with_one_line(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit, match="2"):
         train_or_evaluate(args)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no.json: there is no such annotation file" in line
+    assert "no.json does not exist" in line
 
 
 def test_files_are_trained_on_and_evaluated_and_their_classes_are_saved(
