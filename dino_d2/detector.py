@@ -66,7 +66,7 @@ class Detector:
                 training run; a checkpoint; or a Hugging Face repository id, from which only safetensors and plain YAML
                 are read.
             config_file: path or recipe name, for a checkpoint without a config.yaml beside it.
-            device: "cpu", "cuda", …; by default a GPU if there is one.
+            device: such as "cpu"; by default a GPU if there is one.
             dtype: float32, or bfloat16 or float16 for mixed precision.
             overrides: KEY, VALUE, … that override the config.
 

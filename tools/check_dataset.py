@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a dataset in COCO's format before training on it, and draw what the model will see of it."""
+"""Check a dataset in COCO format before training, and draw what the model will see."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dino_d2_cli import CommandParser, user_errors
 
 EXAMPLES = ["--json train.json --images train", "--json train.json --images train --config-file CONFIG --output FOLDER"]
 DESCRIPTION = """\
-Prints what is wrong or odd in a dataset in COCO's format, and, unless something is wrong, draws
-FOLDER/contact_sheet.png: augmented training samples with their objects and denoising queries. The exit code is 0 if
-training can start, else 1."""
+Reports errors and oddities in a dataset in COCO format and, if there are no errors, draws FOLDER/contact_sheet.png:
+augmented training samples with their objects and denoising queries. The exit code is 0 if training can start, else 1.\
+"""
 RECIPE = "dino_r50_4scale_12ep"
 SAMPLES = 8
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="annotations in COCO's format")
-    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="with the photographs")
+    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="annotations in COCO format")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of the images")
     parser.add_argument(
         "--config-file", default=RECIPE, metavar="CONFIG", help="for augmentation and denoising (default %(default)s)"
     )
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = inspect_dataset(files, None if isinstance(denoising, NoDenoising) else denoising)
     print(as_table(findings) if findings else "nothing to report")
     if not training_can_start(findings):
-        print("training cannot start: correct the errors first")
+        print("training cannot start: fix the errors first")
         return 1
 
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)

@@ -127,15 +127,15 @@ def _read_tensors(path: str | Path) -> Any:
     """Whatever a file holds, with something inert in the place of all that is no tensor, container, text or number."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused here anyway, and of source code that nobody has
+            warnings.simplefilter("ignore")  # not relevant here
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # not tensors alone
+            except pickle.UnpicklingError:  # more than tensors
                 return torch.load(path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY)
     except OSError:
         raise
-    except Exception as error:  # of any class: unpickling does what the bytes say
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    except Exception as error:  # unpickling can raise anything
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
 
 
 def _tensors(content: object) -> dict[str, Tensor]:

@@ -271,7 +271,7 @@ def test_more_queries_are_an_error_in_evaluation_and_new_in_training(
 def test_training_is_resumed_with_as_many_queries(detector: Callable, tmp_path: Path) -> None:
     saved(detector(*OLD), tmp_path)
     checkpointer = DINOCheckpointer(detector(*OLD, NUM_QUERIES=7), str(tmp_path), trainer=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"NUM_QUERIES is 7\. Training is resumed with as many"):
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 7\. Resuming needs the same number"):
         checkpointer.resume_or_load("", resume=True)
 
 
@@ -302,7 +302,7 @@ def test_detectron2s_own_checkpointer_leaves_no_query_random(count: int, detecto
 def test_torchvisions_resnet_is_nothing_of_detectron2s(tmp_path: Path) -> None:
     """Though the frozen batch norms do not miss their statistics."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "torchvision.pth")
-    with pytest.raises(ValueError, match=r"holds another model: 0 of"):
+    with pytest.raises(ValueError, match=r"holds another model: it has 0 of"):
         DINOCheckpointer(build_model(resnet_config())).load(str(tmp_path / "torchvision.pth"))
 
 
@@ -318,7 +318,7 @@ def test_another_model_is_refused(which: str, detector: Callable, tmp_path: Path
     state = other_models(detector)[which]
     path = tmp_path / "other.pth"
     torch.save({"model": state}, path)
-    with pytest.raises(ValueError, match=r"other\.pth holds another model: \d+ of the \d+") as error:
+    with pytest.raises(ValueError, match=r"other\.pth holds another model: it has \d+ of this model.s \d+") as error:
         DINOCheckpointer(detector(*OLD)).load(str(path))
     assert all(name in str(error.value) for name in list(state)[:5])
     assert "tools/convert_checkpoint.py" in str(error.value)
@@ -326,7 +326,7 @@ def test_another_model_is_refused(which: str, detector: Callable, tmp_path: Path
 
 def test_file_whose_weights_lie_deeper_is_refused(detector: Callable, tmp_path: Path) -> None:
     torch.save({"state_dict": {"x": torch.ones(1)}, "epoch": 1}, tmp_path / "mmdet.pth")
-    with pytest.raises(ValueError, match=r"0 of the \d+ .* state_dict, epoch"):
+    with pytest.raises(ValueError, match=r"0 of this model.s \d+ .* state_dict, epoch"):
         DINOCheckpointer(detector(*OLD)).load(str(tmp_path / "mmdet.pth"))
 
 

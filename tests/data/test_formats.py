@@ -134,7 +134,7 @@ def test_roboflows_dummy_category_is_left_out_and_its_test_part_left_alone(tmp_p
     check(found.train, images=3, objects=2)
     check(found.val, images=3, objects=2)
     assert found.val == CocoFiles(tmp_path / "out" / "val.json", tmp_path / "valid")
-    assert any('the category 0, "pets"' in note for note in found.notes)
+    assert any('category 0, "pets"' in note for note in found.notes)
     assert any("test" in note and "not used" in note for note in found.notes)
 
 

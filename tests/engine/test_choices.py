@@ -266,11 +266,11 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--epochs", "3"], "--weights NAME_OR_PATH to start from, or --config-file"),
-        (["--config-file", RECIPE, "--epochs", "0"], "0 is not a whole number from 1 on"),
-        (["--config-file", RECIPE, "--batch-size", "some"], "some is not a whole number"),
-        (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "say the same"),
-        (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "for training"),
-        (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "say the same"),
+        (["--config-file", RECIPE, "--epochs", "0"], "0 is not a positive integer"),
+        (["--config-file", RECIPE, "--batch-size", "some"], "some is not a positive integer"),
+        (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "give only one of them"),
+        (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "have no effect"),
+        (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "give only one of them"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(

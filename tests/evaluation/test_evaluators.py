@@ -107,7 +107,7 @@ def test_log_says_which_program_computed(register: Register, caplog: pytest.LogC
     detect(COCOEvaluator(name), made)
     assert f"Computing AP of {name} with hotcoco {hotcoco.__version__}" in caplog.text
     detect(COCOEvaluator(name, APSettings("pycocotools")), made)
-    assert "by pycocotools 2" in caplog.text
+    assert "with pycocotools 2" in caplog.text
     assert "selected by TEST.COCO_BACKEND" in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_pycocotools_computes_what_would_not_be_equal(
     caplog.set_level(logging.INFO)
     assert detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"] == pytest.approx(theirs, nan_ok=True)
     assert ran == ["pycocotools"]
-    assert "annotations have the id 0" in caplog.text
+    assert "annotations have duplicate ids or the id 0" in caplog.text
 
 
 def test_masks_are_left_to_pycocotools(register: Register, ran: list[str]) -> None:
@@ -203,7 +203,7 @@ def test_without_hotcoco_pycocotools_computes_and_lvis_is_refused(tmp_path: Path
     )
     assert "AP is a number: True" in done.stdout, done.stderr
     assert "hotcoco (faster) is not installed" in done.stderr
-    assert "ImportError: LVIS's AP of 'without_hotcoco' needs hotcoco, which is not installed" in done.stderr
+    assert "ImportError: LVIS AP of 'without_hotcoco' needs hotcoco, which is not installed" in done.stderr
 
 
 def test_evaluator_can_be_copied_and_pickled_after_hotcoco_ran(register: Register) -> None:

@@ -163,7 +163,7 @@ def test_training_image_without_annotation_is_refused(tiny_cfg: CfgNode) -> None
 def test_class_that_the_model_does_not_have_is_refused(label: int, tiny_cfg: CfgNode) -> None:
     image = make_input(64, 64, 2, file_name="some.jpg")
     image["instances"].gt_classes[1] = label
-    with pytest.raises(ValueError, match=rf"some\.jpg has objects of class .*{label}.*MODEL\.DINO\.NUM_CLASSES is 5"):
+    with pytest.raises(ValueError, match=rf"some\.jpg has classes .*{label}.*MODEL\.DINO\.NUM_CLASSES is 5"):
         build_model(tiny_cfg).train()([image])
 
 

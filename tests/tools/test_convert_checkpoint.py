@@ -91,4 +91,4 @@ def test_checkpoint_without_an_average_says_so(tmp_path: Path, capsys: pytest.Ca
 
 def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     error = said(capsys, "--source", "auto", str(tmp_path / "nowhere.pth"), "out.pth", *CONFIG)
-    assert "nowhere.pth: there is no such file" in error
+    assert "nowhere.pth does not exist" in error

@@ -75,7 +75,7 @@ def test_photograph_is_not_overwritten(trained: tuple[Path, list[str]], tmp_path
     arguments = ("--weights", str(folder / "weights.pth"), "--input", str(photo), "--output", str(tmp_path), *values)
     result = run_demo(*arguments)
     assert result.returncode != 0
-    assert f"would take the place of {photo}" in result.stderr
+    assert f"would overwrite {photo}" in result.stderr
     assert photo.read_bytes() == before
 
 
@@ -132,7 +132,7 @@ def test_pictures_of_every_kind_are_predicted_and_a_damaged_one_is_named(
     )
     assert result.returncode == 1
     assert "damaged.png cannot be read as an image" in result.stderr
-    assert f"1 of {len(photos)} photographs could not be read" in result.stderr
+    assert f"1 of {len(photos)} images could not be read" in result.stderr
     assert {path.stem: Image.open(path).size for path in (tmp_path / "found").glob("*.png")} == sizes
 
 
