@@ -291,7 +291,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30, help="of timing, all contestants together (default 30)")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.accelerator.is_available():
-        sys.exit(f"--device {args.device}: this machine has none; --device cpu works everywhere")
+        sys.exit(f"--device {args.device} is not available; use --device cpu")
     if not compiled(args.device):
         print(f"without kernels for {args.device} what is called dino_d2 below is the reference\n")
 

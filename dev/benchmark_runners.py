@@ -237,7 +237,7 @@ def onnx_session(path: Path, device: torch.device) -> Any:
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"--onnx {path}: this onnxruntime has no {provider}; --device cpu works everywhere")
     if not path.is_file():
-        raise ValueError(f"--onnx {path}: there is no such file; tools/export.py makes it")
+        raise ValueError(f"--onnx {path} does not exist; create it with tools/export.py")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors; it warns of every constant that it optimises away

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compile the op and its baseline against the headers of other versions of PyTorch, as those who have them would.
+"""Compile the op and its baseline against the headers of other PyTorch versions.
 
     dev/check_torch_headers.py                 the oldest that has the stable interface, and one in between
     dev/check_torch_headers.py 2.12.0

@@ -124,7 +124,7 @@ def read_published(path: str | Path) -> PublishedFile:
 
 
 def _read_tensors(path: str | Path) -> Any:
-    """Whatever a file holds, with something inert in the place of all that is no tensor, container, text or number."""
+    """Load a file, replacing everything but tensors, containers, strings and numbers by inert objects."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not relevant here

@@ -302,20 +302,20 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--mode", "train"], "--config-file is missing"),
-        (["--config-file", "x"], "--config-file x: there is no such file"),
-        (["--config-file", "x", "--device", "cuda"], "--device cuda: this machine has none"),
-        (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no partner"),
-        (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: say --device instead"),
-        (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: say --dtype"),
-        (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: say --dtype instead"),
+        (["--mode", "train"], "give --config-file FILE"),
+        (["--config-file", "x"], "--config-file x does not exist"),
+        (["--config-file", "x", "--device", "cuda"], "--device cuda is not available"),
+        (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no value"),
+        (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: use --device instead"),
+        (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: use --dtype"),
+        (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: use --dtype instead"),
         (["--config-file", "x", "--batch", "2", "MODEL.DINO.OP", "reference"], "come right after --config-file"),
-        (["--config-file", "x", "--batch", "0"], "'0' is no whole number from 1 on"),
-        (["--config-file", "x", "--size", "64", "-3"], "'-3' is no whole number from 1 on"),
+        (["--config-file", "x", "--batch", "0"], "'0' is not a positive integer"),
+        (["--config-file", "x", "--size", "64", "-3"], "'-3' is not a positive integer"),
         (["--config-file", "x", "--objects", "-1"], "--objects -1: must be at least 0"),
-        (["--config-file", "x", "--growth", "size"], "--growth AXIS … and --plot PNG go together"),
-        (["--config-file", "x", "--plot", "x.png"], "--growth AXIS … and --plot PNG go together"),
-        (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "only --mode train sees objects"),
+        (["--config-file", "x", "--growth", "size"], "--growth AXIS … and --plot PNG must be given together"),
+        (["--config-file", "x", "--plot", "x.png"], "--growth AXIS … and --plot PNG must be given together"),
+        (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "--growth objects needs --mode train"),
         (["--config-file", "x", "--growth", "size", "--plot", "x.png", "--mixed"], "--growth starts from one case"),
         (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models do not train"),
         (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must differ"),
@@ -331,7 +331,7 @@ def test_options_that_make_no_sense_are_explained(
     assert error in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("installed", "error"), [(True, "there is no such file"), (False, "pip install onnxruntime")])
+@pytest.mark.parametrize(("installed", "error"), [(True, "does not exist"), (False, "pip install onnxruntime")])
 def test_exported_model_that_cannot_run_is_explained(
     installed: bool, error: str, config_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
