@@ -28,7 +28,7 @@ from detectron2.config import CfgNode
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark_report import MIXED, Case, Measurement, Report, Seconds, as_markdown, compare, describe_machine, draw
-from benchmark_runners import OnnxInference, Runner, Workshop, make_batch, onnx_session, wait_for
+from benchmark_runners import OnnxInference, Runner, RunnerFactory, make_batch, onnx_session, wait_for
 from dino_d2.autocast import DTYPES
 
 BASE = "dino_d2"  # the config without changes
@@ -263,16 +263,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)  # fail early
     device = torch.device(args.device)
-    workshop = Workshop(args.config_file, args.opts, device)
+    factory = RunnerFactory(args.config_file, args.opts, device)
     cases = cases_of(args)
-    axes = {axis: grown(workshop.config(), cases[0], axis) for axis in args.growth or ()}
+    axes = {axis: grown(factory.config(), cases[0], axis) for axis in args.growth or ()}
     cases = list(dict.fromkeys([*cases, *(case for axis in axes.values() for case in axis.values())]))
-    runners: dict[Case, Runner] = {case: workshop.runner(case) for case in cases}
+    runners: dict[Case, Runner] = {case: factory.runner(case) for case in cases}
     for path in args.onnx:
         session = onnx_session(path, device)
         for batch in args.batch:
             case = replace(cases[0], variant=path.name, batch=batch)
-            runners[case] = OnnxInference(session, make_batch(workshop.config(), case))
+            runners[case] = OnnxInference(session, make_batch(factory.config(), case))
     config = " ".join([Path(args.config_file).name, *args.opts])
     report = Report(describe_machine(device), config, args.rounds, measure(runners, args.rounds, device))
     print(as_markdown(report))
