@@ -140,14 +140,14 @@ class DINOCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
 
         found = self._parameter_names() - set(incompatible.missing_keys)
-        if not self._is_this_model(found, names):
+        if not self._matches_model(found, names):
             raise self._wrong_model(len(found), names)
         return incompatible
 
     def _parameter_names(self) -> set[str]:
         return {name for name in self.model.state_dict() if not name.endswith(OPTIONAL)}
 
-    def _is_this_model(self, found: set[str], names: Sequence[str]) -> bool:
+    def _matches_model(self, found: set[str], names: Sequence[str]) -> bool:
         """Whether a file with these names has most of the detector, or its whole backbone and little else."""
         own = self._parameter_names()
         backbone = {name for name in own if name.startswith("backbone.")}

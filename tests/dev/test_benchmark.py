@@ -292,7 +292,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         paths[1].write_text(content)
         with pytest.raises(ValueError, match=r"b\.json was not written by dev/benchmark\.py --json"):
             compare(paths)
-    with pytest.raises(ValueError, match=r"missing\.json is no file"):
+    with pytest.raises(ValueError, match=r"missing\.json was not written"):
         compare([paths[0], tmp_path / "missing.json"])
 
 
