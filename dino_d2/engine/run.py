@@ -15,7 +15,7 @@ from torch import nn
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import find_config_file
 from dino_d2.data import register_datasets
-from dino_d2.report.photographs import own_dataset, report_on_own_dataset
+from dino_d2.report.own_dataset import own_dataset, report_on_own_dataset
 from dino_d2_cli import user_errors
 
 from .checkpoints import BEST

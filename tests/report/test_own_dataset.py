@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dino_d2.data import CocoFiles
-from dino_d2.report.photographs import ap_table, best_and_worst, draw, score_images
+from dino_d2.report.own_dataset import ap_table, best_and_worst, draw, score_images
 
 NAMES = ["cat", "dog"]
 HERE, THERE = [10, 10, 20, 20], [50, 40, 30, 30]  # x, y, width, height
