@@ -1,4 +1,4 @@
-"""The three losses of DETR-like detectors, unweighted and not yet divided by a number of boxes."""
+"""The three losses of DETR-like detectors, without weights and without division by the number of boxes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FOCAL_GAMMA = 2.0
 
 
 def class_loss(predictions: Predictions, pairs: Pairs, labels: Tensor) -> Tensor:
-    """Sum of the sigmoid focal loss over all queries and classes; unpaired queries are background.
+    """Sum of the sigmoid focal loss over all queries and classes; unmatched queries are background.
 
     Args:
-        labels: (M,) of the objects of the whole batch.
+        labels: (M,) labels of all objects in the batch.
     """
     target = torch.zeros_like(predictions.logits)
     target[pairs.image, pairs.query, labels[pairs.target]] = 1

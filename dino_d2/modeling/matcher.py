@@ -13,11 +13,11 @@ from dino_d2.structures import Pairs, Predictions, Targets
 
 from .losses import FOCAL_ALPHA, FOCAL_GAMMA
 
-BAD = 1e6  # the cost of a pair that has none
+NON_FINITE_COST = 1e6  # replaces NaN and infinite costs
 
 
 class HungarianMatcher:
-    """Finds, for each image, the assignment of least cost.
+    """Finds the minimum-cost assignment for each image.
 
     The cost of a pair is `class_weight` * focal class cost + `l1_weight` * L1 distance of the boxes
     - `giou_weight` * their generalised IoU.
@@ -28,13 +28,13 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
-        """Match several predictions (layers) of one batch; all costs travel to the host at once, all pairs back.
+        """Match several predictions (layers) of one batch, with a single device transfer in each direction.
 
-        A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
-        would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
+        A NaN or infinite prediction gets a high cost instead of raising an error, for which other processes would
+        wait in vain. The losses are not finite then either, and the trainer handles that.
         """
         blocks = [self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)]
-        on_host = torch.cat([block.flatten() for block in blocks]).nan_to_num(BAD, BAD, BAD).cpu()
+        on_host = torch.cat([block.flatten() for block in blocks]).nan_to_num(*[NON_FINITE_COST] * 3).cpu()
         costs = [
             part.view(block.shape).numpy()
             for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)
@@ -45,7 +45,7 @@ class HungarianMatcher:
         return [Pairs(*part.unbind()) for part in on_device.split([part.shape[1] for part in pairs], dim=1)]
 
     def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
-        """Cost of every query with every object: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
+        """Cost of each (query, object) pair: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
         probability = logits.sigmoid()[:, target.labels]
         positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
         negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
@@ -55,7 +55,7 @@ class HungarianMatcher:
 
 
 def _pairs(costs: list) -> Tensor:
-    """Solve one block (Q, n) per image: image, query and batch-wide number of the object of each pair, (3, M)."""
+    """Solve one cost matrix (Q, n) per image. Returns image, query and batch-wide object index of each pair, (3, M)."""
     pairs = []
     first = 0
     for i, cost in enumerate(costs):
