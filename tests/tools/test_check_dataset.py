@@ -89,7 +89,7 @@ def test_unreadable_annotations_and_contradicting_configs_are_named(
     [
         (["--train-json", "a.json"], "--train-json and --train-images must be given together"),
         (["--val-images", "folder"], "--val-json and --val-images must be given together"),
-        (["--val-json", "a.json", "--val-images", "folder"], "--val-json without --train-json"),
+        (["--val-json", "a.json", "--val-images", "folder"], "--val-json needs --train-json"),
         (["--eval-only", "--train-json", "a.json", "--train-images", "folder"], "uses --val-json"),
     ],
 )
