@@ -267,7 +267,7 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
     content = json.loads((data / "train.json").read_text())
     content["images"].pop()
     (data / "train.json").write_text(json.dumps(content))
-    with pytest.raises(FileExistsError, match="of other data"):
+    with pytest.raises(FileExistsError, match="from different data"):
         chosen("--resume", *arguments)
     assert (output / "data" / "train.json").read_text() == before
 
