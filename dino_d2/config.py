@@ -68,13 +68,17 @@ def add_dino_config(cfg: CN) -> None:
     c.CHECKPOINT.DECODER = False  # layer by layer
 
     c.LOSS = CN()
+    c.LOSS.CLASS = "focal"  # focal | iou_aware | position_supervised | matchability: class loss; docs/family.md
     c.LOSS.CLASS_WEIGHT = 1.0
+    c.LOSS.DN_CLASS_WEIGHT = None  # CLASS_WEIGHT of the denoising queries; None: the same
     c.LOSS.L1_WEIGHT = 5.0
     c.LOSS.GIOU_WEIGHT = 2.0
     c.MATCHER = CN()
     c.MATCHER.CLASS_WEIGHT = 2.0
     c.MATCHER.L1_WEIGHT = 5.0
     c.MATCHER.GIOU_WEIGHT = 2.0
+    c.MATCHER.COPIES = 1  # queries per object in the proposals and all layers but the last; docs/family.md
+    c.MATCHER.POSITION_MODULATED = False  # in the cost, a class score counts the less the worse its box
 
     s = cfg.MODEL.SWIN = CN()  # for MODEL.BACKBONE.NAME: build_swin_backbone (defaults: Swin-T)
     s.EMBED_DIM = 96

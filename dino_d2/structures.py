@@ -142,11 +142,21 @@ class Pairs:
     image: index in the batch.
     query: index among the queries of that image.
     target: index in the objects of the whole batch, concatenated image by image.
+    weight: (M,) share of each pair in what it teaches; None: all count fully.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    weight: Tensor | None = None
+
+    def class_logits(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the logit of each pair's class stands in (B, Q, K); `labels` of the objects of the whole batch."""
+        return self.image, self.query, labels[self.target]
+
+    def weighted(self, x: Tensor | float) -> Tensor | float:
+        """A number, or one of each pair (M,), times the weights."""
+        return x if self.weight is None else x * self.weight
 
 
 @dataclass

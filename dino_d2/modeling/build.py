@@ -17,8 +17,13 @@ from .decoder import DecoderLayer, DINODecoder, class_head
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
 from .encoder import DeformableEncoder, EncoderLayer
+from .family.iou_aware import iou_aware_loss
+from .family.matchability import matchability_loss
+from .family.mixed_matching import MixedMatcher
+from .family.position_supervised import PositionModulatedMatcher, position_supervised_loss
 from .interleaved_encoder import InterleavedBlock
 from .layers import FeedForward, box_head
+from .losses import focal_loss
 from .matcher import HungarianMatcher
 from .neck import ChannelMapper
 from .query_selection import EncoderProposals, MixedQuerySelection, PureQuerySelection, StaticQueries
@@ -27,6 +32,13 @@ COUNTS = (
     "NUM_CLASSES", "NUM_QUERIES", "NUM_FEATURE_LEVELS", "HIDDEN_DIM", "NHEADS", "DEC_LAYERS",
     "DIM_FEEDFORWARD", "NUM_POINTS", "INTERLEAVED.COARSE_UPDATES", "INTERLEAVED.FINEST_FEEDFORWARD",
 )  # fmt: skip
+
+CLASS_LOSSES = {  # MODEL.DINO.LOSS.CLASS
+    "focal": focal_loss,
+    "iou_aware": iou_aware_loss,
+    "position_supervised": position_supervised_loss,
+    "matchability": matchability_loss,
+}
 
 
 def check_counts(cfg: CfgNode) -> None:
@@ -124,9 +136,19 @@ def build_denoising(cfg: CfgNode) -> nn.Module:
 
 
 def build_criterion(cfg: CfgNode) -> SetCriterion:
-    loss, cost = cfg.MODEL.DINO.LOSS, cfg.MODEL.DINO.MATCHER
-    matcher = HungarianMatcher(cost.CLASS_WEIGHT, cost.L1_WEIGHT, cost.GIOU_WEIGHT)
-    return SetCriterion(matcher, LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT))
+    loss = cfg.MODEL.DINO.LOSS
+    class_loss = CLASS_LOSSES[_choice("MODEL.DINO.LOSS.CLASS", loss.CLASS, CLASS_LOSSES)]
+    weights = LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT, loss.DN_CLASS_WEIGHT)
+    return SetCriterion(build_matcher(cfg), weights, class_loss)
+
+
+def build_matcher(cfg: CfgNode) -> HungarianMatcher:
+    c = cfg.MODEL.DINO.MATCHER
+    kind = PositionModulatedMatcher if c.POSITION_MODULATED else HungarianMatcher
+    matcher = kind(c.CLASS_WEIGHT, c.L1_WEIGHT, c.GIOU_WEIGHT)
+    if c.COPIES < 1:
+        raise ValueError(f"MODEL.DINO.MATCHER.COPIES is {c.COPIES}; it must be at least 1")
+    return matcher if c.COPIES == 1 else MixedMatcher(matcher, c.COPIES)
 
 
 def _deformable_attention(cfg: CfgNode) -> MultiScaleDeformableAttention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -28,7 +29,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
-        """Match several predictions (layers) of one batch; all costs travel to the host at once, all pairs back.
+        """Match several predictions of one batch, in the order of the network: the last one is what is detected.
+        All costs travel to the host at once, all pairs back.
 
         A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
         would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
@@ -40,26 +42,36 @@ class HungarianMatcher:
             for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)
         ]
         step = len(targets)
-        pairs = [_pairs(costs[i : i + step]) for i in range(0, len(costs), step)]
+        solved = self.solve([costs[i : i + step] for i in range(0, len(costs), step)])
+        pairs = [_pairs(images, targets) for images in solved]
         on_device = torch.cat(pairs, dim=1).to(blocks[0].device, non_blocking=True)
         return [Pairs(*part.unbind()) for part in on_device.split([part.shape[1] for part in pairs], dim=1)]
 
     def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
         """Cost of every query with every object: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
         probability = logits.sigmoid()[:, target.labels]
-        positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
-        negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
         distance = (boxes[:, None] - target.boxes[None]).abs().sum(-1)
         overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
-        return self.class_weight * (positive - negative) + self.l1_weight * distance - self.giou_weight * overlap
+        class_cost = self.class_cost(probability, overlap)
+        return self.class_weight * class_cost + self.l1_weight * distance - self.giou_weight * overlap
+
+    def class_cost(self, probability: Tensor, overlap: Tensor) -> Tensor:
+        """Of every query with the class of every object; probability and generalised IoU (Q, n) -> (Q, n)."""
+        positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
+        negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
+        return positive - negative
+
+    def solve(self, costs: Sequence[Sequence[np.ndarray]]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Queries and objects of the pairs of each prediction, of each image; `costs` are finite, (Q, n) each."""
+        return [[linear_sum_assignment(cost) for cost in images] for images in costs]
 
 
-def _pairs(costs: list) -> Tensor:
-    """Solve one block (Q, n) per image: image, query and batch-wide number of the object of each pair, (3, M)."""
+def _pairs(solved: Sequence[tuple[np.ndarray, np.ndarray]], targets: Sequence[Targets]) -> Tensor:
+    """From queries and objects of each image: image, query and batch-wide number of the object of each pair, (3, M)."""
     pairs = []
     first = 0
-    for i, cost in enumerate(costs):
-        query, target = (torch.as_tensor(index, dtype=torch.int64) for index in linear_sum_assignment(cost))
-        pairs.append(torch.stack([torch.full_like(query, i), query, first + target]))
-        first += cost.shape[1]
+    for i, (found, target) in enumerate(zip(solved, targets, strict=True)):
+        query, number = (torch.as_tensor(index, dtype=torch.int64) for index in found)
+        pairs.append(torch.stack([torch.full_like(query, i), query, first + number]))
+        first += len(target)
     return torch.cat(pairs, dim=1)
