@@ -36,6 +36,7 @@ def add_dino_config(cfg: CN) -> None:
     c.NHEADS = 8  # of every attention
     c.ENCODER = "deformable"  # deformable | interleaved: all tokens in every layer, or the finest level's rarely
     c.ENC_LAYERS = 6  # of the interleaved encoder: blocks
+    c.MEMORY_FUSION = False  # all encoder layers' tokens fused, not the last's alone (Stable-DINO); docs/family.md
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level

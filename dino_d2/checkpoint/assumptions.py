@@ -29,6 +29,7 @@ class Assumptions:
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
     encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
     num_classes: of the class logits; None, in older checkpoints without names: not known.
+    memory_fusion: the encoder fuses the tokens of all its layers; None: weights without an encoder.
     zoo_name: by which `model_zoo` knows the weights; empty: it does not. Not compared.
     """
 
@@ -41,6 +42,7 @@ class Assumptions:
     pixel_std: tuple[float, ...]
     encoder: str = "deformable"
     num_classes: int | None = None
+    memory_fusion: bool | None = False
     zoo_name: str = ""
 
     @classmethod
@@ -61,6 +63,7 @@ class Assumptions:
             pixel_std=tuple(float(x) for x in cfg.MODEL.PIXEL_STD),
             encoder=c.ENCODER,
             num_classes=c.NUM_CLASSES,
+            memory_fusion=c.MEMORY_FUSION,
         )
 
     def to_tensor(self) -> Tensor:
@@ -88,7 +91,7 @@ class Assumptions:
         lines = []
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            unknown = field.name in ("encoder", "num_classes") and not theirs
+            unknown = (field.name == "encoder" and not theirs) or theirs is None
             told_by_number = field.name == "class_names" and len(ours) != len(theirs)
             if ours == theirs or unknown or told_by_number or field.name == "zoo_name":
                 continue
@@ -113,6 +116,7 @@ CONFIG_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
     "encoder": "MODEL.DINO.ENCODER",
+    "memory_fusion": "MODEL.DINO.MEMORY_FUSION",
 }
 
 

@@ -56,6 +56,6 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
             lines.append(f"left over: {name}")
     if lines:
         raise ConversionError("These backbone weights do not fit the config:\n  " + "\n  ".join(lines))
-    good_for_any = replace(model.assumptions, class_names=(), num_classes=None, encoder="")
+    good_for_any = replace(model.assumptions, class_names=(), num_classes=None, encoder="", memory_fusion=None)
     result[EXTRA_STATE] = good_for_any.to_tensor()
     return Conversion(result, notes)

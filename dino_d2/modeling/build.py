@@ -19,6 +19,7 @@ from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
 from .encoder import DeformableEncoder, EncoderLayer
 from .family.iou_aware import iou_aware_loss
 from .family.matchability import matchability_loss
+from .family.memory_fusion import FusingEncoder
 from .family.mixed_matching import MixedMatcher
 from .family.position_supervised import PositionModulatedMatcher, position_supervised_loss
 from .interleaved_encoder import InterleavedBlock
@@ -60,9 +61,8 @@ def build_encoder(cfg: CfgNode) -> DeformableEncoder:
     else:
         layers = [_interleaved_block(cfg) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
-    return DeformableEncoder(
-        layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER
-    )
+    kind = FusingEncoder if c.MEMORY_FUSION else DeformableEncoder
+    return kind(layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER)
 
 
 def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:

@@ -68,7 +68,10 @@ class DeformableEncoder(nn.Module):
             padding_mask: (B, H, W) bool over the padded images, True on padding; None: no image is padded.
         """
         memory, position = self.lay_out(features, padding_mask)
-        reference = memory.token_centres()[:, :, None] * memory.valid_ratios[:, None]
+        return self.refine(memory, position, memory.token_centres()[:, :, None] * memory.valid_ratios[:, None])
+
+    def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
+        """What the layers make of the tokens; position (B, N, C), reference (B, N, L, 2)."""
         for layer in self.layers:
             memory = call(layer, memory, position, reference, recompute=self.recompute)
         return memory

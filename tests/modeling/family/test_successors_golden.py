@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_d2 import geometry
 from dino_d2.modeling.build import CLASS_LOSSES
 from dino_d2.modeling.criterion import LossWeights, SetCriterion
+from dino_d2.modeling.family.memory_fusion import FusingEncoder
 from dino_d2.modeling.family.mixed_matching import MixedMatcher, rank_weights
 from dino_d2.modeling.family.position_supervised import PositionModulatedMatcher
 from dino_d2.modeling.matcher import HungarianMatcher
-from dino_d2.structures import DenoisingQueries, Pairs, Predictions, Targets
+from dino_d2.structures import DenoisingQueries, Memory, Pairs, Predictions, Targets
 from tests.golden.successors import recipe
 
 FOLDER = Path(recipe.__file__).parent
@@ -222,6 +223,44 @@ def test_pairs_of_an_image_do_not_depend_on_classes_in_the_rest_of_its_batch() -
                 assert [(i, q, n + before) for _, q, n in triples(of_image)] == [x for x in triples(pairs) if x[0] == i]
 
 
+# --- memory fusion
+
+
+class Gives(nn.Module):
+    """An encoder layer whose output is known."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
+        return replace(memory, tokens=self.tokens)
+
+
+def fusion_differences() -> dict[str, float]:
+    stored = {key.removeprefix("fusion/"): x for key, x in FILES["stable_dino"].items() if key.startswith("fusion/")}
+    seed = int(stored["seed"])
+    features, parameters = recipe.fusion(seed)
+    entering, *leaving = features = [tensor(x).requires_grad_() for x in features]
+    encoder = FusingEncoder([Gives(x) for x in leaving], entering.shape[-1], 1, 20.0, 0.0).double()
+    encoder.fusion.load_state_dict({name: tensor(x) for name, x in parameters.items()})
+    memory = Memory(entering, None, ((1, entering.shape[1]),), torch.ones(len(entering), 1, 2))
+    out = encoder.refine(memory, entering, entering).tokens
+    (out * tensor(recipe.generator(seed, "fusion.grad").standard_normal(out.shape))).sum().backward()
+    gradients = {f"grad_feature{i}": x.grad for i, x in enumerate(features)}
+    gradients |= {f"grad/{name}": x.grad for name, x in encoder.fusion.named_parameters()}
+    return {
+        "tokens": relative(out.detach(), stored["out"]),
+        "gradients": max(relative(grad, stored[name]) for name, grad in gradients.items()),
+    }
+
+
+def test_memory_fusion() -> None:
+    differences = fusion_differences()
+    assert differences["tokens"] < 1e-9
+    assert differences["gradients"] < 1e-9
+
+
 if __name__ == "__main__":
     for file in FILES:
         geometry.IOU_EPS = 0.0 if file == "mal" else 1e-6
@@ -233,3 +272,4 @@ if __name__ == "__main__":
             for name, value in found.items():
                 largest[name] = max(largest[name], value)
         print(file, {name: f"{value:.1e}" for name, value in largest.items()})
+    print("fusion", {name: f"{value:.1e}" for name, value in fusion_differences().items()})

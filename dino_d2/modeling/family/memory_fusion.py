@@ -1,0 +1,31 @@
+"""Memory fusion of Stable-DINO (arXiv 2304.04742): what all encoder layers say, not the last one alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_d2.modeling.encoder import DeformableEncoder
+from dino_d2.modeling.layers import call
+from dino_d2.structures import Memory
+
+
+class FusingEncoder(DeformableEncoder):
+    """LayerNorm(Linear([x0, x1, …])) takes the place of the last layer's tokens; x0 enters the encoder, x1 leaves its
+    first layer. Arguments as of :class:`DeformableEncoder`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        embed_dim = self.level_embed.shape[1]
+        self.fusion = nn.Sequential(nn.Linear((len(self.layers) + 1) * embed_dim, embed_dim), nn.LayerNorm(embed_dim))
+        nn.init.xavier_uniform_(self.fusion[0].weight)
+
+    def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
+        tokens = [memory.tokens]
+        for layer in self.layers:
+            memory = call(layer, memory, position, reference, recompute=self.recompute)
+            tokens.append(memory.tokens)
+        return replace(memory, tokens=self.fusion(torch.cat(tokens, dim=-1)))
