@@ -133,7 +133,7 @@ def test_modulated_cost_by_hand() -> None:
 def test_surer_query_far_away_loses_only_if_modulated() -> None:
     target = [Targets(torch.tensor([0]), torch.tensor([[0.3, 0.3, 0.2, 0.2]]))]
     boxes = torch.tensor([[[0.3, 0.3, 0.19, 0.2], [0.45, 0.45, 0.2, 0.2]]])
-    predictions = Predictions(torch.tensor([[[-0.5], [0.7]]]), boxes)
+    predictions = Predictions(torch.tensor([[[-0.5], [0.3]]]), boxes)
     plain, modulated = (
         kind(2, 0, 0)([predictions], target)[0] for kind in (HungarianMatcher, PositionModulatedMatcher)
     )
