@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the successors of DINO cost beside it: criterion and matcher of a training step, the encoder of a prediction.
+"""Time the successors of DINO against it: criterion and matcher in training, encoder at inference.
 
     dev/benchmark_family.py [--rounds 20] [--objects 7 7] [--height 480 --width 640]
 
-CPU time of one thread, all cases in turns, so that a busy machine slows them alike; "ratio" is the median of the
-rounds' ratios to the first case. Predictions, weights and pixels are random. Markdown on the console.
+CPU time of one thread, all cases in turns, so that load on the machine affects them alike; "ratio" is the median over
+rounds of the ratio to the first case. Inputs and weights are random. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dino_d2.structures import Predictions, Targets
 
 BASE = "dino_r50_4scale_12ep_tuned"
 LOSS, COPIES = "MODEL.DINO.LOSS.CLASS", "MODEL.DINO.MATCHER.COPIES"
-CASES: dict[str, tuple[str, list[str]]] = {  # name: recipe, what differs from it
+CASES: dict[str, tuple[str, list[str]]] = {  # name: recipe, config overrides
     "DINO, focal loss": (BASE, []),
     "iou_aware": (BASE, [LOSS, "iou_aware"]),
     "position_supervised": (BASE, [LOSS, "position_supervised"]),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, list[str]]] = {  # name: recipe, what differs from i
 
 
 def in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of each call, in each round; one more round before, to warm up."""
+    """CPU seconds of each call in each round, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -49,7 +49,7 @@ def in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, lis
 
 
 def row(name: str, *measured: tuple[list[float], list[float]]) -> str:
-    """Median milliseconds and median ratio of each (of this case, of the first case)."""
+    """Table row: median milliseconds and median ratio of each (seconds of this case, of the first case)."""
     cells = [name]
     for own, first in measured:
         ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
@@ -58,7 +58,7 @@ def row(name: str, *measured: tuple[list[float], list[float]]) -> str:
 
 
 def training_step(cfg: CfgNode, objects: Sequence[int]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The criterion with its backward pass, and the matcher alone."""
+    """The criterion with backward pass, and the matcher alone."""
     torch.manual_seed(0)
     c, batch = cfg.MODEL.DINO, len(objects)
     targets = [Targets(torch.randint(c.NUM_CLASSES, (n,)), torch.rand(n, 4) * 0.4 + 0.2) for n in objects]
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     encoders = {name: encoder_pass(configs[name], args.height, args.width) for name in (first, "stable_dino")}
     passes = in_turns(encoders, max(1, args.rounds // 4))
-    print(f"\n| encoder, one picture of {args.height} x {args.width} | ms | ratio |\n| --- | ---: | ---: |")
+    print(f"\n| encoder, one image of {args.height} x {args.width} | ms | ratio |\n| --- | ---: | ---: |")
     for name, seconds in passes.items():
         print(row(name, (seconds, passes[first])))
 

@@ -142,7 +142,7 @@ class Pairs:
     image: index in the batch.
     query: index among the queries of that image.
     target: index in the objects of the whole batch, concatenated image by image.
-    weight: (M,) share of each pair in what it teaches; None: all count fully.
+    weight: (M,) factor of the class target and box losses of each pair; None: all 1.
     """
 
     image: Tensor
@@ -151,11 +151,11 @@ class Pairs:
     weight: Tensor | None = None
 
     def class_logits(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the logit of each pair's class stands in (B, Q, K); `labels` of the objects of the whole batch."""
+        """Index of the target class of each pair into logits (B, Q, K); `labels` of all objects in the batch."""
         return self.image, self.query, labels[self.target]
 
     def weighted(self, x: Tensor | float) -> Tensor | float:
-        """A number, or one of each pair (M,), times the weights."""
+        """`x`, a number or one per pair (M,), times the weights."""
         return x if self.weight is None else x * self.weight
 
 

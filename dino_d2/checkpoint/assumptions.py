@@ -29,7 +29,7 @@ class Assumptions:
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
     encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
     num_classes: of the class logits; None, in older checkpoints without names: not known.
-    memory_fusion: the encoder fuses the tokens of all its layers; None: weights without an encoder.
+    memory_fusion: the encoder combines the outputs of all its layers; None: weights without an encoder.
     zoo_name: by which `model_zoo` knows the weights; empty: it does not. Not compared.
     """
 

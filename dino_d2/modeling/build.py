@@ -138,6 +138,8 @@ def build_denoising(cfg: CfgNode) -> nn.Module:
 def build_criterion(cfg: CfgNode) -> SetCriterion:
     loss = cfg.MODEL.DINO.LOSS
     class_loss = CLASS_LOSSES[_choice("MODEL.DINO.LOSS.CLASS", loss.CLASS, CLASS_LOSSES)]
+    if not isinstance(loss.DN_CLASS_WEIGHT, (int, float, type(None))):
+        raise ValueError(f"MODEL.DINO.LOSS.DN_CLASS_WEIGHT is {loss.DN_CLASS_WEIGHT!r}; it must be a number or None")
     weights = LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT, loss.DN_CLASS_WEIGHT)
     return SetCriterion(build_matcher(cfg), weights, class_loss)
 

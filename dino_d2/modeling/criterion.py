@@ -20,7 +20,7 @@ from .matcher import HungarianMatcher
 class LossWeights:
     """Weights of the losses, the same at every layer; the sum of the weighted losses is the objective.
 
-    denoising_classification: of the denoising queries' class loss; None: `classification`.
+    denoising_classification: class loss weight of the denoising queries; None: `classification`.
     """
 
     classification: float
@@ -63,7 +63,7 @@ class SetCriterion:
         boxes = torch.cat([t.boxes for t in targets])
         parts = self._parts(layers, proposals, denoising, targets, boxes_per_process(len(labels), boxes))
 
-        # The boxes of all parts at once: many small operations would cost more than the arithmetic.
+        # All layers at once: many small operations would be slower.
         box_parts = box_losses(
             torch.cat([part.predictions.boxes[part.pairs.image, part.pairs.query] for part in parts]),
             torch.cat([boxes[part.pairs.target] for part in parts]),
@@ -102,7 +102,7 @@ class SetCriterion:
 
 @dataclass
 class _Part:
-    """What has three losses of its own. suffix: of their names; count: what they are divided by."""
+    """Predictions with their own three losses. suffix: of the loss names; count: the losses are divided by it."""
 
     suffix: str
     predictions: Predictions

@@ -71,7 +71,7 @@ class DeformableEncoder(nn.Module):
         return self.refine(memory, position, memory.token_centres()[:, :, None] * memory.valid_ratios[:, None])
 
     def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
-        """What the layers make of the tokens; position (B, N, C), reference (B, N, L, 2)."""
+        """Apply the layers; position (B, N, C), reference (B, N, L, 2)."""
         for layer in self.layers:
             memory = call(layer, memory, position, reference, recompute=self.recompute)
         return memory

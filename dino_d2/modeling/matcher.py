@@ -29,8 +29,9 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
-        """Match several predictions of one batch, in the order of the network: the last one is what is detected.
-        All costs travel to the host at once, all pairs back.
+        """Match several predictions of one batch, with a single device transfer in each direction.
+
+        They are in the order of the network: the last one is that of the last decoder layer.
 
         A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
         would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
@@ -56,18 +57,18 @@ class HungarianMatcher:
         return self.class_weight * class_cost + self.l1_weight * distance - self.giou_weight * overlap
 
     def class_cost(self, probability: Tensor, overlap: Tensor) -> Tensor:
-        """Of every query with the class of every object; probability and generalised IoU (Q, n) -> (Q, n)."""
+        """Focal class cost of each pair: probability and generalised IoU (Q, n) -> (Q, n)."""
         positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
         negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
         return positive - negative
 
     def solve(self, costs: Sequence[Sequence[np.ndarray]]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """Queries and objects of the pairs of each prediction, of each image; `costs` are finite, (Q, n) each."""
+        """Assign: finite costs (Q, n) per prediction and image -> query and object indices per prediction and image."""
         return [[linear_sum_assignment(cost) for cost in images] for images in costs]
 
 
 def _pairs(solved: Sequence[tuple[np.ndarray, np.ndarray]], targets: Sequence[Targets]) -> Tensor:
-    """From queries and objects of each image: image, query and batch-wide number of the object of each pair, (3, M)."""
+    """Image, query and batch-wide object index of each pair, (3, M), from the query and object indices per image."""
     pairs = []
     first = 0
     for i, (found, target) in enumerate(zip(solved, targets, strict=True)):

@@ -1,1 +1,1 @@
-"""Successors of DINO: one file an idea, off by default. docs/family.md has their numbers, and how to add one."""
+"""Losses, matching and fusion of DINO's successors, off by default. See docs/family.md, also for how to add one."""

@@ -11,19 +11,19 @@ from dino_d2.structures import Pairs, Predictions
 CLASS_EXPONENT = 0.25
 IOU_EXPONENT = 0.75
 LEAST_TARGET = 0.01
-GAMMA = 2  # of the background's focal factor
+GAMMA = 2  # of the focal factor of the background
 
 
 @torch.no_grad()
 def alignment(logits: Tensor, iou: Tensor) -> Tensor:
-    """How good a pair is: p^0.25 IoU^0.75, at least 0.01. Logits (M,) of the pairs' classes, IoU (M,) -> (M,)."""
+    """Quality of each pair, max(0.01, p^0.25 IoU^0.75): logits (M,) of the target classes and IoU (M,) -> (M,)."""
     return (logits.sigmoid() ** CLASS_EXPONENT * iou**IOU_EXPONENT).clamp(min=LEAST_TARGET)
 
 
 def iou_aware_loss(predictions: Predictions, pairs: Pairs, labels: Tensor, iou: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy with the alignment of a pair as target; background: p^2 times cross entropy.
+    """Binary cross-entropy with the alignment of the pair as target; p^2-weighted for background.
 
-    See :data:`dino_d2.modeling.losses.ClassLoss`.
+    Arguments and results: :data:`dino_d2.modeling.losses.ClassLoss`.
     """
     where = pairs.class_logits(labels)
     logits = predictions.logits

@@ -7,15 +7,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from dino_d2.structures import Pairs, Predictions
 
-GAMMA = 1.5  # of the IoU in the target, and of the background's focal factor
+GAMMA = 1.5  # of the IoU in the target, and of the focal factor of the background
 
 
 def matchability_loss(
     predictions: Predictions, pairs: Pairs, labels: Tensor, iou: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy with IoU^1.5 of a pair as target; background: p^1.5, a mere factor, times cross entropy.
+    """Binary cross-entropy with IoU^1.5 of the pair as target; weighted by p^1.5 (detached) for background.
 
-    See :data:`dino_d2.modeling.losses.ClassLoss`.
+    Arguments and results: :data:`dino_d2.modeling.losses.ClassLoss`.
     """
     where = pairs.class_logits(labels)
     logits = predictions.logits

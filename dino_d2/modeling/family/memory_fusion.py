@@ -1,4 +1,4 @@
-"""Memory fusion of Stable-DINO (arXiv 2304.04742): what all encoder layers say, not the last one alone."""
+"""Memory fusion of Stable-DINO (arXiv 2304.04742): combine the outputs of all encoder layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from dino_d2.structures import Memory
 
 
 class FusingEncoder(DeformableEncoder):
-    """LayerNorm(Linear([x0, x1, …])) takes the place of the last layer's tokens; x0 enters the encoder, x1 leaves its
-    first layer. Arguments as of :class:`DeformableEncoder`."""
+    """Returns LayerNorm(Linear([x0, …, xL])), where x0 is the input of the encoder and xi the output of layer i.
+
+    Arguments: :class:`DeformableEncoder`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

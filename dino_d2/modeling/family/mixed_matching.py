@@ -1,4 +1,4 @@
-"""Mixed matching of Align-DETR (arXiv 2304.07527): several queries learn from one object, the better ones more."""
+"""Mixed matching of Align-DETR (arXiv 2304.07527): several queries per object, weighted by rank."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from dino_d2.structures import Pairs, Predictions, Targets
 
 from .iou_aware import alignment
 
-TEMPERATURE = 1.5  # ranks in which the weight falls by a factor e
+TEMPERATURE = 1.5  # the weight of a pair is exp(-rank / TEMPERATURE)
 
 
 class MixedMatcher(HungarianMatcher):
-    """Each object stands several times in the assignment of all predictions but the last; its pairs are ranked.
+    """Repeats each object in the assignment of all predictions except the last, and ranks its pairs.
 
-    An image has as many copies of its objects as half of its queries are enough for, at least 1. (The published
-    program takes the copies of a crowded image for the following images, too, and from half as many objects as queries
-    on matches nothing.)
+    The number of copies is reduced for images where they would take more than half of the queries, but not below 1.
+    (The official code keeps the reduced number for the following images of the batch, and matches nothing once there
+    are more objects than half the queries.)
 
     Args:
-        matcher: whose cost it is.
+        matcher: computes the cost.
         copies: of each object, at least 1.
     """
 
     def __init__(self, matcher: HungarianMatcher, copies: int):
+        super().__init__(matcher.class_weight, matcher.l1_weight, matcher.giou_weight)
         self.matcher, self.copies = matcher, copies
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: Sequence[Targets]) -> list[Pairs]:
-        *several, once = super().__call__(predictions, targets)
-        if not several:
-            return [once]
-        weights = rank_weights(predictions[:-1], several, targets)
-        return [*(replace(p, weight=w) for p, w in zip(several, weights, strict=True)), once]
+        *earlier, last = super().__call__(predictions, targets)
+        if not earlier:
+            return [last]
+        weights = rank_weights(predictions[:-1], earlier, targets)
+        return [*(replace(p, weight=w) for p, w in zip(earlier, weights, strict=True)), last]
 
     def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
         return self.matcher.cost(logits, boxes, target)
 
     def solve(self, costs: Sequence[Sequence[np.ndarray]]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        *several, once = costs
-        return [[self._solve_copies(cost) for cost in images] for images in several] + super().solve([once])
+        *earlier, last = costs
+        return [[self._solve_copies(cost) for cost in images] for images in earlier] + super().solve([last])
 
     def _solve_copies(self, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         queries, objects = cost.shape
@@ -59,7 +60,10 @@ class MixedMatcher(HungarianMatcher):
 def rank_weights(
     predictions: Sequence[Predictions], pairs: Sequence[Pairs], targets: Sequence[Targets]
 ) -> Sequence[Tensor]:
-    """exp(-rank / 1.5) of each pair, (M,) for each prediction; rank 0 is the best aligned pair of its object."""
+    """Weight exp(-rank / 1.5) of each pair, one tensor (M,) per prediction.
+
+    Rank 0 is the pair of highest :func:`alignment` among those of the same object in the same prediction.
+    """
     labels, boxes = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
     logits = torch.cat([x.logits[p.class_logits(labels)] for x, p in zip(predictions, pairs, strict=True)])
     predicted = torch.cat([x.boxes[p.image, p.query] for x, p in zip(predictions, pairs, strict=True)])
@@ -72,8 +76,8 @@ def rank_weights(
 
 
 def ranks(quality: Tensor, group: Tensor) -> Tensor:
-    """Rank (M,) of each quality (M,) among those of its group (M,) int64: 0 is the best. Without waiting for the
-    device."""
+    """Rank of each quality (M,) within its group (M,) int64, 0 for the highest -> (M,) int64. Does not synchronise with
+    the device."""
     best_first = quality.argsort(descending=True, stable=True)
     order = best_first[group[best_first].argsort(stable=True)]
     grouped = group[order]

@@ -17,14 +17,14 @@ EPS = 1e-8
 def position_supervised_loss(
     predictions: Predictions, pairs: Pairs, labels: Tensor, iou: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The focal loss whose target is IoU^2 of a pair, raised so that the best pair of an image has 1.
+    """Focal loss with IoU^2 of the pair as target, rescaled so that the best pair of each image has target 1.
 
-    See :data:`dino_d2.modeling.losses.ClassLoss`.
+    Arguments and results: :data:`dino_d2.modeling.losses.ClassLoss`.
     """
     where = pairs.class_logits(labels)
     target = iou**IOU_EXPONENT
     best = target.new_zeros(len(predictions.logits)).scatter_reduce(0, pairs.image, target, "amax")
-    target = pairs.weighted(target * _raise(best)[pairs.image]).to(predictions.logits.dtype)
+    target = pairs.weighted(target * _rescale(best)[pairs.image]).to(predictions.logits.dtype)
 
     probability = predictions.logits.sigmoid()
     log_of_rest = ((-predictions.logits).sigmoid() + EPS).log()
@@ -35,19 +35,19 @@ def position_supervised_loss(
 
 
 class PositionModulatedMatcher(HungarianMatcher):
-    """In the class cost, a probability counts the less the worse its box: p v^0.5, v = (GIoU + 1) / 2 of the pair,
-    raised so that the best pair of the image has 1.
+    """Multiplies each probability in the class cost by v^0.5, with v = (GIoU + 1) / 2 of the pair, rescaled so that
+    the best pair of the image has v = 1.
 
-    The published program keeps v by query and class of the whole batch, where objects of one class overwrite each
-    other; here every pair has its own, and the cost of an image depends on that image alone.
+    The official code stores v per query and class for the whole batch, so objects of the same class overwrite each
+    other. Here v is per pair, and the cost of an image does not depend on the rest of its batch.
     """
 
     def class_cost(self, probability: Tensor, overlap: Tensor) -> Tensor:
-        value = (overlap.nan_to_num(-1) + 1) / 2  # a diverged box must not touch the others' costs
+        value = (overlap.nan_to_num(-1) + 1) / 2  # a NaN box must not affect the other costs
         best = value.max() if value.numel() else value.new_ones(())
-        return super().class_cost(probability * (value * _raise(best)) ** COST_EXPONENT, overlap)
+        return super().class_cost(probability * (value * _rescale(best)) ** COST_EXPONENT, overlap)
 
 
-def _raise(best: Tensor) -> Tensor:
-    """What makes 1 of the best value of an image, never below 1."""
+def _rescale(best: Tensor) -> Tensor:
+    """Factor, at least 1, that rescales the best value of an image to 1."""
     return (1 / (best + EPS)).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What docs/family.md says at its end, done."""
+"""The last section of docs/family.md, step by step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ PAGE = (ROOT / "docs" / "family.md").read_text()
 
 
 def toy_loss(predictions, pairs, labels, iou):
-    """Cross entropy whose target is the IoU of a pair, and 0 for all that is not paired."""
-    where = pairs.class_logits(labels)
+    """Binary cross-entropy with the IoU of the pair as target."""
     target = torch.zeros_like(predictions.logits)
-    target[where] = pairs.weighted(iou).to(target.dtype)
+    target[pairs.class_logits(labels)] = pairs.weighted(iou).to(target.dtype)
     loss = binary_cross_entropy_with_logits(predictions.logits, target, reduction="sum")
     return loss, pairs.weight
 
@@ -42,7 +41,7 @@ OUTPUT_DIR: output/family/toy
 
 @pytest.fixture
 def toy_cfg(tmp_path: Path, tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
-    """The recipe, on the tiny model."""
+    """The recipe's loss on the tiny model."""
     monkeypatch.setitem(CLASS_LOSSES, "toy", toy_loss)
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(RECIPE.replace("../", f"{ROOT / 'configs'}/"))
@@ -50,7 +49,7 @@ def toy_cfg(tmp_path: Path, tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) 
     return tiny_cfg
 
 
-def test_the_page_says_what_is_done_here() -> None:
+def test_documentation_shows_this_code() -> None:
     own = PAGE[PAGE.index("## Add your own") :]
     assert textwrap.dedent(inspect.getsource(toy_loss)) in own
     assert RECIPE in own

@@ -255,6 +255,7 @@ def test_weights_have_the_official_names(combination: Combination) -> None:
     ("key", "value", "message"),
     [
         ("LOSS.CLASS", "varifocal", "it must be one of focal, iou_aware, position_supervised, matchability"),
+        ("LOSS.DN_CLASS_WEIGHT", "half", "it must be a number or None"),
         ("MATCHER.COPIES", "0", "it must be at least 1"),
     ],
 )
