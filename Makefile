@@ -4,7 +4,7 @@ VENV_PYTHON := .venv/bin/python
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning
 
-.PHONY: setup test test-all demo dist lint format clean cuda-all torch-headers gpu-wheels
+.PHONY: setup test test-all demo site dist lint format clean cuda-all torch-headers gpu-wheels
 
 setup:
 	@$(PYTHON) dev/setup_env.py
@@ -18,6 +18,10 @@ test-all: setup lint
 
 demo: setup
 	$(VENV_PYTHON) dev/run_demo.py
+
+# The documentation with the Python API, in output/site.
+site: setup
+	$(VENV_PYTHON) -m mkdocs build --strict
 
 # Build sdist and wheel, and try both in a new environment; nothing is published.
 dist: setup

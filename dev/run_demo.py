@@ -39,7 +39,6 @@ TRAIN_TILE, TRAIN_OVERLAP = 448, 224
 FEWEST_TREES = 5  # of a training tile: meadows teach little in ten minutes
 TEST_TILE = 320  # shown to the model at 400, the middle of the sizes it was trained on
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
-DRAWN_ABOVE = 0.3
 
 
 def prepare() -> None:
@@ -100,17 +99,17 @@ def evaluate(photo: Photo, found: Instances, name: str, settings: APSettings) ->
     return {key: None if math.isnan(value) else round(value, 2) for key, value in metrics.items()}
 
 
-def draw(photo: Photo, found: Instances, path: Path) -> None:
-    """What was found in one colour, what was drawn by hand in another."""
+def draw(photo: Photo, found: Instances, threshold: float, path: Path) -> None:
+    """What was found with a higher score in one colour, what was drawn by hand in another."""
     picture = Image.fromarray(photo.pixels)
     pen = ImageDraw.Draw(picture)
-    drawn = found[found.scores > DRAWN_ABOVE].pred_boxes.tensor.tolist()
+    drawn = found[found.scores > threshold].pred_boxes.tensor.tolist()
     for boxes, colour, width in ((photo.boxes.tolist(), TRUTH, 1), (drawn, FOUND, 2)):
         for box in boxes:
             pen.rectangle(box, outline=colour, width=width)
     pen.rectangle((0, 0, 330, 18), fill=(0, 0, 0))
     pen.text((6, 4), f"{len(photo.boxes)} drawn by hand", fill=TRUTH)
-    pen.text((130, 4), f"{len(drawn)} found with score > {DRAWN_ABOVE}", fill=FOUND)
+    pen.text((130, 4), f"{len(drawn)} found with score > {threshold:.2f}", fill=FOUND)
     picture.save(path)
 
 
@@ -151,7 +150,7 @@ def main() -> None:
         photo = read_photo(DATA, which)
         found = detector(photo.pixels, threshold=0, tile=TEST_TILE).to_instances()
         results[which] = evaluate(photo, found, f"demo_{which}", settings)
-        draw(photo, found, args.output / picture)
+        draw(photo, found, detector.threshold, args.output / picture)
     metrics = {**results["test"], "second_site": results["second_site"], "seed": args.seed}
     metrics["seconds"] = round(time.time() - start)
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2))

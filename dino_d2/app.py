@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from .data import read_image
-from .detections import Detections, number_categories
+from .detections import DEFAULT_THRESHOLD, Detections, number_categories
 from .detector import Detector
 
 # Gradio reads these while it is imported.
@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 100
-THRESHOLD = 0.3  # at first
+DIGITS = 3  # of a score threshold
 SHOWN = (1024, 2048)  # least and most of the longer side, in pixels, of what is drawn on; the model sees the file's own
 THUMBNAIL = 160
 SMALLEST_TILE = 64
@@ -84,7 +84,7 @@ class Session:
 
     pictures: dict[str, Picture] = field(default_factory=dict)
     current: str | None = None
-    threshold: float = THRESHOLD
+    threshold: float = DEFAULT_THRESHOLD
     classes: Sequence[str] = ()
 
     @property
@@ -160,7 +160,8 @@ class _Page:
 
     def __init__(self, detector: Detector, tile: int):
         self.detector, self.class_names = detector, class_names_of(detector)
-        self.session = gr.State(Session())  # of which each visitor gets a copy
+        self.first_threshold = round(detector.threshold, DIGITS)
+        self.session = gr.State(Session(threshold=self.first_threshold))  # of which each visitor gets a copy
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 self._add_controls(tile)
@@ -171,7 +172,9 @@ class _Page:
     def _add_controls(self, tile: int) -> None:
         self.files = gr.File(label="Pictures", file_count="multiple", height=180)
         self.note = gr.Markdown(elem_id="note")
-        self.threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Score above", elem_id="threshold")
+        self.threshold = gr.Slider(
+            0, 1, self.first_threshold, step=10**-DIGITS, label="Score above", elem_id="threshold"
+        )
         self.classes = gr.Dropdown(
             list(self.class_names),
             value=[],

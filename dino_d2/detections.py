@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # COCO's numbers of its 80 classes, in their order.
 COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+DEFAULT_THRESHOLD = 0.3  # of the score, where weights come without one of their own
 FIRST_AND_LAST_OF_COCO = ("person", "toothbrush")
 # Distinct on photographs and for colour-blind eyes (Okabe and Ito), lightest first.
 COLOURS = [(240, 228, 66), (86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178)]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .checkpoint import DINOCheckpointer
 from .config import load_config
 from .data import build_test_augmentation, class_names, read_image
-from .detections import Detections, as_picture
+from .detections import DEFAULT_THRESHOLD, Detections, as_picture
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
 
@@ -42,10 +42,14 @@ class Detector:
         cfg: the config.
         model: the DINO, in evaluation mode.
         class_names: of all classes; empty if they are not known.
+        threshold: what is found scores more, unless a call says another one. It is the one that came with the weights,
+            where F1 was highest in the last evaluation of their training; 0.3 where none came. It can be set.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.model = cfg, model.eval()
+        stored = model.assumptions.score_threshold
+        self.threshold = DEFAULT_THRESHOLD if stored is None else stored
         self.class_names = tuple(class_names(cfg))
         self._augmentation = build_test_augmentation(cfg)
 
@@ -65,7 +69,7 @@ class Detector:
                 training; a checkpoint; the id of a repository on Hugging Face, of which only safetensors and plain YAML
                 are read.
             config_file: of a checkpoint that has no config.yaml beside it: a path, or the name of a recipe.
-            device: "cpu", "cuda", …; by default a GPU if there is one.
+            device: as PyTorch names it, such as "cpu"; by default a GPU if there is one.
             dtype: float32, or bfloat16 or float16 for what may be computed in less.
             overrides: KEY, VALUE, … over the config.
 
@@ -88,11 +92,26 @@ class Detector:
             cfg.MODEL.DINO.CLASS_NAMES = list(model.assumptions.class_names)
         return cls(cfg, model)
 
+    def __repr__(self) -> str:
+        return (
+            f"Detector({self.cfg.MODEL.BACKBONE.NAME}, {self.cfg.MODEL.DINO.NUM_CLASSES} classes, "
+            f"threshold {self.explain_threshold()})"
+        )
+
+    def explain_threshold(self) -> str:
+        """`threshold`, and where it comes from."""
+        stored = self.model.assumptions.score_threshold
+        if stored is not None and self.threshold == stored:
+            return f"{stored:.3f}, stored with the weights: there F1 was highest on the validation set"
+        if stored is None and self.threshold == DEFAULT_THRESHOLD:
+            return f"{DEFAULT_THRESHOLD}, the default: none is stored with the weights"
+        return f"{self.threshold:.3f}, set"
+
     def __call__(
         self,
         images: Picture | Sequence[Picture],
         *,
-        threshold: float = 0.3,
+        threshold: float | None = None,
         classes: Sequence[str] = (),
         tile: int = 0,
         batch_size: int = 1,
@@ -104,7 +123,7 @@ class Detector:
             images: a path, a URL, a PIL image or an array (H, W, 3) uint8 in RGB (`cv2.imread` gives BGR: say
                 channel_order="bgr"); a list of them; a folder, whose pictures are taken in the order of their names; a
                 video file.
-            threshold: keep what scores more. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
+            threshold: keep what scores more. None: `self.threshold`. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
             classes: names; none: all.
             tile: look at the picture in pieces of at most this side, in pixels: large pictures with small objects.
             batch_size: pictures that the model sees at once, if they have one size.
@@ -120,6 +139,7 @@ class Detector:
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
+        threshold = self.threshold if threshold is None else threshold
         path = Path(images) if isinstance(images, str | PathLike) else None
         if path and path.suffix.lower() in VIDEOS:
             return self._all(_frames(path), threshold, classes, tile, batch_size, "rgb")
@@ -221,6 +241,7 @@ detections = detector("photo.jpg")
 - Classes: {names}
 - Backbone: {self.cfg.MODEL.BACKBONE.NAME}
 - Pictures: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
+- Score threshold: {self.explain_threshold()}
 - Trained on, evaluated on, licence: *say it here before you publish the model*
 """
 

@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import THRESHOLD, Session, build_page, class_names_of, launch, look_at, to_coco  # noqa: E402
+from dino_d2.app import Session, build_page, class_names_of, launch, look_at, to_coco  # noqa: E402
 
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
@@ -176,7 +176,7 @@ def test_rectangles_are_found_drawn_and_listed(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
     upload(tab, photos[0])
-    found = detector(photos[0], threshold=THRESHOLD)
+    found = detector(photos[0], threshold=detector.threshold)
     says(tab, "1.png", len(found))
     best = found[0]
     assert best.name == "red"
@@ -195,12 +195,18 @@ def test_rectangles_are_found_drawn_and_listed(
     assert changed[: y1 // 2].mean() < 0.01
 
 
+def test_slider_starts_at_the_threshold_of_the_weights(tab: sync_api.Page, detector: WatchedDetector) -> None:
+    assert detector.model.assumptions.score_threshold == detector.threshold != 0.3
+    slider = tab.locator("#threshold input[type=range]")
+    assert float(slider.input_value()) == pytest.approx(detector.threshold, abs=6e-4)
+
+
 def test_slider_and_classes_choose_without_the_model(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
     everything = detector(photos[1], threshold=0.0)
     upload(tab, photos[1])
-    says(tab, "2.png", len(everything.above(THRESHOLD)))
+    says(tab, "2.png", len(everything.above(detector.threshold)))
     first, calls = shown(tab), detector.calls
     threshold = middle(everything.scores, 0)
     set_threshold(tab, threshold)
@@ -222,7 +228,7 @@ def test_coco_json_holds_what_is_shown_of_all_pictures(
 ) -> None:
     found = [detector(photo, threshold=0.2) for photo in photos[:2]]
     upload(tab, *photos[:2])
-    says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
+    says(tab, "1.png", len(detector(photos[0], threshold=detector.threshold)))
     set_threshold(tab, 0.2)
     says(tab, "1.png", len(found[0]))
     (tmp_path / "coco.json").write_text(json.dumps(coco_of(tab)))
@@ -240,7 +246,7 @@ def test_coco_json_holds_what_is_shown_of_all_pictures(
 def test_queue_shows_the_picture_that_is_chosen_and_grows_and_shrinks(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
-    counts = [len(detector(photo, threshold=THRESHOLD)) for photo in photos]
+    counts = [len(detector(photo, threshold=detector.threshold)) for photo in photos]
     calls = detector.calls
     upload(tab, *photos[:2])
     says(tab, "1.png", counts[0])
@@ -264,7 +270,7 @@ def test_queue_shows_the_picture_that_is_chosen_and_grows_and_shrinks(
 def test_what_is_chosen_while_the_model_works_stays_chosen(
     tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]
 ) -> None:
-    counts = [len(detector(photos[1], threshold=threshold)) for threshold in (THRESHOLD, 0.05)]
+    counts = [len(detector(photos[1], threshold=threshold)) for threshold in (detector.threshold, 0.05)]
     assert counts[0] < counts[1]
     detector.waits_in = detector.calls + 3
     upload(tab, *photos[:3])
@@ -291,7 +297,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
     cut = tmp_path / "cut.png"
     cut.write_bytes(photos[0].read_bytes()[:3000])
     upload(tab, *texts, cut, photos[0])
-    says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
+    says(tab, "1.png", len(detector(photos[0], threshold=detector.threshold)))
     note = tab.locator("#note")
     expect(note).to_have_text(
         re.compile(
@@ -306,7 +312,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
 
 def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]) -> None:
     upload(tab, photos[0])
-    says(tab, "1.png", len(detector(photos[0], threshold=THRESHOLD)))
+    says(tab, "1.png", len(detector(photos[0], threshold=detector.threshold)))
     set_threshold(tab, 0)
     says(tab, "1.png", len(detector(photos[0], threshold=0)))
     in_tiles = len(detector(photos[0], threshold=0, tile=80))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import GeneratorType
 
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dino_d2 import Detections, Detector, load_config
+from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
 from tests.web import Web, serve
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -156,6 +158,67 @@ def test_half_precision_finds_nearly_the_same(folder: Path, detector: Detector, 
     assert np.abs(scores[:5] - exact[:5]).max() < 0.02
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         Detector.from_pretrained(folder, dtype="int8")
+
+
+# --- the threshold where none is given
+
+
+@pytest.fixture
+def with_threshold(folder: Path, picture: np.ndarray, tmp_path: Path) -> tuple[Path, float]:
+    """A training's folder whose weights know a threshold, and that one: half of the detections score more."""
+    run = shutil.copytree(folder, tmp_path / "with_threshold")
+    scores = Detector.from_pretrained(folder)(picture, threshold=0).scores
+    threshold = float(scores[len(scores) // 2 - 1] + scores[len(scores) // 2]) / 2
+    content = torch.load(run / "model_final.pth", weights_only=True)
+    assumed = Assumptions.from_tensor(content["model"][EXTRA_STATE])
+    content["model"][EXTRA_STATE] = replace(assumed, score_threshold=threshold).to_tensor()
+    torch.save(content, run / "model_final.pth")
+    return run, threshold
+
+
+def test_threshold_of_the_weights_is_taken(with_threshold: tuple[Path, float], picture: np.ndarray) -> None:
+    run, threshold = with_threshold
+    detector = Detector.from_pretrained(run)
+    assert detector.threshold == threshold
+    everything = detector(picture, threshold=0)
+    expected = everything.above(threshold)
+    assert 0 < len(expected) < len(everything)
+    for found in (detector(picture), detector([picture])[0], detector(picture, threshold=threshold)):
+        assert same(found, expected)
+    assert f"threshold {threshold:.3f}, stored with the weights" in repr(detector)
+    detector.threshold = 0
+    assert same(detector(picture), everything)
+    assert "threshold 0.000, set" in repr(detector)
+
+
+def test_without_one_the_threshold_is_the_known_default(detector: Detector, picture: np.ndarray) -> None:
+    assert detector.threshold == 0.3
+    assert detector(picture).scores.tolist() == detector(picture, threshold=0.3).scores.tolist()
+    assert "5 classes, threshold 0.3, the default: none is stored" in repr(detector)
+
+
+def test_weights_of_before_there_was_a_threshold(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder, tmp_path / "run")
+    content = torch.load(run / "model_final.pth", weights_only=True)
+    facts = json.loads(bytes(content["model"][EXTRA_STATE].numpy()).rstrip(b"\0"))
+    del facts["score_threshold"]
+    content["model"][EXTRA_STATE] = torch.zeros(CAPACITY, dtype=torch.uint8)
+    text = json.dumps(facts).encode()
+    content["model"][EXTRA_STATE][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    torch.save(content, run / "model_final.pth")
+    assert Detector.from_pretrained(run).threshold == 0.3
+    del content["model"][EXTRA_STATE]
+    torch.save(content, run / "model_final.pth")
+    assert Detector.from_pretrained(run).threshold == 0.3
+
+
+def test_threshold_is_saved_with_the_detector(with_threshold: tuple[Path, float], tmp_path: Path) -> None:
+    run, threshold = with_threshold
+    Detector.from_pretrained(run).save_pretrained(tmp_path / "mine")
+    assert Detector.from_pretrained(tmp_path / "mine").threshold == threshold
+    assert f"Score threshold: {threshold:.3f}" in (tmp_path / "mine" / "README.md").read_text()
+    some = ["MODEL.DINO.CLASS_NAMES", NAMES[::-1][:3], "MODEL.DINO.NUM_CLASSES", 3]  # rows are copied by name
+    assert Detector.from_pretrained(run, overrides=some).threshold == threshold
 
 
 # --- weights

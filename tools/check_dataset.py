@@ -10,46 +10,60 @@ from pathlib import Path
 
 from dino_d2_cli import CommandParser, user_errors
 
-EXAMPLES = ["--json train.json --images train", "--json train.json --images train --config-file CONFIG --output FOLDER"]
+EXAMPLES = ["--data FOLDER", "--json train.json --images train --config-file CONFIG --output OUT"]
 DESCRIPTION = """\
-Prints what is wrong or odd in a data set in COCO's format, and, unless something is wrong, draws
-FOLDER/contact_sheet.png: augmented training samples with their objects and denoising queries. The exit code is 0 if
-training can start, else 1."""
+Prints what is wrong or odd in a data set: a folder as dino-d2 train takes it, or a file in COCO's format. Unless
+something is wrong, it draws OUT/contact_sheet.png: augmented training samples with their objects and denoising queries.
+The exit code is 0 if training can start, else 1."""
 RECIPE = "dino_r50_4scale_12ep"
 SAMPLES = 8
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="annotations in COCO's format")
-    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="with the photographs")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="COCO, Roboflow, YOLO or Pascal VOC; docs/data.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="annotations in COCO's format")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="with the photographs of --json")
     parser.add_argument(
         "--config-file", default=RECIPE, metavar="CONFIG", help="for augmentation and denoising (default %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="OUT")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if bool(args.data) == bool(args.json) or bool(args.json) != bool(args.images):
+        parser.error("what is to be checked? Give --data, or --json and --images")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     from detectron2.utils.env import seed_all_rng
 
-    from dino_d2.data import CocoFiles, class_names, load_config_for_files, register_datasets
+    from dino_d2.data import CocoFiles, class_names, find_dataset, load_config_for_files, register_datasets
     from dino_d2.data.contact_sheet import draw_contact_sheet
     from dino_d2.data.inspection import as_table, inspect_dataset, training_can_start
     from dino_d2.modeling.build import build_denoising
     from dino_d2.modeling.denoising import NoDenoising
 
-    files = CocoFiles(args.json, args.images)
     with user_errors():
-        cfg = load_config_for_files(args.config_file, args.opts, train=files, val=None)
+        if args.data:
+            found = find_dataset(args.data, args.output)
+            print(f"{args.data}: {found.layout}")
+            print("".join(f"  {note}\n" for note in found.notes), end="")
+            parts = [found.train, found.val]
+        else:
+            parts = [CocoFiles(args.json, args.images)]
+        cfg = load_config_for_files(args.config_file, args.opts, train=parts[0], val=None)
         register_datasets(cfg)
         denoising = build_denoising(cfg)
-    print(f"{args.json}: {len(class_names(cfg))} classes ({', '.join(class_names(cfg))}); reading the images …")
-    findings = inspect_dataset(files, None if isinstance(denoising, NoDenoising) else denoising)
-    print(as_table(findings) if findings else "nothing to report")
-    if not training_can_start(findings):
+    print(f"{len(class_names(cfg))} classes: {', '.join(class_names(cfg))}")
+    can_start = True
+    for files in parts:
+        print(f"{files.annotations}: reading the images …", flush=True)
+        findings = inspect_dataset(files, None if isinstance(denoising, NoDenoising) else denoising)
+        print(as_table(findings) if findings else "nothing to report")
+        can_start &= training_can_start(findings)
+    if not can_start:
         print("training cannot start: correct the errors first")
         return 1
 

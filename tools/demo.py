@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="CONFIG", help="of a checkpoint that has no config.yaml beside it")
     parser.add_argument("--input", required=True, nargs="+", metavar="PHOTO", help="photographs, folders of them")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--score-threshold", type=float, default=0.3, help="show what scores more (default 0.3)")
+    parser.add_argument("--score-threshold", type=float, help="show what scores more (default: that of the weights)")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="show these alone")
     parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at pieces of at most this side")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pictures = results_for(photos_of(args.input), args.output)
         detector = Detector.from_pretrained(args.weights, args.config_file, overrides=args.opts)
         args.output.mkdir(parents=True, exist_ok=True)
+    print(f"score threshold: {detector.explain_threshold() if args.score_threshold is None else args.score_threshold}")
     unreadable = 0
     for path, picture in pictures.items():
         try:

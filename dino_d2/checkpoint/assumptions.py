@@ -17,6 +17,7 @@ from dino_d2.data import class_names
 
 CAPACITY = 1 << 16  # bytes; the names of the 1203 classes of LVIS take a third of it
 EXTRA_STATE = "_extra_state"
+NOT_COMPARED = ("zoo_name", "score_threshold")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Assumptions:
     num_classes: of the class logits; None, in older checkpoints without names: not known.
     memory_fusion: the encoder combines the outputs of all its layers; None: weights without an encoder.
     zoo_name: by which `model_zoo` knows the weights; empty: it does not. Not compared.
+    score_threshold: above which F1 was highest when the weights were evaluated; None: they were not. Not compared.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +46,7 @@ class Assumptions:
     num_classes: int | None = None
     memory_fusion: bool | None = False
     zoo_name: str = ""
+    score_threshold: float | None = None
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
@@ -93,7 +96,7 @@ class Assumptions:
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             unknown = (field.name == "encoder" and not theirs) or theirs is None
             told_by_number = field.name == "class_names" and len(ours) != len(theirs)
-            if ours == theirs or unknown or told_by_number or field.name == "zoo_name":
+            if ours == theirs or unknown or told_by_number or field.name in NOT_COMPARED:
                 continue
             if field.name == "num_classes":
                 lines.append(

@@ -147,10 +147,15 @@ def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conve
     lines = [f"left over: {n}" for n in sorted(given - expected)] + [f"missing: {n}" for n in sorted(expected - given)]
     if lines:
         raise ConversionError("This checkpoint does not fit the config:\n  " + "\n  ".join(lines))
+    notes = []
     if EXTRA_STATE in state:
         model.set_extra_state(state[EXTRA_STATE])
+        threshold = model.assumptions.score_threshold
+        notes += (
+            [] if threshold is None else [f"score threshold {threshold:.3f}: {source} weights have no place for it"]
+        )
     result = {n: state[name] for name in sorted(given) for n in SOURCES[source](name, layout)}
-    return Conversion(result, [])
+    return Conversion(result, notes)
 
 
 def layout_of(model: DINO) -> Layout:

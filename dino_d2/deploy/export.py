@@ -65,6 +65,7 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
             "max_size": cfg.INPUT.MAX_SIZE_TEST,
             "class_names": model.assumptions.class_names,
+            "score_threshold": model.assumptions.score_threshold,
         }
     )
     with _replaced_after_success(path) as temporary:

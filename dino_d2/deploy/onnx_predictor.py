@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from dino_d2.detections import Detections
+from dino_d2.detections import DEFAULT_THRESHOLD, Detections
 
 METADATA_KEY = "dino_d2"  # of the JSON in the file's metadata
 PRECISION_BITS = 22  # of the weights when pixels of 8 bits are resized, as in Pillow
@@ -28,6 +28,8 @@ class OnnxPredictor:
         session: onnxruntime's, whose inputs `prepare` makes.
         class_names: of all classes, or empty.
         input_format: "RGB" or "BGR", what the session takes.
+        threshold: of the score, which came with the weights (see :class:`dino_d2.Detector`); 0.3 where none came. It is
+            not applied: `predict(image).above(predict.threshold)` is what `Detector` shows.
         min_size, max_size: to which images are resized: the shorter side, the most for the longer one; 0: they are not.
 
     Raises:
@@ -52,6 +54,8 @@ class OnnxPredictor:
         self.input_format: str = settings["input_format"]
         self.min_size: int = settings["min_size"]
         self.max_size: int = settings["max_size"]
+        threshold = settings.get("score_threshold")  # files of before there was one lack it
+        self.threshold: float = DEFAULT_THRESHOLD if threshold is None else threshold
 
     def __call__(self, image: np.ndarray) -> Detections:
         """

@@ -45,7 +45,9 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        return f"  {self.key} {shlex.quote(str(self.value))}" + (f"  # {self.reason}" if self.reason else "")
+        value = str(self.value)
+        quoted = f'"{value}"' if "'" in value and not set('"$`\\!') & set(value) else shlex.quote(value)
+        return f"  {self.key} {quoted}" + (f"  # {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True)
@@ -67,38 +69,20 @@ def choose(args: Namespace) -> Run:
     Raises:
         OSError, ValueError, ImportError: of what the user gave; nothing of a run is overwritten.
     """
-    config_file, model = _model(args)
+    config_file, choices = _model(args)
+    if args.output:
+        choices.append(Choice("OUTPUT_DIR", args.output, "--output"))
+    if args.data and not args.eval_only:
+        choices += [Choice(key, value, FEW_PHOTOS.name) for key, value in few_photos()]
     train, val = (CocoFiles(*files) if files else None for files in (args.train, args.val))
-    first = [*model, *([Choice("OUTPUT_DIR", args.output, "--output")] if args.output else [])]
-    chooses = args.data and not args.eval_only
-    if chooses:
-        first += [Choice(key, value, FEW_PHOTOS.name) for key, value in few_photos()]
-    plain = load_config(config_file, [*_flat(first), *args.opts])
-    resumes = bool(args.resume or args.resume_from)
     if args.data:
-        if chooses and not resumes:
-            check_run_folder(plain, resume=False)
-        found = _data(args, plain, may_replace=not (chooses and holds_run(plain.OUTPUT_DIR)))
-        train, val = found.train, found.val
-        first += _classes(found)
-        if args.eval_only:
-            train = None
-    run = Run(config_file, (*_flat(first), *args.opts), train, val)
-    later: list[Choice] = []
+        found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
+        choices += _classes(found)
+        train, val = None if args.eval_only else found.train, found.val
     if not args.eval_only and (args.data or args.epochs or args.batch_size):
-        cfg = run.config()
-        register_datasets(cfg)
-        if args.data and not (resumes and holds_run(cfg.OUTPUT_DIR)):
-            _inspect(cfg, train, val)
-        later = [*_weights_are_whole(cfg, args), *_batch(cfg, args), *_device(cfg)]
-        batch = _value(later, "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH)
-        epochs = args.epochs or (EPOCHS if args.data else None)
-        if epochs:
-            later += schedule(_images(cfg), batch, epochs, cfg.SOLVER.WARMUP_ITERS)
-        if not cfg.DATASETS.TEST:
-            later = [choice for choice in later if choice.key != "TEST.EVAL_PERIOD"]
-    _show([*first, *later], args.opts)
-    return Run(config_file, (*_flat([*first, *later]), *args.opts), train, val)
+        choices += _training(args, Run(config_file, (*_flat(choices), *args.opts), train, val))
+    _show(choices, args.opts)
+    return Run(config_file, (*_flat(choices), *args.opts), train, val)
 
 
 def few_photos() -> list[tuple[str, Any]]:
@@ -158,13 +142,39 @@ def _model(args: Namespace) -> tuple[str, list[Choice]]:
     return found.config_file, [*choices, Choice("MODEL.WEIGHTS", found.weights, "--weights")]
 
 
-def _data(args: Namespace, cfg: CfgNode, may_replace: bool) -> FoundDataset:
-    folder = Path(cfg.OUTPUT_DIR, *([EVALUATION] if args.eval_only else []), DATA)
-    found = find_dataset(args.data, folder, may_replace)
+def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:
+    """What `--data` holds; annotations that have to be written go to `OUTPUT_DIR`, of an evaluation to its folder."""
+    goes_on = False
+    if args.eval_only:
+        folder = Path(cfg.OUTPUT_DIR, EVALUATION, DATA)
+    else:
+        folder = Path(cfg.OUTPUT_DIR, DATA)
+        goes_on = _goes_on(args, cfg)
+        if not goes_on:
+            check_run_folder(cfg, resume=False)  # before anything is written there
+    found = find_dataset(args.data, folder, may_replace=not goes_on)
     print(f"{args.data}: {found.layout}, {found.counts[0]} images to train on, {found.counts[1]} to evaluate on")
     for note in found.notes:
         print(f"  {note}")
     return found
+
+
+def _goes_on(args: Namespace, cfg: CfgNode) -> bool:
+    return bool(args.resume or args.resume_from) and holds_run(cfg.OUTPUT_DIR)
+
+
+def _training(args: Namespace, run: Run) -> list[Choice]:
+    """Batch and length, after the data were looked through, unless they were when the run began."""
+    cfg = run.config()
+    register_datasets(cfg)
+    if args.data and not _goes_on(args, cfg):
+        _inspect(cfg, run.train, run.val)
+    choices = [*_weights_are_whole(cfg, args), *_batch(cfg, args), *(_device(cfg) if args.data else [])]
+    epochs = args.epochs or (EPOCHS if args.data else 0)
+    if epochs:
+        batch = next((x.value for x in choices if x.key == "SOLVER.IMS_PER_BATCH"), cfg.SOLVER.IMS_PER_BATCH)
+        choices += schedule(_images(cfg), batch, epochs, cfg.SOLVER.WARMUP_ITERS)
+    return [choice for choice in choices if cfg.DATASETS.TEST or choice.key != "TEST.EVAL_PERIOD"]
 
 
 def _classes(found: FoundDataset) -> list[Choice]:
@@ -232,10 +242,6 @@ def _images(cfg: CfgNode) -> int:
 
 def _most_objects(cfg: CfgNode) -> int:
     return max(len(record["annotations"]) for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
-
-
-def _value(choices: Sequence[Choice], key: str, default: Any) -> Any:
-    return next((choice.value for choice in choices if choice.key == key), default)
 
 
 def _flat(choices: Sequence[Choice]) -> list[Any]:

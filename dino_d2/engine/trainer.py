@@ -34,6 +34,7 @@ from .ema import EMA
 from .optimizer import build_optimizer
 from .processes import check_same_start
 from .run_folder import EVALUATION, settings_of_training
+from .score_threshold import EvaluationOfThreshold
 from .step import StepSettings, StepTrainer
 from .writers import ProgressPrinter, WandbWriter
 
@@ -80,7 +81,10 @@ class DINOTrainer(DefaultTrainer):
                 keep = solver.CHECKPOINT_KEEP or None
                 built.append(RecentCheckpoints(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep))
             elif isinstance(hook, hooks.EvalHook):
-                built.append(hooks.EvalHook(period, self.evaluate))
+                models = self.checkpointer.model, self.ema.model if self.ema else None
+                built.append(
+                    EvaluationOfThreshold(period, self.evaluate, self.cfg.DATASETS.TEST, *models, self.cfg.OUTPUT_DIR)
+                )
                 if solver.BEST_METRIC and comm.is_main_process():
                     built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
             else:

@@ -15,7 +15,9 @@ import numpy as np
 from detectron2 import evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils.file_io import PathManager
+from pycocotools.cocoeval import COCOeval
 
+from .f1 import best_f1, matches_of_hotcoco, matches_of_pycocotools
 from .settings import APSettings, hotcoco_is_installed
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     hotcoco matches boxes and accumulates precision and recall; the metrics are then taken from those arrays by the
     same lines of detectron2 as from pycocotools' arrays. Masks and keypoints are left to pycocotools.
+
+    Beside AP stand "F1", the highest at IoU 0.5 in percent, and "score_threshold", in [0, 1], which gives it
+    (:func:`best_f1`).
 
     Args:
         dataset_name: registered with detectron2.
@@ -77,6 +82,20 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         evaluated = evaluate_boxes(self._coco_api.dataset, detections, self._settings.max_dets, img_ids)
         self._results["bbox"] = self._derive_coco_results(evaluated, "bbox", self._metadata.get("thing_classes"))
 
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """See :meth:`detectron2.evaluation.COCOEvaluator._derive_coco_results`; of boxes with F1."""
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if iou_type != "bbox":
+            return results
+        if coco_eval is None:
+            return results | {"F1": float("nan"), "score_threshold": float("nan")}
+        matches = coco_eval.eval["matches"] if "matches" in coco_eval.eval else matches_of_pycocotools(coco_eval)
+        f1, threshold = best_f1(matches)
+        logger.info("F1 at IoU 0.5 is highest, %.1f, for detections that score more than %.3f", 100 * f1, threshold)
+        return results | {"F1": 100 * f1, "score_threshold": threshold}
+
     def _why_pycocotools(self, tasks: Iterable[str], detections: Sequence[dict[str, Any]]) -> str:
         """Empty if hotcoco can and may do it."""
         if self._settings.backend == "pycocotools":
@@ -105,7 +124,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 def evaluate_boxes(
     dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int, img_ids: list[int] | None = None
 ) -> COCOevalMaxDets:
-    """Boxes by hotcoco, as pycocotools would give them back: with `stats` and `eval`.
+    """Boxes by hotcoco, as pycocotools would give them back: with `stats` and `eval`, where the :class:`Matches` are.
 
     Args:
         dataset: in COCO's format, without any `difference`.
@@ -138,6 +157,7 @@ def evaluate_boxes(
     summary = COCOevalMaxDets(iouType="bbox")
     summary.params.maxDets = [*COUNTS, max_dets]
     summary.eval = {key: matched.eval[key] for key in ("precision", "recall", "scores")}
+    summary.eval["matches"] = matches_of_hotcoco(matched, rows[:, 5])
     summary.summarize()
     return summary
 

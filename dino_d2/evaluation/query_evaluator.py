@@ -38,16 +38,16 @@ class _Batch:
 
     boxes, anchors: (M, 4) matched pairs, cx, cy, w, h in [0, 1].
     areas: (M,) of those objects in pixels.
-    hits: (n,) predictions of each object, matched or not.
     image_ids: of the B images.
+    objects: of each image, with `gt_boxes` and `gt_classes`.
     detections: of each layer, B Instances.
     """
 
     boxes: Tensor
     anchors: Tensor
     areas: Tensor
-    hits: Tensor
     image_ids: list[int | str]
+    objects: list[Instances]
     detections: list[list[Instances]]
 
 
@@ -63,8 +63,6 @@ class QueryEvaluator(DatasetEvaluator):
             is measured by.
         model: the DINO that is evaluated, or its DistributedDataParallel.
         k: of the average top-k distance; the paper's is 100.
-        score_threshold: predictions below it are no duplicates: nobody would see them. 0.3 is where the published
-            demonstration draws its boxes.
         settings: of the AP of the layers.
 
     Raises:
@@ -77,7 +75,6 @@ class QueryEvaluator(DatasetEvaluator):
         dataset_name: str,
         model: nn.Module,
         k: int = 100,
-        score_threshold: float = 0.3,
         settings: APSettings | None = None,
     ):
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -91,7 +88,7 @@ class QueryEvaluator(DatasetEvaluator):
                 "TEST.QUERY_METRICS measures the queries of one pass, TEST.AUG.ENABLED makes several: switch one off"
             )
         self._dataset_name = dataset_name
-        self._k, self._score_threshold = k, score_threshold
+        self._k = k
         self._recorder = DecoderRecorder(self._model.decoder)
         self._objects = {_image_id(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
         # One for all layers, one after the other; the batches are gathered before.
@@ -115,15 +112,14 @@ class QueryEvaluator(DatasetEvaluator):
         sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
         by_layer = [*(self._model.postprocess(layer, inputs, sizes) for layer in layers[:-1]), outputs]
         detections = [[result["instances"].to("cpu") for result in results] for results in by_layer]
-        seen = [found[found.scores >= self._score_threshold] for found in detections[-1]]
 
         self._batches.append(
             _Batch(
                 boxes=torch.cat([target.boxes for target in targets])[pairs.target].cpu(),
                 anchors=queries.anchors[pairs.image, pairs.query].cpu(),
                 areas=areas[pairs.target.cpu()],
-                hits=torch.cat([predictions_per_object(*both) for both in zip(seen, objects, strict=True)]),
                 image_ids=[_image_id(x) for x in inputs],
+                objects=objects,
                 detections=detections,
             )
         )
@@ -140,14 +136,17 @@ class QueryEvaluator(DatasetEvaluator):
         batches = list(chain(*comm.gather(self._batches)))
         if not comm.is_main_process() or not batches:
             return {}
-        boxes, anchors, areas, hits = (
-            torch.cat([getattr(batch, name) for batch in batches]) for name in ("boxes", "anchors", "areas", "hits")
+        boxes, anchors, areas = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("boxes", "anchors", "areas")
         )
         small = areas < SMALL_AREA
         results = {
             f"ATD{self._k}": average_top_k_distance(boxes, anchors, self._k).item(),
             f"ATD{self._k}s": average_top_k_distance(boxes[small], anchors[small], self._k).item(),
-            "duplicates": (hits[hits > 0] - 1).double().mean().item(),
+            "duplicates": _duplicates(
+                [found for batch in batches for found in batch.detections[-1]],
+                [objects for batch in batches for objects in batch.objects],
+            ),
         }
         if self._layer_evaluator is not None:
             for layer in range(len(batches[0].detections)):
@@ -202,6 +201,24 @@ def predictions_per_object(predictions: Instances, objects: Instances) -> Tensor
     overlap = pairwise_iou(predictions.pred_boxes, objects.gt_boxes) * same_class
     overlap, nearest = overlap.max(dim=1)
     return nearest[overlap >= DUPLICATE_IOU].bincount(minlength=len(objects))
+
+
+def _duplicates(predictions: Sequence[Instances], objects: Sequence[Instances]) -> float:
+    """Mean, over the objects that are found, of how many predictions too many they have.
+
+    As many predictions count as the data set has objects, the best of all images: only the order of scores matters.
+
+    Args:
+        predictions, objects: of each image.
+    """
+    scores = torch.cat([found.scores for found in predictions])
+    count = min(len(scores), sum(map(len, objects)))
+    if not count:
+        return float("nan")
+    least = scores.topk(count).values[-1]
+    best = [found[found.scores >= least] for found in predictions]
+    hits = torch.cat([predictions_per_object(*both) for both in zip(best, objects, strict=True)])
+    return (hits[hits > 0] - 1).double().mean().item()
 
 
 def _layer_evaluator(dataset_name: str, settings: APSettings | None) -> DatasetEvaluator | None:

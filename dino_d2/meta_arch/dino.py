@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
 from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class InferenceSettings:
@@ -35,7 +38,8 @@ class InferenceSettings:
 
     max_detections: per image.
     query_score_threshold: queries of tokens that score less are left out, so that images have as many as they need,
-        `query_selection.num_queries` at most; 0: all have as many.
+        `query_selection.num_queries` at most; 0: all have as many. Of the model's own scores, which depend on its
+        class loss.
     nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
     autocast: name of the dtype of products and convolutions, None: that of the weights.
     test_time_augmentation: for each image; None: every image is looked at once.
@@ -132,14 +136,24 @@ class DINO(nn.Module):
         return self.assumptions.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare what the weights assume with what this model is.
+        """Compare what the weights assume with what this model is, and take over their score threshold.
 
         Raises:
             ValueError: they contradict each other; each line names a config key.
         """
-        lines = self.assumptions.contradictions(Assumptions.from_tensor(state))
+        theirs = Assumptions.from_tensor(state)
+        lines = self.assumptions.contradictions(theirs)
         if lines:
             raise ValueError("The checkpoint was made for another model:\n  " + "\n  ".join(lines))
+        self.assumptions = replace(self.assumptions, score_threshold=theirs.score_threshold)
+        for_queries = self.inference.query_score_threshold
+        if theirs.score_threshold is not None and for_queries > theirs.score_threshold:
+            logger.warning(
+                "MODEL.DINO.QUERY_SCORE_THRESHOLD is %.3g, but with these weights detections count from a score of "
+                "%.3g: objects are lost that would be shown. Set it lower, or to 0",
+                for_queries,
+                theirs.score_threshold,
+            )
 
     @property
     def device(self) -> torch.device:

@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 
 from dino_d2.data import CocoFiles, class_names, read_coco, read_image
-from dino_d2.detections import draw_boxes
+from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 
 EXAMPLES = "examples"  # folder in OUTPUT_DIR
 EACH = 3  # of the best and of the worst
-IOU, SCORE = 0.5, 0.3  # from which a detection is the object, and from which it counts
+IOU = 0.5  # from which a detection is the object
 PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of a photograph, height of the title, distance
 NARROWEST = 400  # pixels that a title needs
 PAPER, INK = (255, 255, 255), (0, 0, 0)
@@ -48,8 +48,8 @@ class Objects:
 
 @dataclass(frozen=True)
 class Photograph:
-    """path: of the file. truth, found: what is there, and what was found with a score above `SCORE`. right: how many
-    of what was found are an object of the truth, each of another."""
+    """path: of the file. truth, found: what is there, and what was found with a score above the threshold. right: how
+    many of what was found are an object of the truth, each of another."""
 
     path: Path
     truth: Objects
@@ -85,7 +85,9 @@ def report_on_photographs(cfg: CfgNode, results: dict[str, Any]) -> None:
     detections = Path(cfg.OUTPUT_DIR, "inference", name, "coco_instances_results.json")
     if not metrics or not detections.is_file():  # nothing was found, or there is no truth to compare it with
         return
-    photographs = score_photographs(files, json.loads(detections.read_text()))
+    threshold = metrics.get("score_threshold", math.nan)
+    threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
+    photographs = score_photographs(files, json.loads(detections.read_text()), threshold)
     names = class_names(cfg)
     counts = Counter(label for photograph in photographs for label in photograph.truth.labels.tolist())
     logger.info(
@@ -97,7 +99,7 @@ def report_on_photographs(cfg: CfgNode, results: dict[str, Any]) -> None:
     for what, chosen in (("best", best), ("worst", worst)):
         for number, photograph in enumerate(chosen, start=1):
             draw(photograph, names).save(folder / f"{what}_{number}.png")
-    logger.info("The best and the worst photographs, truth beside detections: %s", folder)
+    logger.info("The best and the worst photographs, truth beside what scores above %.3f: %s", threshold, folder)
     logger.info("Next: dino-d2 predict --weights %s --input PHOTO --output found", shlex.quote(cfg.OUTPUT_DIR))
 
 
@@ -114,11 +116,14 @@ def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, 
     return tabulate(shown, ["class", "objects", "AP"], tablefmt="simple", disable_numparse=True) + f"\n{more}"
 
 
-def score_photographs(files: CocoFiles, detections: Sequence[dict[str, Any]]) -> list[Photograph]:
+def score_photographs(
+    files: CocoFiles, detections: Sequence[dict[str, Any]], threshold: float = DEFAULT_THRESHOLD
+) -> list[Photograph]:
     """In the order of the annotation file.
 
     Args:
         detections: in COCO's format for results.
+        threshold: detections count that score more.
     """
     content = read_coco(files.annotations)
     labels = {number: label for label, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
@@ -126,7 +131,7 @@ def score_photographs(files: CocoFiles, detections: Sequence[dict[str, Any]]) ->
     for entry in content["annotations"]:
         (crowds if entry.get("iscrowd") else truth)[entry["image_id"]].append(entry)
     for entry in detections:
-        if entry["score"] > SCORE:
+        if entry["score"] > threshold:
             found[entry["image_id"]].append(entry)
     return [
         _scored(

@@ -8,7 +8,7 @@ import logging
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
@@ -213,6 +213,19 @@ def test_checkpoint_of_before_there_was_another_encoder_is_of_the_deformable(det
     text = json.dumps(facts).encode()
     old[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     assert Assumptions.from_tensor(old) == ours
+
+
+def test_score_threshold_comes_with_the_weights_and_goes_with_others(detector: Callable, tmp_path: Path) -> None:
+    model, other = detector(*OLD), detector(*OLD)
+    (tmp_path / "without").mkdir()
+    without = saved(other, tmp_path / "without")
+    model.assumptions = replace(model.assumptions, score_threshold=0.1 + 0.2)
+    path = saved(model, tmp_path)
+    for checkpointer in (DINOCheckpointer, DetectionCheckpointer):
+        checkpointer(other).load(path)
+        assert other.assumptions == model.assumptions
+        checkpointer(other).load(without)
+        assert other.assumptions.score_threshold is None
 
 
 def test_detectron2s_own_checkpointer_refuses_other_names(detector: Callable, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_way_there_and_back_is_bit_for_bit(source: str) -> None:
     back = to_published(model.state_dict(), source, model).state
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_score_threshold_that_is_lost_on_the_way_is_said() -> None:
+    model = build_model(resnet_config())
+    model.assumptions = replace(model.assumptions, score_threshold=0.25)
+    assert to_published(model.state_dict(), "official", model).notes == [
+        "score threshold 0.250: official weights have no place for it"
+    ]
 
 
 def test_mmdetections_names_are_those_of_its_source_files() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def small_model(small_cfg: CfgNode) -> DINO:
         nn.init.normal_(head.weight, std=0.3)
     for head in (*model.decoder.box_heads, proposals.box_head):
         nn.init.normal_(head.layers[-1].weight, std=0.1)
+    model.assumptions = replace(model.assumptions, score_threshold=0.41)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,22 @@ def test_only_standard_operators(onnx_file: Path) -> None:
     import onnx
 
     assert {node.domain for node in onnx.load(onnx_file).graph.node} == {""}
+
+
+def test_threshold_of_the_weights_is_in_the_file(onnx_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    assert OnnxPredictor(onnx_file).threshold == 0.41
+    model = onnx.load(onnx_file)
+    (entry,) = model.metadata_props
+    settings = json.loads(entry.value)
+    for without in (
+        settings | {"score_threshold": None},
+        {k: v for k, v in settings.items() if k != "score_threshold"},
+    ):
+        entry.value = json.dumps(without)  # of weights that have none; of a file of before there was one
+        onnx.save(model, tmp_path / "without.onnx")
+        assert OnnxPredictor(tmp_path / "without.onnx").threshold == 0.3
 
 
 def test_a_file_of_another_maker_is_refused(onnx_file: Path, tmp_path: Path) -> None:

@@ -291,3 +291,17 @@ def test_options_that_make_no_sense_are_one_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_epochs_and_batch_alone_change_nothing_else(data: Path) -> None:
+    files = ("--train-json", data / "train.json", "--train-images", data / "train")
+    run = chosen(*files, "--config-file", RECIPE, "--epochs", 3, "--batch-size", 5)
+    given = dict(zip(run.overrides[::2], run.overrides[1::2], strict=True))
+    assert given.keys() == {
+        "SOLVER.IMS_PER_BATCH",
+        "SOLVER.BASE_LR",
+        "SOLVER.MAX_ITER",
+        "SOLVER.STEPS",
+        "SOLVER.CHECKPOINT_PERIOD",
+    }  # no evaluation without data for it
+    assert (given["SOLVER.MAX_ITER"], given["SOLVER.BASE_LR"]) == (6, pytest.approx(1e-4 * 5 / 16, rel=1e-3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -416,6 +417,20 @@ def test_threshold_leaves_one_query_at_least_and_all_at_most(tiny_cfg: CfgNode) 
     nn.init.constant_(model.query_selection.proposals.class_head.bias, -100)  # all the tokens score next to nothing
     assert len(predict(model, image)[0]) == 5
     assert number_of_queries(recorder) == 1
+
+
+@pytest.mark.parametrize(
+    ("for_queries", "stored", "warned"), [(0.1, 0.05, True), (0.1, 0.2, False), (0.1, None, False)]
+)
+def test_threshold_above_that_of_the_weights_is_said(
+    for_queries: float, stored: float | None, warned: bool, tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """0.1 is right for one class loss and too high for another."""
+    model, _ = with_threshold(tiny_cfg, for_queries)
+    state = model.state_dict()
+    state["_extra_state"] = replace(model.assumptions, score_threshold=stored).to_tensor()
+    model.load_state_dict(state)
+    assert ("QUERY_SCORE_THRESHOLD is 0.1, but" in caplog.text) == warned
 
 
 def test_training_has_all_queries_whatever_they_score(tiny_config) -> None:

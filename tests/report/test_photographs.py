@@ -59,6 +59,12 @@ def test_f1_of_a_photograph(tmp_path: Path, truth: list, detections: list, right
     assert (photograph.right, photograph.f1) == (right, pytest.approx(f1))
 
 
+def test_threshold_decides_what_was_found(tmp_path: Path) -> None:
+    files, detections = dataset(tmp_path, [[(3, HERE)]]), [found(1, 3, HERE, 0.2), found(1, 3, THERE, 0.1)]
+    counts = [len(score_photographs(files, detections, threshold)[0].found) for threshold in (0.05, 0.1, 0.15, 0.3)]
+    assert counts == [2, 1, 1, 0]
+
+
 def test_best_and_worst_are_ordered_and_none_is_both(tmp_path: Path) -> None:
     truth = [[(3, HERE)], [(3, HERE), (7, THERE)], [], [(3, HERE), (7, THERE)], [(3, HERE)], [(3, HERE)], [(3, HERE)]]
     detections = [found(1, 3, HERE), found(2, 3, HERE), found(2, 7, THERE), found(4, 3, HERE), found(6, 7, THERE)]

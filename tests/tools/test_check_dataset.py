@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def shows(picture: np.ndarray, colour: tuple[float, ...]) -> bool:
 def test_sound_data_passes_and_is_drawn(data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert check(data, tmp_path / "out", "SEED", "1") == 0
     printed = capsys.readouterr().out
-    assert "2 classes (red, blue)" in printed
+    assert "2 classes: red, blue" in printed
     assert "images without boxes" in printed
     sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB")).astype(float)[64:]
     assert shows(sheet, POSITIVE)
@@ -59,6 +60,23 @@ def test_sound_data_passes_and_is_drawn(data: tuple[Path, Path], tmp_path: Path,
     sheet = np.asarray(Image.open(tmp_path / "off" / "contact_sheet.png").convert("RGB")).astype(float)[64:]
     assert shows(sheet, OBJECT)
     assert not shows(sheet, POSITIVE)
+
+
+def test_folder_is_checked_part_by_part(data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "folder"
+    for part in ("train", "val"):
+        shutil.copytree(data[1], folder / part)
+        shutil.copy(data[0], folder / f"{part}.json")
+    assert check_dataset.main(["--data", str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("reading the images") == 2
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+    (folder / "val" / "1.png").unlink()
+    assert check_dataset.main(["--data", str(folder), "--output", str(tmp_path / "out")]) == 1
+    assert "missing images" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        check_dataset.main(["--data", str(folder), "--json", str(data[0]), "--images", str(data[1])])
+    with pytest.raises(SystemExit, match="2"):
+        check_dataset.main([])
 
 
 def test_errors_are_printed_and_nothing_is_drawn(

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from dino_d2 import Detector
+from dino_d2.checkpoint import Assumptions
 from tests.engine.test_resume import differing
 from tests.synthetic import COLOURS, config_values, write_rectangles
 
@@ -81,6 +83,9 @@ def test_it_ends_with_ap_by_class_examples_and_the_next_command(
     pictures = sorted(path.name for path in (output / "examples").iterdir())
     assert pictures == [f"{what}_{number}.png" for what in ("best", "worst") for number in (1, 2, 3)]
     assert (output / "model_best.pth").is_file()
+    best = torch.load(output / "model_best.pth", weights_only=True)["model"]
+    threshold = Assumptions.from_tensor(best["_extra_state"]).score_threshold
+    assert f"truth beside what scores above {0.3 if threshold is None else threshold:.3f}" in end
 
 
 def test_its_config_alone_makes_the_same_run(trained: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> None:
@@ -101,6 +106,7 @@ def test_what_comes_next_finds_objects(trained: tuple[Path, subprocess.Completed
     result = run("-m", "dino_d2", "predict", "--weights", trained[0], "--input", photograph, "--output", tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "1.png").is_file()
+    assert f"score threshold: {Detector.from_pretrained(trained[0]).explain_threshold()}" in result.stdout
 
 
 def test_a_folder_of_something_else_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -38,9 +38,15 @@ class TimmBackbone(Backbone):
         norm_maps: bool = False,
     ):
         super().__init__()
-        self.body = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), in_chans=in_channels
-        )
+        try:
+            self.body = timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), in_chans=in_channels
+            )
+        except OSError as error:
+            raise OSError(
+                f"timm could not fetch the weights of {name} ({str(error).splitlines()[0]}). Without a network: "
+                "MODEL.TIMM.PRETRAINED False, and MODEL.WEIGHTS with weights that you have"
+            ) from error
         self.freeze_batchnorm = freeze_batchnorm
         if freeze_batchnorm:
             for norm in self._batch_norms():
