@@ -1,5 +1,5 @@
-"""The command `dino-d2`, and what the scripts in tools/ share. Standard library only, so that `--help` comes at once:
-the package dino_d2, which brings torch and detectron2, is imported when there is work to do.
+"""The command `dino-d2`, and code shared by the scripts in tools/. Imports only the standard library, so that `--help`
+is fast: the package dino_d2, which imports torch and detectron2, is imported when needed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-# command: (script in tools/, arguments put before the user's, what it does)
+# command: (script in tools/, arguments before the user's, description)
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "train": ("train_net", (), "train a detector, from a recipe or a folder of photographs"),
+    "train": ("train_net", (), "train a detector, from a recipe or a folder of images"),
     "evaluate": ("train_net", ("--eval-only",), "measure AP of trained weights"),
-    "predict": ("demo", (), "find objects in photographs and draw them"),
-    "check": ("check_dataset", (), "look for faults in a data set before training on it"),
-    "convert": ("convert_checkpoint", (), "convert weights of other DINO programs, and back"),
-    "export": ("export", (), "write a model as ONNX or torch.export program"),
+    "predict": ("demo", (), "detect objects in images and draw them"),
+    "check": ("check_dataset", (), "check a dataset before training"),
+    "convert": ("convert_checkpoint", (), "convert weights from other DINO implementations, and back"),
+    "export": ("export", (), "export a model to ONNX or torch.export"),
     "analyze": ("analyze", (), "count parameters and FLOPs"),
-    "plot": ("plot_run", (), "draw the curves of training runs"),
+    "plot": ("plot_run", (), "plot the curves of training runs"),
     "zoo": ("zoo", (), "list published weights"),
-    "app": ("app", (), "open a web page that finds objects in your photographs"),
+    "app": ("app", (), "start a local web page that detects objects in your images"),
     "doctor": ("doctor", (), "check the installation"),
     "install-detectron2": ("install_detectron2", (), "install detectron2, which is not on PyPI"),
 }
@@ -32,10 +32,10 @@ USER_ERROR = 2  # exit code, as argparse's
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose help begins with examples, and whose errors are one line.
+    """A parser whose help starts with examples, and whose errors are one line.
 
     Args:
-        examples: a command line each, without the name of the command.
+        examples: command lines without the name of the command.
         description: paragraphs.
     """
 
@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Errors of what the user gave, such as files, settings and weights: the message alone, exit code 2."""
+    """Print errors in user input (files, settings, weights) as a single message and exit with code 2."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"dino-d2: {command} is no command; they are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"dino-d2: {command} is not a command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return USER_ERROR
     script, first, _ = COMMANDS[command]
-    sys.argv = [f"dino-d2 {command}", *rest]  # the name in usage and errors
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # detectron2 imports a part that is to go
+    sys.argv = [f"dino-d2 {command}", *rest]  # name in usage and errors
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # detectron2 imports deprecated parts
     return load_script(script)([*first, *rest])
 
 
@@ -87,7 +87,7 @@ def load_script(name: str) -> Callable[[Sequence[str] | None], int | None]:
 
 
 def shipped(name: str) -> Path:
-    """The folder "configs" or "tools": in the package if it is installed, beside it in a checkout."""
+    """The folder "configs" or "tools": inside the package if installed, beside it in a checkout."""
     (package,) = importlib.util.find_spec("dino_d2").submodule_search_locations
     return next(folder for folder in (Path(package, name), Path(package).parent / name) if folder.is_dir())
 
@@ -96,10 +96,10 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"    {name:<{width}}  {what}" for name, (_, _, what) in COMMANDS.items()]
     return (
-        "DINO detectors: from photographs to boxes.\n\n"
+        "DINO object detection with detectron2.\n\n"
         "    dino-d2 predict --weights dino_r50_4scale_12ep --input street.jpg --output found\n"
         "    dino-d2 train --data my_photographs --weights dino_r50_4scale_12ep --epochs 24 --output output/mine\n\n"
-        "Commands:\n" + "\n".join(lines) + "\n\ndino-d2 COMMAND --help explains one."
+        "Commands:\n" + "\n".join(lines) + "\n\nRun dino-d2 COMMAND --help for details."
     )
 
 

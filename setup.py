@@ -1,4 +1,4 @@
-"""Builds the deformable-attention op and installs `ops/` as `dino_d2.ops`. Metadata: pyproject.toml."""
+"""Build the deformable-attention op and install `ops/` as `dino_d2.ops`. Metadata is in pyproject.toml."""
 
 import os
 import shutil
@@ -18,21 +18,21 @@ try:
     )
 except ImportError:
     sys.exit(
-        "\n\ndino_d2 is built against the torch that you run it with, and this build environment has none.\n"
-        "  - torch is installed:      pip install --no-build-isolation -e .\n"
-        "  - nothing installed yet:   make setup\n"
+        "\n\ndino_d2 must be built with the installed torch, but this build environment has no torch.\n"
+        "  - if torch is installed:   pip install --no-build-isolation -e .\n"
+        "  - if not:                  make setup\n"
     )
 
 STABLE_ABI_SINCE = (2, 10)
-# Every torch from 2.10 on loads the same file (and, by `py_limited_api`, every Python from 3.10 on).
+# The same file works with torch >= 2.10 (and, through `py_limited_api`, with Python >= 3.10).
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HEADERS = sorted(str(path) for path in Path("ops/csrc").rglob("*h") if path.suffix in (".h", ".cuh"))
-# Machine code for A100 and, of the same generation, RTX 30 and 40; for H100; portable code for what comes after.
+# Machine code for A100 (which also serves RTX 30 and 40) and H100; PTX for later GPUs.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def wants_cuda() -> bool:
-    """FORCE_CUDA=0|1 decides; otherwise the kernels are built where nvcc and a torch with CUDA are."""
+    """FORCE_CUDA=0|1 decides; otherwise CUDA kernels are built if nvcc and a torch with CUDA are available."""
     forced = os.environ.get("FORCE_CUDA")
     if forced in ("0", "1"):
         return forced == "1"
@@ -42,17 +42,17 @@ def wants_cuda() -> bool:
 
 def extension():
     sources = ["ops/csrc/library.cpp", *sorted(str(path) for path in Path("ops/csrc/cpu").glob("*.cpp"))]
-    # Comparisons and roundings on vectors need these two; neither changes a result.
+    # The two -fno flags enable vectorised comparison and rounding; they do not change results.
     cxx = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *ABI]
     if not wants_cuda():
         return CppExtension(
             "dino_d2.ops._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True, depends=HEADERS
         )
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        # PyTorch's builder asks the visible GPU, and fails where there is none.
+        # PyTorch's builder queries the visible GPU, and fails without one.
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
     sources += sorted(str(path) for path in Path("ops/csrc/cuda").glob("*.cu"))
-    # What PyTorch's builder will ask nvcc for, so that the op can tell which cards it has code for.
+    # The architectures that PyTorch's builder will pass to nvcc, so that the op knows which GPUs it supports.
     code = [flag.rsplit("=", 1)[1] for flag in _get_cuda_arch_flags()]
     nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DDINO_D2_CUDA_CODE={'+'.join(code)}", *ABI]
     result = CUDAExtension(
@@ -62,7 +62,7 @@ def extension():
         py_limited_api=True,
         depends=HEADERS,
     )
-    # torch has loaded the CUDA runtime by then; linking it here would need the toolkit's library folder.
+    # torch has already loaded the CUDA runtime; linking it would need the toolkit's library folder.
     result.libraries.remove("cudart")
     return result
 
@@ -71,8 +71,8 @@ def extensions() -> list:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < STABLE_ABI_SINCE:
         print(
-            f"dino_d2: torch {torch.__version__} has no stable C++ interface (2.10 is the first); installing without "
-            "the compiled op, plain PyTorch will serve"
+            f"dino_d2: torch {torch.__version__} has no stable ABI (2.10 or newer does); installing without the "
+            "compiled op, using plain PyTorch instead"
         )
         return []
     return [extension()]

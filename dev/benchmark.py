@@ -6,8 +6,8 @@
     dev/benchmark.py --config-file CONFIG --size 480 640 --growth size queries layers batch --plot growth.png
     dev/benchmark.py --compare old.json new.json
 
-Every variant is timed with every dtype and batch, all of them in turns, so that a busy machine slows them alike.
-Weights and pixels are random. docs/performance.md says what each number means.
+Every variant is timed with every dtype and batch size, interleaved, so that other load affects all of them alike.
+Weights and pixels are random. docs/performance.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from detectron2.config import CfgNode
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark_report import MIXED, Case, Measurement, Report, Seconds, as_markdown, compare, describe_machine, draw
-from benchmark_runners import OnnxInference, Runner, Workshop, make_batch, onnx_session, wait_for
+from benchmark_runners import OnnxInference, Runner, RunnerFactory, make_batch, onnx_session, wait_for
 from dino_d2.autocast import DTYPES
 
-BASE = "dino_d2"  # the variant that the config describes
-SAID_OTHERWISE = {
+BASE = "dino_d2"  # the config without changes
+SET_BY_OPTION = {
     "MODEL.DEVICE": "--device",
     **{f"{part}.AMP.{key}": "--dtype" for part in ("SOLVER", "TEST") for key in ("ENABLED", "DTYPE")},
 }
-GROWTH = {  # axis -> what the first case is multiplied by
+GROWTH = {  # axis -> factors applied to the first case
     "size": (0.5, 0.75, 1),  # each side
     "queries": (1 / 3, 2 / 3, 1),
     "layers": (1 / 3, 2 / 3, 1),  # of the encoder, and of the decoder
@@ -47,8 +47,8 @@ AXIS_LABELS = {
     "size": "image size (million pixels)",
     "queries": "queries",
     "layers": "encoder and decoder layers",
-    "objects": "objects in an image",
-    "batch": "images in a batch",
+    "objects": "objects per image",
+    "batch": "images per batch",
 }
 
 
@@ -61,9 +61,9 @@ def seconds_of(call: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_of(call: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that `call` takes at its peak beyond what is held before: allocated on an accelerator, resident on a CPU.
+    """Peak memory of `call` in bytes above the level before: allocated on a GPU, resident on a CPU.
 
-    None where a CPU's peak cannot be reset, that is, outside Linux with glibc.
+    None if a CPU's peak cannot be reset (other than Linux with glibc).
     """
     if device.type != "cpu":
         memory = torch.get_device_module(device)
@@ -72,7 +72,7 @@ def peak_of(call: Callable[[], None], device: torch.device) -> int | None:
         call()
         return memory.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # resident but freed memory would be reused unnoticed
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         call()
@@ -88,7 +88,7 @@ def resident(field: str) -> int:
 
 
 def measure(runners: dict[Case, Runner], rounds: int, device: torch.device) -> list[Measurement]:
-    """Two calls of each to warm up, the second for its memory; then `rounds` rounds in turns."""
+    """Warm up with two calls of each, the second to measure memory; then time `rounds` interleaved rounds."""
     memory = {}
     for case, runner in runners.items():
         runner.call()
@@ -100,7 +100,7 @@ def measure(runners: dict[Case, Runner], rounds: int, device: torch.device) -> l
     for _ in range(rounds):
         for case, runner in runners.items():
             if len(runners) > 1:
-                runner.call()  # so that none pays for what the one before left in the caches
+                runner.call()  # so that the caches do not hold another runner's data
             staged[case].append(runner.stages())
             whole[case].append(seconds_of(runner.call, device))
     return [
@@ -120,7 +120,7 @@ def summary(seconds: Sequence[float]) -> Seconds:
 
 
 def operators(call: Callable[[], None], device: torch.device) -> str:
-    """The operators of one call, those that take most time first."""
+    """The operators of one call, sorted by time."""
     on_accelerator = device.type != "cpu"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_accelerator else [])
     with profile(activities=activities) as profiled:
@@ -131,7 +131,7 @@ def operators(call: Callable[[], None], device: torch.device) -> str:
 
 
 def grown(cfg: CfgNode, base: Case, axis: str) -> dict[float, Case]:
-    """Where on the axis each case lies; `base` is one of them."""
+    """The cases along an axis by their position; `base` is one of them."""
     return dict(_grown_by(cfg, base, axis, factor) for factor in GROWTH[axis])
 
 
@@ -155,7 +155,7 @@ def _grown_by(cfg: CfgNode, base: Case, axis: str, factor: float) -> tuple[float
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no whole number from 1 on (KEY VALUE of the config come right after --config-file FILE)"
+            f"{text!r} is not a positive integer (put config KEY VALUEs right after --config-file FILE)"
         )
     return int(text)
 
@@ -167,7 +167,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, for all cases")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values for all cases")
     parser.add_argument("--mode", choices=("infer", "train"), default="infer", help="default infer")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
@@ -179,60 +179,63 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of each image (default 800 1333)",
     )
     shape.add_argument(
-        "--mixed", action="store_true", help="shapes of COCO at the config's test size, padded to a batch"
+        "--mixed", action="store_true", help="COCO image shapes at the config's test size, padded to a batch"
     )
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="images (default 1)")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="batch sizes (default 1)")
     parser.add_argument("--objects", type=int, default=8, help="in each image, for training (default 8)")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", *DTYPES), default=["float32"], help="of autocast")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", *DTYPES), default=["float32"], help="autocast dtypes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument(
         "--variant", nargs=3, action="append", default=[], metavar=("NAME", "KEY", "VALUE"),
-        help="time this, too, beside the config as it is; a NAME said again takes another KEY VALUE",
+        help="also time the config with this change; repeat a NAME to change more keys",
     )  # fmt: skip
     parser.add_argument(
-        "--onnx", type=Path, nargs="+", default=[], metavar="FILE", help="exported models, timed beside the first dtype"
+        "--onnx",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="exported models to time too (first dtype)",
     )
     parser.add_argument(
         "--growth", nargs="+", choices=GROWTH, metavar="AXIS", help=f"how cost grows: {', '.join(GROWTH)}"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of the growth")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot of the growth")
     parser.add_argument("--rounds", type=positive, default=10, help="timed calls of each (default 10)")
-    parser.add_argument("--profile", action="store_true", help="list the operators of the first case, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
+    parser.add_argument("--profile", action="store_true", help="also list the operators of the first case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="of two runs; times nothing"
+        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="compare two results instead"
     )
     args = parser.parse_args(arguments)
     if args.compare:
         return args
 
     if not args.config_file:
-        parser.error("--config-file is missing (or --compare A.json B.json)")
+        parser.error("give --config-file FILE (or --compare A.json B.json)")
     if args.device != "cpu" and not torch.accelerator.is_available():
-        parser.error(f"--device {args.device}: this machine has none; --device cpu works everywhere")
+        parser.error(f"--device {args.device} is not available; use --device cpu")
     if len(args.opts) % 2:
-        parser.error(f"KEY VALUE … of the config: {args.opts[-1]} has no partner")
+        parser.error(f"config KEY VALUE …: {args.opts[-1]} has no value")
     if args.objects < 0:
         parser.error(f"--objects {args.objects}: must be at least 0")
     keys = [*args.opts[::2], *(key for _, key, _ in args.variant)]
     for key in keys:
-        if key in SAID_OTHERWISE:
-            parser.error(f"{key}: say {SAID_OTHERWISE[key]} instead")
+        if key in SET_BY_OPTION:
+            parser.error(f"{key}: use {SET_BY_OPTION[key]} instead")
     names = [BASE, *{name for name, _, _ in args.variant}, *(path.name for path in args.onnx)]
     if len(set(names)) < len(names):
-        parser.error(
-            f"--variant and --onnx: names must differ from each other and from {BASE}, which is the config as it is"
-        )
+        parser.error(f"--variant and --onnx: names must be unique and differ from {BASE}, the unchanged config")
     if args.onnx and args.mode == "train":
-        parser.error("--onnx: exported models do not train; --mode infer")
+        parser.error("--onnx: exported models cannot be trained; use --mode infer")
     if bool(args.growth) != bool(args.plot):
-        parser.error("--growth AXIS … and --plot PNG go together")
+        parser.error("--growth AXIS … and --plot PNG must be given together")
     if args.growth and (args.mixed or args.variant or args.onnx or len(args.batch) > 1 or len(args.dtype) > 1):
         parser.error("--growth starts from one case: one --size, one --batch, one --dtype, no --variant, no --onnx")
     if args.growth and "objects" in args.growth and (args.mode == "infer" or args.objects == 0):
-        parser.error("--growth objects: only --mode train sees objects, and --objects must be at least 1")
+        parser.error("--growth objects needs --mode train and --objects of at least 1")
     if not Path(args.config_file).is_file():
-        parser.error(f"--config-file {args.config_file}: there is no such file")
+        parser.error(f"--config-file {args.config_file} does not exist")
     return args
 
 
@@ -251,25 +254,25 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what a command line asks for (None: that of the process)."""
+    """Run the benchmark. `arguments`: the command line; None: that of the process."""
     args = parse(arguments)
     if args.compare:
         print(compare(args.compare))
         return
     for path in (args.json, args.plot):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of timing
+            path.parent.mkdir(parents=True, exist_ok=True)  # fail early
     device = torch.device(args.device)
-    workshop = Workshop(args.config_file, args.opts, device)
+    factory = RunnerFactory(args.config_file, args.opts, device)
     cases = cases_of(args)
-    axes = {axis: grown(workshop.config(), cases[0], axis) for axis in args.growth or ()}
+    axes = {axis: grown(factory.config(), cases[0], axis) for axis in args.growth or ()}
     cases = list(dict.fromkeys([*cases, *(case for axis in axes.values() for case in axis.values())]))
-    runners: dict[Case, Runner] = {case: workshop.runner(case) for case in cases}
+    runners: dict[Case, Runner] = {case: factory.runner(case) for case in cases}
     for path in args.onnx:
         session = onnx_session(path, device)
         for batch in args.batch:
             case = replace(cases[0], variant=path.name, batch=batch)
-            runners[case] = OnnxInference(session, make_batch(workshop.config(), case))
+            runners[case] = OnnxInference(session, make_batch(factory.config(), case))
     config = " ".join([Path(args.config_file).name, *args.opts])
     report = Report(describe_machine(device), config, args.rounds, measure(runners, args.rounds, device))
     print(as_markdown(report))

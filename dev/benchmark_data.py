@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What loading data costs: time to start, memory of each process and of the node, samples a second; as Markdown.
+"""Measure data loading: start-up time, memory per process and node, samples per second; prints Markdown.
 
     dev/benchmark_data.py --data coco
     dev/benchmark_data.py --data objects365 --share 0.25 --way dino_d2 --folder /large/disk
 
-A data set as large as the real one is generated: annotations like those of COCO (7.3 objects an image, with polygons)
-or of Objects365 (14.7, boxes alone), and eight photographs that all its entries name. The processes stand for those
-of a node with several GPUs. "dino_d2" is `dino_d2.data.build_train_loader`, "detectron2" its
-`build_detection_train_loader`, both with the recipe's augmentation. Linux only: memory is read from /proc.
+Generates a dataset of the real size: annotations like COCO's (7.3 objects per image, with polygons) or Objects365's
+(14.7, only boxes), and eight images that all entries refer to. The processes correspond to those of a node with several
+GPUs. "dino_d2" is `dino_d2.data.build_train_loader`, "detectron2" its `build_detection_train_loader`, both with the
+recipe's augmentation. Linux only: memory is read from /proc.
 
-Memory is PSS: a page that several processes share counts for each by its share, so that those of a node add up. It is
-what data adds: less what the process had before. Steady is measured after every record was asked for once.
+Memory is PSS, where shared pages are divided among processes so that the sum is the node's memory, minus the memory
+before loading. Steady memory is measured after reading every record once.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ COLUMNS = ("loader", "start (s)", "peak, process (MiB)", "peak, node", "steady, 
 
 @dataclass(frozen=True)
 class Kind:
-    """How large a data set is."""
+    """Size of a dataset."""
 
     images: int
-    objects: float  # of an image, on average
-    corners: int  # of an object's polygon; 0: boxes alone
+    objects: float  # per image, on average
+    corners: int  # per polygon; 0: only boxes
     classes: int
 
 
@@ -62,7 +62,7 @@ KINDS = {"coco": Kind(118_000, 7.3, 25, 80), "objects365": Kind(1_700_000, 14.7,
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in one go."""
+    """A single measurement."""
 
     way: str  # dino_d2 | detectron2
     annotations: str
@@ -87,7 +87,7 @@ def write_dataset(folder: Path, kind: Kind) -> tuple[Path, Path]:
         file.write('], "annotations": [')
         file.writelines(_joined(_objects(kind)))
         categories = (f'{{"id": {i}, "name": "class {i}"}}' for i in range(1, kind.classes + 1))
-        file.write(f'], "categories": [{", ".join(categories)}]}}')
+        file.write(f'], "categories": [{", ".join(categories)}}}]')
     return annotations, images
 
 
@@ -108,7 +108,7 @@ def _images(kind: Kind) -> Iterator[str]:
 
 def _objects(kind: Kind) -> Iterator[str]:
     rng = np.random.default_rng(0)
-    pool = [f"{x:.2f}" for x in rng.uniform(1, HEIGHT / 2, 9973)]  # a prime: its numbers meet in ever other ways
+    pool = [f"{x:.2f}" for x in rng.uniform(1, HEIGHT / 2, 9973)]  # a prime, so that combinations do not repeat
     total = round(kind.images * kind.objects)
     of_images = rng.integers(kind.images, size=total)
     of_classes = rng.integers(1, kind.classes + 1, size=total)
@@ -124,7 +124,7 @@ def _objects(kind: Kind) -> Iterator[str]:
 
 
 def pss(process: int | str = "self") -> float:
-    """MiB; pages that others have, too, count by this process's share. 0 once it has ended."""
+    """PSS in MiB; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -133,7 +133,7 @@ def pss(process: int | str = "self") -> float:
 
 
 def build(case: Case) -> tuple[Sequence[dict], DataLoader | TrainingLoader, Iterable[list]]:
-    """The records, what has the number of workers, and the batches."""
+    """The records, the loader whose number of workers can be set, and the batches."""
     cfg = load_config(str(RECIPE), ["MODEL.DEVICE", "cpu", "MODEL.DINO.NUM_CLASSES", str(case.classes)])
     cfg.merge_from_list(["DATASETS.TRAIN", [NAME], "DATASETS.TEST", [], "SEED", 1, "DATALOADER.NUM_WORKERS", 1])
     cfg.SOLVER.IMS_PER_BATCH = case.processes
@@ -150,7 +150,7 @@ def build(case: Case) -> tuple[Sequence[dict], DataLoader | TrainingLoader, Iter
 
 
 def in_process(rank: int, case: Case, meeting: str, results: multiprocessing.SimpleQueue) -> None:
-    """What each process of the node does; the first also reads samples."""
+    """Main function of each process; the first also reads samples."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case.processes)
     comm.create_local_process_group(case.processes)
     dist.barrier()
@@ -163,7 +163,7 @@ def in_process(rank: int, case: Case, meeting: str, results: multiprocessing.Sim
     results.put((rank, START, time.perf_counter() - start))
     for index in range(len(records)):
         records[index]
-    dist.barrier()  # all have looked at all: pages are shared as they will be
+    dist.barrier()  # all processes have read everything: pages are shared as in steady state
     gc.collect()
     results.put((rank, STEADY, pss() - before))
     dist.barrier()
@@ -177,7 +177,7 @@ def in_process(rank: int, case: Case, meeting: str, results: multiprocessing.Sim
 
 
 def samples_per_second(batches: Iterable[list], seconds: float) -> float:
-    """Of endless batches, once the workers have begun."""
+    """Throughput of endless batches, after the workers have started."""
     iterator = iter(batches)
     for _ in range(16):
         next(iterator)
@@ -188,11 +188,11 @@ def samples_per_second(batches: Iterable[list], seconds: float) -> float:
 
 
 def measure(case: Case) -> list[dict[str, float]]:
-    """What each process found, by name; "peak" is its own, and "peak of the node" that of all together."""
+    """Measurements of each process by name; "peak" is per process, "peak of the node" for all together."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     found: list[dict[str, float]] = [{PEAK: 0.0} for _ in range(case.processes)]
-    highest = 0.0
+    node_peak = 0.0
     with tempfile.TemporaryDirectory() as folder:
         arguments = (case, str(Path(folder, "meeting")), results)
         processes = [context.Process(target=in_process, args=(rank, *arguments)) for rank in range(case.processes)]
@@ -211,11 +211,11 @@ def measure(case: Case) -> list[dict[str, float]]:
                 now = [max(pss(p.pid) - each[BEFORE], 0.0) for p, each in zip(processes, found, strict=True)]
                 for each, value in zip(found, now, strict=True):
                     each[PEAK] = max(each[PEAK], value)
-                highest = max(highest, sum(now))
+                node_peak = max(node_peak, sum(now))
         for process in processes:
             process.join()
     for each in found:
-        each[NODE_PEAK] = highest
+        each[NODE_PEAK] = node_peak
     return found
 
 
@@ -228,14 +228,16 @@ def as_row(case: Case, found: Sequence[dict[str, float]]) -> list[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=KINDS, default="coco", help="whose numbers are imitated (default coco)")
-    parser.add_argument("--images", type=int, help="how many; default: as many as the data set has")
-    parser.add_argument("--share", type=float, default=1.0, help="of the images, where all do not fit")
+    parser.add_argument("--data", choices=KINDS, default="coco", help="dataset to imitate (default coco)")
+    parser.add_argument("--images", type=int, help="number (default: as in the dataset)")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of images to use")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), help="default: both")
-    parser.add_argument("--processes", type=int, default=2, help="of the node (default 2)")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8], help="to read samples (default 1 2 8)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="to read samples for (default 20)")
-    parser.add_argument("--folder", type=Path, help="for the data set, up to 3.5 GB; default: a temporary one")
+    parser.add_argument("--processes", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[1, 2, 8], help="workers for reading samples (default 1 2 8)"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of reading samples (default 20)")
+    parser.add_argument("--folder", type=Path, help="for the dataset, up to 3.5 GB; default: a temporary one")
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time COCO's AP of a generated data set of val2017's size by pycocotools and by hotcoco, and compare their numbers.
+"""Time COCO AP on a generated dataset of val2017's size with pycocotools and hotcoco, and compare the results.
 
     dev/benchmark_evaluation.py                  5,000 images, 300 detections each
     dev/benchmark_evaluation.py --images 50
 
-Both run through dino_d2's evaluator, as in training. Prints a Markdown table. The exit code is 1 if a metric differs.
+Both run in dino_d2's evaluator, as in training. Prints a Markdown table. The exit code is 1 if a metric differs.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from detectron2.structures import Boxes, Instances
 
 from dino_d2.evaluation import APSettings, COCOEvaluator
 
-CLASSES, OBJECTS, DETECTIONS = 80, 7, 300  # objects of an image: on average
+CLASSES, OBJECTS, DETECTIONS = 80, 7, 300  # OBJECTS per image on average
 WIDTH, HEIGHT = 640, 480
 NAME = "generated_val"
 
 
 def boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4) x1, y1, x2, y2 in the image, 8 to 400 pixels wide."""
+    """Random boxes (count, 4) x1, y1, x2, y2 in the image, 8 to 400 pixels wide."""
     sides = 8 * 50 ** rng.random((count, 2))
     corner = rng.random((count, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1)
     return np.hstack([corner, np.minimum(corner + sides, [WIDTH, HEIGHT])])
 
 
 def generate(images: int, json_file: Path) -> list[tuple[dict, dict]]:
-    """Write annotations and return, for each image, the evaluator's input and a model's output.
+    """Write annotations, and return input and output of a model for each image.
 
-    A third of the detections lie near an object, most of these with its class; the rest is anywhere.
+    A third of the detections are near an object, most of these with its class; the rest are anywhere.
     """
     rng = np.random.default_rng(0)
     annotations, results = [], []
@@ -77,7 +77,7 @@ def generate(images: int, json_file: Path) -> list[tuple[dict, dict]]:
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, object]:
-    """How long it took, and what it returned; what it printed is dropped."""
+    """Duration and result of a function, with its output suppressed."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         returned = function()
@@ -85,17 +85,17 @@ def seconds(function: Callable[[], object]) -> tuple[float, object]:
 
 
 def measure(backend: str, results: list[tuple[dict, dict]], output_dir: str | None) -> tuple[float, float, dict]:
-    """Seconds of taking the detections up and of evaluating them, and the metrics."""
+    """Seconds for processing the detections and for evaluating them, and the metrics."""
     evaluator = COCOEvaluator(NAME, APSettings(backend), distributed=False, output_dir=output_dir)
     evaluator.reset()
-    taking_up, _ = seconds(lambda: [evaluator.process([x], [y]) for x, y in results])
+    processing, _ = seconds(lambda: [evaluator.process([x], [y]) for x, y in results])
     evaluating, metrics = seconds(evaluator.evaluate)
-    return taking_up, evaluating, metrics["bbox"]
+    return processing, evaluating, metrics["bbox"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000, help="how many (default 5000, as in val2017)")
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default 5000, as in val2017)")
     args = parser.parse_args()
     logging.getLogger("detectron2").setLevel(logging.WARNING)
 
@@ -103,23 +103,23 @@ def main() -> None:
         json_file = Path(folder, "annotations.json")
         results = generate(args.images, json_file)
         register_coco_instances(NAME, {}, str(json_file), folder)
-        DatasetCatalog.get(NAME)  # loading is what makes the category ids known
-        taking_up, pycocotools, expected = measure("pycocotools", results, output_dir=None)
+        DatasetCatalog.get(NAME)  # loading sets the category ids
+        processing, pycocotools, expected = measure("pycocotools", results, output_dir=None)
         _, hotcoco, metrics = measure("hotcoco", results, output_dir=None)
         _, with_files, _ = measure("hotcoco", results, output_dir=folder)
 
     versions = {package: importlib.metadata.version(package) for package in ("pycocotools", "hotcoco")}
     print(f"{args.images} images, {CLASSES} classes, {DETECTIONS} detections each; {os.cpu_count()} CPUs\n")
     print("| part | seconds |\n| --- | --- |")
-    print(f"| taking the detections up, the same with both | {taking_up:.2f} |")
-    print(f"| evaluating by pycocotools {versions['pycocotools']} | {pycocotools:.2f} |")
-    print(f"| evaluating by hotcoco {versions['hotcoco']} | {hotcoco:.2f} |")
-    print(f"| the same, the detections written to files as in training | {with_files:.2f} |")
+    print(f"| processing the detections, the same for both | {processing:.2f} |")
+    print(f"| evaluating with pycocotools {versions['pycocotools']} | {pycocotools:.2f} |")
+    print(f"| evaluating with hotcoco {versions['hotcoco']} | {hotcoco:.2f} |")
+    print(f"| the same, writing detections to files as in training | {with_files:.2f} |")
     print(f"\nhotcoco is {pycocotools / hotcoco:.1f} times as fast.")
     differing = [key for key in expected if json.dumps(metrics[key]) != json.dumps(expected[key])]
     if differing:
         sys.exit(f"AP differs: {', '.join(f'{key} {expected[key]} and {metrics[key]}' for key in differing)}")
-    print(f"AP is {metrics['AP']:.4f} with both; all {len(expected)} metrics are equal to the last bit.")
+    print(f"AP is {metrics['AP']:.4f} with both; all {len(expected)} metrics are exactly equal.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Time multi-scale deformable attention: ours, PyTorch's grid_sample, and whatever peer is installed, side by side.
+"""Time multi-scale deformable attention: ours, PyTorch's grid_sample, and other installed implementations.
 
     dev/benchmark_op.py                                       float32 on the CPU, encoder of DINO-4scale at 800x1333
     dev/benchmark_op.py --dtype bfloat16 --shape decoder
     dev/benchmark_op.py --device cuda --locations random
 
-Every contestant is first held against float64; then they run in turns, so that a busy machine slows all of them. Prints
-a Markdown table. The exit code is 1 if a result of ours is wrong.
+All are first compared with float64, then timed in interleaved rounds, so that other load affects them alike. Prints a
+Markdown table. The exit code is 1 if one of our results is wrong.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PEERS = [  # package, module, function of value, shapes, starts of levels, locat
     ("torch-ms-deform-attn", "torch_ms_deform_attn", "ms_deform_attn"),
     ("deformops", "deformops.registry", "msda"),
 ]
-LOCAL_SPREAD = 0.03  # of the image: standard deviation of the distance between a query and its samples
+LOCAL_SPREAD = 0.03  # standard deviation of sample offsets, relative to the image
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes as in `dino_d2.ops.ms_deform_attn`; locations and weights are what reference, offsets and logits make."""
+    """Inputs; sizes as in `dino_d2.ops.ms_deform_attn`. Locations and weights follow from the other fields."""
 
     value: Tensor
     shapes: list[tuple[int, int]]
@@ -70,7 +70,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`run` takes `leaves`, which need gradients: values, then locations and weights, or offsets and logits."""
+    """An implementation. `run` takes `leaves`, which require gradients: values, then locations and weights, or offsets
+    and logits."""
 
     name: str
     run: Callable[..., Tensor]
@@ -94,7 +95,7 @@ def make_problem(shape: str, locations: str, dtype: torch.dtype, device: str) ->
     tokens = sum(height * width for height, width in shapes)
     if shape == "decoder":
         centres = torch.rand(900, 2)
-    else:  # each token asks
+    else:  # one query per token
         grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
         centres = torch.cat(grids).flip(-1)
     sizes = (1, len(centres), HEADS, len(shapes), POINTS)
@@ -104,7 +105,7 @@ def make_problem(shape: str, locations: str, dtype: torch.dtype, device: str) ->
         offsets = torch.randn(*sizes, 2) * LOCAL_SPREAD * pixels
     else:
         offsets = (torch.rand(*sizes, 2) - centres[None, :, None, None, None]) * pixels
-    # Bilinear interpolation has kinks; a hundredth of a pixel away from them no rounding moves a sample across one.
+    # Keep samples away from the kinks of bilinear interpolation, so that rounding cannot cross one.
     origin = centres[None, :, None, None, None] * pixels - 0.5
     cell = (origin + offsets).floor()
     offsets = cell + (origin + offsets - cell).clamp(0.01, 0.99) - origin
@@ -121,7 +122,7 @@ def contestants(problem: Problem) -> list[Contestant]:
         return tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
 
     def grid_sample(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        wide = value.to(locations.dtype)  # in half precision locations would be off by whole pixels
+        wide = value.to(locations.dtype)  # half-precision locations would be wrong by whole pixels
         return ms_deform_attn_reference(wide, shapes, locations, weights).to(value.dtype)
 
     def plain(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def baseline_2020(shapes: list[tuple[int, int]]) -> Callable[..., Tensor]:
 
 
 def peers_of(problem: Problem) -> dict[str, Callable[..., Tensor]]:
-    """Those that are installed and take this device and dtype."""
+    """Other installed implementations that support this device and dtype."""
     shapes = torch.tensor(problem.shapes, device=problem.value.device)
     starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
     found = {}
@@ -197,14 +198,14 @@ def peers_of(problem: Problem) -> dict[str, Callable[..., Tensor]]:
         try:
             peer(problem.value, problem.locations, problem.weights)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            print(f"{name} is left out: {str(error).splitlines()[0]}\n")
+            print(f"skipping {name}: {str(error).splitlines()[0]}\n")
             continue
         found[name] = peer
     return found
 
 
 def largest_error(contestant: Contestant, truths: dict[bool, list[Tensor]]) -> float:
-    """Of output and gradients against float64, each relative to its largest number."""
+    """Largest error of output and gradients compared with float64, each relative to its largest value."""
     output = contestant.run(*contestant.leaves)
     ours = [output, *torch.autograd.grad(output.sum(), contestant.leaves)]
     errors = []
@@ -214,7 +215,7 @@ def largest_error(contestant: Contestant, truths: dict[bool, list[Tensor]]) -> f
 
 
 def truth_of(problem: Problem) -> dict[bool, list[Tensor]]:
-    """Output and gradients in float64, those of locations and weights (False) or of offsets and logits (True)."""
+    """Output and gradients in float64, for locations and weights (False) or for offsets and logits (True)."""
     wide = Problem(
         problem.value.double().requires_grad_(),
         problem.shapes,
@@ -242,7 +243,7 @@ def measure(entrants: list[Contestant], device: str, seconds: float) -> dict[str
     while rounds < 5 or time.perf_counter() < end:
         for entrant in entrants:
             with torch.no_grad():
-                entrant.run(*entrant.leaves)  # so that none pays for what the one before left in the caches
+                entrant.run(*entrant.leaves)  # so that the caches do not hold another contestant's data
                 wait_for(device)
                 start = time.perf_counter()
                 entrant.run(*entrant.leaves)
@@ -261,7 +262,7 @@ def measure(entrants: list[Contestant], device: str, seconds: float) -> dict[str
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by copying a large tensor, the best of ten."""
+    """Bytes read and written per second when copying a large tensor, best of ten."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -275,7 +276,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def least_bytes(problem: Problem) -> tuple[int, int]:
-    """What forward and backward must move if everything is read or written once."""
+    """Bytes that forward and backward must move if everything is read or written once."""
     value = problem.value.numel() * problem.value.element_size()
     sampling = sum(x.numel() * x.element_size() for x in (problem.offsets, problem.logits))
     output = problem.offsets.shape[1] * prod(problem.value.shape[2:]) * problem.value.element_size()
@@ -287,18 +288,18 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the values (default float32)")
     parser.add_argument("--shape", choices=("4scale", "5scale", "decoder"), default="4scale")
-    parser.add_argument("--locations", choices=("local", "random"), default="local", help="where samples lie")
-    parser.add_argument("--seconds", type=float, default=30, help="of timing, all contestants together (default 30)")
+    parser.add_argument("--locations", choices=("local", "random"), default="local", help="distribution of samples")
+    parser.add_argument("--seconds", type=float, default=30, help="total time for timing (default 30)")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.accelerator.is_available():
-        sys.exit(f"--device {args.device}: this machine has none; --device cpu works everywhere")
+        sys.exit(f"--device {args.device} is not available; use --device cpu")
     if not compiled(args.device):
-        print(f"without kernels for {args.device} what is called dino_d2 below is the reference\n")
+        print(f"no kernels for {args.device}: dino_d2 below is the reference\n")
 
     problem = make_problem(args.shape, args.locations, DTYPES[args.dtype], args.device)
     entrants, truths = contestants(problem), truth_of(problem)
     errors = {entrant.name: largest_error(entrant, truths) for entrant in entrants}
-    allowed = max(2 * errors["grid_sample"], 1e-5)  # twice that of the usual formulation
+    allowed = max(2 * errors["grid_sample"], 1e-5)  # twice the error of grid_sample
     del truths
     times, bandwidth = measure(entrants, args.device, args.seconds), copy_bandwidth(args.device)
     floors = [size / bandwidth for size in least_bytes(problem)]

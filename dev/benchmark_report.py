@@ -1,4 +1,4 @@
-"""What dev/benchmark.py measured: its dataclasses, as JSON, as Markdown and as a picture."""
+"""Results of dev/benchmark.py: dataclasses, and output as JSON, Markdown and plots."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 from dino_d2.ops import compiled
 
-MIXED = "mixed"  # shapes of images that differ within a batch
+MIXED = "mixed"  # image shapes differ within a batch
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and the key by which two runs are compared.
+    """A timed case, which is also the key for comparing two runs.
 
-    variant: name of `overrides`, the config's KEY VALUE … that it differs by. mode: infer or train. shape: of the
-    images, HEIGHTxWIDTH or mixed. objects: in each image.
+    variant: name of `overrides`, the KEY VALUE … that change the config. mode: infer or train. shape: of the images,
+    HEIGHTxWIDTH or mixed. objects: per image.
     """
 
     variant: str
@@ -34,8 +34,8 @@ class Case:
 
     @property
     def work(self) -> str:
-        """What variants have in common."""
-        objects = f", {self.objects} objects in each" if self.mode == "train" else ""
+        """The part that variants have in common."""
+        objects = f", {self.objects} objects per image" if self.mode == "train" else ""
         return f"{self.mode}, {self.dtype}, {self.batch} x {self.shape}{objects}"
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Seconds:
-    """median, and p90: the 90th percentile."""
+    """Median and 90th percentile."""
 
     median: float
     p90: float
@@ -52,8 +52,8 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Measurement:
-    """stages: in the order they run, timed one by one; none where the inside cannot be seen. end_to_end: of calls
-    that are not interrupted. peak_memory: bytes; None where the system does not tell."""
+    """Measurements of a case. stages: in execution order, timed separately; empty if not available. end_to_end: of
+    uninterrupted calls. peak_memory: bytes; None if not available."""
 
     case: Case
     stages: dict[str, Seconds]
@@ -64,7 +64,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Report:
-    """machine: see `describe_machine`. config: name of the file, and the KEY VALUE … of all cases."""
+    """Results of a run. machine: see `describe_machine`. config: name of the file, and KEY VALUE … for all cases."""
 
     machine: str
     config: str
@@ -78,14 +78,14 @@ class Report:
     def read(cls, path: Path) -> Report:
         """
         Raises:
-            ValueError: the file is none that :meth:`write` wrote.
+            ValueError: the file was not written by :meth:`write`.
         """
         try:
             values = json.loads(path.read_text())
             values["measurements"] = [_measurement(x) for x in values["measurements"]]
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no file that dev/benchmark.py --json wrote: {error}") from error
+            raise ValueError(f"{path} was not written by dev/benchmark.py --json: {error}") from error
 
 
 def _measurement(values: dict) -> Measurement:
@@ -119,10 +119,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def as_markdown(report: Report) -> str:
-    """A line for each case; then, for the same work, the stages of all variants side by side."""
+    """One line per case; then the stages of all variants with the same work, side by side."""
     first = report.measurements[0]
     lines = [
-        f"{report.config}; {report.machine}; {report.rounds} rounds in turns. Ratio: time per image, to the first line",
+        f"{report.config}; {report.machine}; {report.rounds} rounds, interleaved. Ratio: time per image vs first line",
         "",
         "| | median (ms) | 90 % (ms) | images/s | peak memory (GiB) | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -140,7 +140,7 @@ def as_markdown(report: Report) -> str:
 
 
 def side_by_side(columns: Mapping[str, Measurement]) -> str:
-    """The stages of several measurements as columns; ratios to the first one: above 1 is slower, or more."""
+    """The stages of several measurements as columns, with ratios to the first; above 1 is slower, or more."""
     tables = [_rows(m) for m in columns.values()]
     first, *others = columns
     header = ["", f"{first} (ms)", "90 %", "share", *(x for name in others for x in (f"{name} (ms)", "90 %", "ratio"))]
@@ -164,7 +164,7 @@ def side_by_side(columns: Mapping[str, Measurement]) -> str:
 
 
 def _rows(m: Measurement) -> dict[str, tuple[float, float | None]]:
-    """Median and 90th percentile, in milliseconds where it is time."""
+    """Median and 90th percentile; times in milliseconds."""
     times = {**m.stages, "end to end": m.end_to_end}
     rows: dict[str, tuple[float, float | None]] = {
         name: (seconds.median * 1e3, seconds.p90 * 1e3) for name, seconds in times.items()
@@ -176,17 +176,17 @@ def _rows(m: Measurement) -> dict[str, tuple[float, float | None]]:
 
 
 def compare(paths: Sequence[Path]) -> str:
-    """Two reports side by side, case by case; what only one of them has is named.
+    """Compare two reports case by case, and list cases that only one of them has.
 
     Raises:
-        ValueError: a file is no report, or they have no case in common.
+        ValueError: a file is not a report, or there are no common cases.
     """
     reports = dict(zip("AB", map(Report.read, paths), strict=True))
     of_case = [{m.case: m for m in report.measurements} for report in reports.values()]
     common = [case for case in of_case[0] if case in of_case[1]]
     if not common:
         raise ValueError(
-            f"{paths[0]} and {paths[1]} have no case in common: {next(iter(of_case[0]))} is not in the other"
+            f"{paths[0]} and {paths[1]} have no cases in common: {next(iter(of_case[0]))} is only in the first"
         )
     lines = [f"- {name}: {r.config}; {r.machine}; {r.rounds} rounds" for name, r in reports.items()]
     for case in common:
@@ -197,8 +197,8 @@ def compare(paths: Sequence[Path]) -> str:
 
 
 def draw(curves: Mapping[str, Mapping[float, Measurement]], title: str, path: Path) -> None:
-    """`curves`: label of an x axis -> x -> what was measured there. A panel for each, its stages one upon the other."""
-    import matplotlib  # here: a machine that only times need not have it
+    """Plot stacked stages, one panel per axis. `curves`: axis label -> x -> measurement."""
+    import matplotlib  # imported late: only needed for plots
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -218,7 +218,7 @@ def draw(curves: Mapping[str, Mapping[float, Measurement]], title: str, path: Pa
         axis.set_xlim(0, max(x))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("seconds per image, median")
-    axes[0, 0].set_ylim(bottom=0)  # all share it
+    axes[0, 0].set_ylim(bottom=0)  # shared by all
     figure.legend([line, *reversed(areas)], ["end to end", *reversed(stages)], loc="outside right", frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""What dev/benchmark.py times: inference, a training step, an exported model; and how their stages are told apart."""
+"""The workloads that dev/benchmark.py times: inference, a training step, an exported model; and timing of stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dino_d2.engine.optimizer import ClippedAdamW
 from dino_d2.engine.step import StepSettings, StepTrainer
 from dino_d2.meta_arch import DINO
 
-# Heights and widths of pictures of COCO, in an order in which two already differ.
+# Heights and widths of COCO images, ordered so that the first two already differ.
 COCO_SIZES = [(480, 640), (640, 480), (427, 640), (500, 375), (612, 612), (640, 427), (360, 640), (333, 500)]
 
 
@@ -39,8 +39,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def make_batch(cfg: CfgNode, case: Case) -> list[dict[str, Any]]:
-    """Random pictures with random objects, in the model's format; mixed shapes are those that evaluation makes of
-    `COCO_SIZES`."""
+    """Random images with random objects as model inputs; mixed shapes are `COCO_SIZES` resized as in evaluation."""
     torch.manual_seed(0)
     resize = build_test_augmentation(cfg)
     batch = []
@@ -60,7 +59,7 @@ def make_batch(cfg: CfgNode, case: Case) -> list[dict[str, Any]]:
 
 
 class SameBatch:
-    """A loader that gives one batch again and again."""
+    """A loader that repeats one batch."""
 
     def __init__(self, batch: list[dict[str, Any]]):
         self.batch = batch
@@ -72,7 +71,7 @@ class SameBatch:
 
 @dataclass(frozen=True)
 class Watched:
-    """`owner.name` is a function that makes up the stage; `then`: the stage after it, None: the one before it."""
+    """Attributes calls of `owner.name` to a stage. then: the stage after the call; None: the stage before it."""
 
     owner: object
     name: str
@@ -81,14 +80,14 @@ class Watched:
 
 
 class StageClock:
-    """Cuts a call into stages: every moment belongs to the one entered last, so that they add up to the whole."""
+    """Divides the time of a call into stages that add up to the total."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = defaultdict(float)
         self._device, self._stage, self._since = device, "", 0.0
 
     def enter(self, stage: str) -> str:
-        """Returns the stage that is left."""
+        """Start a stage; returns the previous one."""
         wait_for(self._device)
         now = time.perf_counter()
         if self._stage:
@@ -109,9 +108,9 @@ class StageClock:
 
 
 def time_stages(call: Callable[[], None], watched: Sequence[Watched], device: torch.device) -> dict[str, float]:
-    """Seconds of each stage of `call`, in the order they end; "rest" is what lies between them.
+    """Seconds in each stage of `call`, in the order they end; "rest" is the time between them.
 
-    The functions are replaced for the time of the call: the model's code knows nothing of it.
+    The functions are patched during the call, without changes to the model's code.
     """
     clock = StageClock(device)
     with ExitStack() as patches:
@@ -139,21 +138,21 @@ class Runner(Protocol):
     def call(self) -> None: ...
 
     def stages(self) -> dict[str, float]:
-        """Call once and tell the seconds of each stage, or nothing where they cannot be told."""
+        """Call once and return the seconds of each stage; empty if not available."""
 
     def own_memory(self) -> int | None:
-        """Bytes that are held between calls; None where they cannot be told."""
+        """Bytes held between calls; None if not available."""
 
 
 class Inference:
-    """From decoded, resized images in memory to Instances."""
+    """Inference from decoded and resized images in memory to Instances."""
 
     def __init__(self, model: DINO, batch: list[dict[str, Any]], autocast: str | None):
         self.model, self.batch = model.eval(), batch
         self.settings = replace(model.inference, autocast=autocast)
 
     def call(self) -> None:
-        self.model.inference = self.settings  # the model is that of other dtypes, too
+        self.model.inference = self.settings  # the model is shared with other dtypes
         with torch.no_grad():
             self.model(self.batch)
 
@@ -184,7 +183,7 @@ class TrainingStep:
     def stages(self) -> dict[str, float]:
         watched = [
             *stages_of(self.model),
-            # Nothing is called "backward pass": it is what happens from the losses to the end of the last part.
+            # The backward pass is not a function: it is the time from the losses to the end of the last part.
             Watched(self.model, "forward", "rest", then="backward"),
             Watched(self.trainer, "after_backward", "rest", then="rest"),
             *([Watched(self.optimizer, "clip", "optimizer")] if isinstance(self.optimizer, ClippedAdamW) else []),
@@ -204,11 +203,11 @@ def size_of(tensors: Sequence[torch.Tensor]) -> int:
 
 
 class OnnxInference:
-    """A file of `tools/export.py` in onnxruntime, on as many threads as PyTorch has: from the padded pixels of the same
-    images to arrays."""
+    """An exported model in onnxruntime, with as many threads as PyTorch, from the padded pixels of the same images to
+    arrays."""
 
     def __init__(self, session: Any, batch: list[dict[str, Any]]):
-        """session: an `onnxruntime.InferenceSession`; takes pixels, sizes of the images, sizes of the results."""
+        """session: an `onnxruntime.InferenceSession` with inputs pixels, image sizes and output sizes."""
         sizes = np.array([x["image"].shape[1:] for x in batch], np.int64)
         pixels = ImageList.from_tensors([x["image"] for x in batch]).tensor.numpy()
         names = [given.name for given in session.get_inputs()]
@@ -227,7 +226,7 @@ class OnnxInference:
 def onnx_session(path: Path, device: torch.device) -> Any:
     """
     Raises:
-        ValueError: onnxruntime, what it needs for the device, or the file is missing.
+        ValueError: onnxruntime, its provider for the device, or the file is missing.
     """
     try:
         import onnxruntime
@@ -235,16 +234,16 @@ def onnx_session(path: Path, device: torch.device) -> Any:
         raise ValueError(f"--onnx {path} needs onnxruntime: pip install onnxruntime") from error
     provider = f"{device.type.upper()}ExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
-        raise ValueError(f"--onnx {path}: this onnxruntime has no {provider}; --device cpu works everywhere")
+        raise ValueError(f"--onnx {path}: this onnxruntime has no {provider}; use --device cpu")
     if not path.is_file():
-        raise ValueError(f"--onnx {path}: there is no such file; tools/export.py makes it")
+        raise ValueError(f"--onnx {path} does not exist; create it with tools/export.py")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; it warns of every constant that it optimises away
+    options.log_severity_level = 3  # errors only; it warns about every constant that it removes
     return onnxruntime.InferenceSession(str(path), options, [provider])
 
 
-class Workshop:
+class RunnerFactory:
     """Makes runners. Cases with the same overrides share a model and its optimizer."""
 
     def __init__(self, config_file: str, opts: Sequence[str], device: torch.device):
@@ -252,7 +251,7 @@ class Workshop:
         self._parts = cache(self._make_parts)
 
     def config(self, overrides: str = "") -> CfgNode:
-        fixed = ["MODEL.DEVICE", str(self.device), "MODEL.TIMM.PRETRAINED", "False"]  # weights need not be fetched
+        fixed = ["MODEL.DEVICE", str(self.device), "MODEL.TIMM.PRETRAINED", "False"]  # no download of weights
         return load_config(self.config_file, [*self.opts, *shlex.split(overrides), *fixed])
 
     def runner(self, case: Case) -> Runner:

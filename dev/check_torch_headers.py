@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Compile the op and its baseline against the headers of other versions of PyTorch, as those who have them would.
+"""Compile the op and its baseline against the headers of other PyTorch versions.
 
-    dev/check_torch_headers.py                 the oldest that has the stable interface, and one in between
+    dev/check_torch_headers.py                 the oldest with the stable ABI, and one in between
     dev/check_torch_headers.py 2.12.0
 
-Fetches each wheel from the package index (500 MB and more), installs nothing. Exit code 1: something does not compile.
+Downloads each wheel from the package index (500 MB and more) without installing it. The exit code is 1 if compilation
+fails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COMMON = ["-c", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def fetch_headers(version: str, folder: Path) -> Path:
-    """The include folder of that version, somewhere in `folder`."""
+    """Download the headers of a version; returns the include folder."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     subprocess.run([*command, f"torch=={version}"], check=True)
     (wheel,) = folder.glob(f"torch-{version}*.whl")
@@ -36,7 +37,7 @@ def fetch_headers(version: str, folder: Path) -> Path:
 
 
 def compile_all(include: Path) -> list[str]:
-    """What the compilers said of the sources that do not compile."""
+    """Compiler messages for the sources that do not compile."""
     paths = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{sysconfig.get_paths()['include']}"]
     cpp = ["g++", "-fPIC", *COMMON, *paths]
     cuda = [
@@ -48,12 +49,12 @@ def compile_all(include: Path) -> list[str]:
         *COMMON,
         *paths,
     ]
-    # kernels_*.cpp are without torch.
+    # kernels_*.cpp do not use torch.
     sources = [(cpp, path) for path in ROOT.glob("ops/csrc/**/*.cpp") if not path.name.startswith("kernels_")]
     if shutil.which("nvcc"):
         sources += [(cuda, path) for folder in ("ops", "dev") for path in ROOT.glob(f"{folder}/**/*.cu")]
     else:
-        print("no nvcc: the CUDA source is left out")
+        print("nvcc not found: skipping the CUDA sources")
     failures = []
     for command, source in sources:
         result = subprocess.run([*command, str(source), "-o", "/dev/null"], capture_output=True, text=True)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compile the CUDA kernels for every architecture and say what became of them: a check that needs nvcc but no GPU.
+"""Compile the CUDA kernels for every architecture and report on them. Needs nvcc but no GPU.
 
-    dev/cuda_report.py                        sm_75 to sm_120, and PTX for what comes later
+    dev/cuda_report.py                        sm_75 to sm_120, and PTX for later ones
     dev/cuda_report.py --architectures 90
 
-Prints a Markdown table of registers, and of instructions per sample and row where cuobjdump is found; the exit code is
-1 if a kernel does not compile or keeps registers in memory (spills).
+Prints a Markdown table of registers, and of instructions per sample and row if cuobjdump is found. The exit code is 1
+if a kernel does not compile or spills registers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "ops" / "csrc" / "cuda" / "ms_deform_attn_cuda.cu"
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 COUNTED = "90"
-# Of the design of 2020, 32 channels in float32, for sm_90: instructions of its loop over samples, one warp for one row.
+# Instructions in the sample loop of the design of 2020, one warp per row, 32 channels in float32, for sm_90.
 BASELINE = {"forward": 83, "backward": 272}
 
 
 def compile_for(architecture: str, binary: Path) -> str:
-    """What ptxas said of every kernel."""
+    """Compile for an architecture and return ptxas's messages."""
     kind = "-ptx" if architecture.startswith("compute") else "-cubin"
     command = ["nvcc", kind, "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-arch={architecture}"]
@@ -68,10 +68,10 @@ def find_cuobjdump() -> str | None:
 
 
 def instructions_per_sample(cuobjdump: str, binary: Path) -> dict[str, float]:
-    """Instructions that a warp spends on a sample, divided by the rows that it serves, for rows of 32 channels.
+    """Instructions of a warp per sample, divided by the rows that it handles, for rows of 32 channels.
 
-    Counted in the loop over samples, LANES at a time, both sides of every branch included; a loop inside it
-    is counted as often as it runs.
+    Counted in the loop over samples, LANES at a time, including both sides of every branch; inner loops count as often
+    as they run.
     """
     listing = subprocess.run([cuobjdump, "--dump-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     result = {}
@@ -93,7 +93,7 @@ def instructions_per_sample(cuobjdump: str, binary: Path) -> dict[str, float]:
         total = end - start + 1
         for first, last in loops:
             if start < first and last < end:
-                taken = sum("LDS.128" in text for _, text in code[first:last]) // 2  # a sample is two of these
+                taken = sum("LDS.128" in text for _, text in code[first:last]) // 2  # two per sample
                 total += (last - first + 1) * (lanes // taken - 1)
         result[name] = total / lanes / (32 // lanes)
     return result
@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, help=f"default {' '.join(ARCHITECTURES)}")
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
-        sys.exit("nvcc is not there: install the CUDA toolkit, or add its bin folder to PATH")
+        sys.exit("nvcc not found: install the CUDA toolkit, or add its bin folder to PATH")
     registers, counts, spills = {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         for architecture in args.architectures:
@@ -127,7 +127,7 @@ def main() -> int:
         f"{BASELINE['forward']} forward and {BASELINE['backward']} backward. 4x8: 4 channels on each of 8 lanes."
     )
     if spills:
-        print("\nregisters kept in memory: " + ", ".join(spills))
+        print("\nspilled registers: " + ", ".join(spills))
     return 1 if spills else 0
 
 

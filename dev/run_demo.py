@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """`make demo`: train DINO on an aerial photograph, evaluate it on two others, predict, draw.
 
-Everything lands in output/demo/: data/, train/ (detectron2's own logs), metrics.json, photograph.png,
-second_site.png, curves.png. A second run with the same data and config goes on from what is there.
+Writes to output/demo/: data/, train/ (detectron2's logs), metrics.json, photograph.png, second_site.png, curves.png. A
+second run with the same data and config resumes from there.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
 TRAIN_TILE, TRAIN_OVERLAP = 448, 224
-FEWEST_TREES = 5  # of a training tile: meadows teach little in ten minutes
-TEST_TILE = 320  # shown to the model at 400, the middle of the sizes it was trained on
+FEWEST_TREES = 5  # per training tile: empty tiles teach little in ten minutes
+TEST_TILE = 320  # resized to 400, the middle of the training sizes
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
 
 
 def prepare() -> None:
-    """Photographs, tiles, annotation files and the backbone's weights, unless they are there as they should be."""
+    """Make photographs, tiles, annotation files and backbone weights, unless they are up to date."""
     settings = f"tiles of {TRAIN_TILE} ({TRAIN_OVERLAP} shared, {FEWEST_TREES} trees) and {TEST_TILE} pixels"
     made_from = DATA / "made_from.txt"  # written last
     if made_from.exists() and made_from.read_text() == settings:
@@ -62,13 +62,13 @@ def prepare() -> None:
 
 
 def train(seed: int, folder: Path) -> None:
-    """Train into `folder`, or go on where an interrupted run stopped; a finished run is left as it is."""
+    """Train into `folder`, or resume an interrupted run; a finished run is kept."""
     made_from = folder / "made_from.txt"
     config = "".join(Path(path).read_text() for path in ("configs/Base-DINO.yaml", CONFIG)) + f"seed {seed}"
     digest = hashlib.sha256(config.encode()).hexdigest()
     same = made_from.exists() and made_from.read_text() == digest
     if same and (folder / "model_final.pth").exists():
-        print(f"[demo] {folder} is trained already; remove it to train again", flush=True)
+        print(f"[demo] {folder} is already trained; delete it to train again", flush=True)
         return
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,15 +81,12 @@ def train(seed: int, folder: Path) -> None:
 
 
 def evaluate(photo: Photo, found: Instances, name: str, settings: APSettings) -> dict[str, float | None]:
-    """COCO metrics, in percent, of what was found in a whole photograph.
-
-    None where the photograph has no tree of that size.
-    """
+    """COCO metrics in percent for the detections in a whole photograph; None if it has no trees of that size."""
     with tempfile.TemporaryDirectory() as folder:
         json_file = Path(folder, "photo.json")
         write_coco([photo], json_file, Path(folder))
         register_coco_instances(name, {}, str(json_file), folder)
-        DatasetCatalog.get(name)  # loading is what makes the category ids known
+        DatasetCatalog.get(name)  # loading sets the category ids
         evaluator = COCOEvaluator(name, settings)
         evaluator.reset()
         evaluator.process([{"image_id": 1}], [{"instances": found}])
@@ -100,7 +97,7 @@ def evaluate(photo: Photo, found: Instances, name: str, settings: APSettings) ->
 
 
 def draw(photo: Photo, found: Instances, threshold: float, path: Path) -> None:
-    """What was found with a higher score in one colour, what was drawn by hand in another."""
+    """Draw detections above the threshold and annotations in different colours."""
     picture = Image.fromarray(photo.pixels)
     pen = ImageDraw.Draw(picture)
     drawn = found[found.scores > threshold].pred_boxes.tensor.tolist()
@@ -159,7 +156,7 @@ def main() -> None:
     print(f"[demo] done in {metrics['seconds']} s; AP50 on the test photograph: {metrics['AP50']:.1f}, "
           f"on the second site: {metrics['second_site']['AP50']:.1f}")  # fmt: skip
     print(f"[demo] look at {args.output}/photograph.png, second_site.png and curves.png; metrics.json has the numbers")
-    print("[demo] on a photograph of your own:")
+    print("[demo] to try it on your own photograph:")
     print(
         f"    .venv/bin/dino-d2 predict --weights {folder} --tile {TEST_TILE} --input PHOTO --output {args.output}/own"
     )

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Create ``.venv`` with everything dino_d2 needs and build the op. Standard library only.
+"""Create ``.venv`` with everything that dino_d2 needs, and build the op. Standard library only.
 
-Run it as often as you like: each step is recorded in ``.venv/setup.json`` when it is complete, with a
-digest of what it was made from, and a step whose record still matches is passed over. An interrupted
-run therefore goes on where it stopped.
+Can be run repeatedly: each completed step is recorded in ``.venv/setup.json`` with a digest of its inputs, and skipped
+while that matches. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ def say(message: str) -> None:
 
 
 def fail(message: str) -> None:
-    sys.exit(f"[setup] cannot go on: {message}")
+    sys.exit(f"[setup] failed: {message}")
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the repository root; its failure ends the setup with the command's name."""
+    """Run a command in the repository root; exit with its name if it fails."""
     result = subprocess.run([str(part) for part in command], cwd=ROOT)
     if result.returncode != 0:
         fail(f"`{' '.join(str(part) for part in command)}` exited with {result.returncode}; see above.")
@@ -50,7 +49,7 @@ def recorded() -> dict[str, str]:
 
 
 def step(name: str, key: str, action, still_there=lambda: True) -> None:
-    """Run `action` unless the record says that it was completed for the same `key`."""
+    """Run `action` unless it was already completed for the same `key`."""
     if recorded().get(name) == key and still_there():
         say(f"{name}: up to date")
         return
@@ -66,13 +65,13 @@ def check_machine() -> None:
     if sys.version_info < OLDEST_PYTHON:
         version = ".".join(map(str, sys.version_info[:3]))
         wanted = ".".join(map(str, OLDEST_PYTHON))
-        fail(f"this is Python {version}, {wanted} or newer is needed. Try `make setup PYTHON=python3.11`.")
+        fail(f"Python {wanted} or newer is required, this is {version}. Try `make setup PYTHON=python3.11`.")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")):
-        fail("no C++ compiler was found (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`).")
+        fail("no C++ compiler found (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`).")
     if shutil.which("nvcc"):
-        say("nvcc was found: the op is built with its CUDA kernels")
+        say("nvcc found: building the op with CUDA kernels")
     else:
-        say("no nvcc was found: the op is built for the CPU")
+        say("nvcc not found: building the op for the CPU only")
 
 
 def create_venv() -> None:
@@ -86,7 +85,7 @@ def build_op() -> None:
     run(PYTHON, "-c", "from dino_d2.ops import require_compiled; require_compiled()")
 
 
-def op_is_there() -> bool:
+def op_is_built() -> bool:
     return any((ROOT / "ops").glob("_C*.so"))
 
 
@@ -97,7 +96,7 @@ def main() -> None:
         say(f"creating .venv with Python {version}")
         create_venv()
     step("venv", version, lambda: None)
-    # setup.json records what pip was asked for, so the index is not consulted when nothing changed.
+    # setup.json records the requirements, so that the index is not queried if nothing changed.
     requirements = sorted((ROOT / "requirements").glob("*.txt"))
     step(
         "packages (torch alone can take minutes)",
@@ -112,7 +111,7 @@ def main() -> None:
         f"{name}={os.environ.get(name, '')}" for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX")
     )
     key = digest(*sources, ROOT / "setup.py", ROOT / "pyproject.toml", extra=f"{build_settings}|{shutil.which('nvcc')}")
-    step("deformable-attention op and dino_d2", key, build_op, op_is_there)
+    step("deformable-attention op and dino_d2", key, build_op, op_is_built)
     say("ready: .venv/bin/python")
 
 

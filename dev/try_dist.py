@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""`make dist`: build the sdist and the wheel, and try each as a user would, in an environment outside the repository.
+"""`make dist`: build the sdist and the wheel, and test each in an environment outside the repository.
 
-Tried are the doctor, prediction by a recipe's name and two steps of training. Standard library only.
+Runs the doctor, a prediction with a recipe's name and two training steps. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 RECIPE = "small/dino_mobilenetv2_640"
-# What a build with CUDA, and what an installation needs.
+# Files needed for a build with CUDA, and for an installation.
 IN_SDIST = ["ops/csrc/cuda/kernels.cuh", "ops/csrc/cuda/ms_deform_attn_cuda.cu", "ops/csrc/cpu/vector.h", "setup.py"]
 IN_WHEEL = [
     "dino_d2/configs/dino_r50_4scale_12ep.yaml", f"dino_d2/configs/{RECIPE}.yaml", "dino_d2/tools/train_net.py",
@@ -50,7 +50,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
 
 
 def build() -> tuple[Path, Path]:
-    """The sdist, made as where there is no CUDA, and the wheel."""
+    """Build the sdist (as on a machine without CUDA) and the wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
     for what in ("sdist", "bdist_wheel"):
         variables = {"FORCE_CUDA": "0"} if what == "sdist" else {}
@@ -70,7 +70,7 @@ def _check(path: Path, wanted: list[str], names: set[str]) -> None:
 
 
 def try_out(distribution: Path, python: Path, folder: Path) -> None:
-    """Install it and use it, in a folder of its own."""
+    """Install and use a distribution in its own folder."""
     folder.mkdir()
     dino = python.parent / "dino-d2"
     run(python, "-m", "pip", "install", "-q", "--no-build-isolation", "--force-reinstall", "--no-deps", distribution,

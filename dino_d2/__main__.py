@@ -1,4 +1,4 @@
-"""`python -m dino_d2` is `dino-d2`, where scripts of packages are not on the PATH."""
+"""`python -m dino_d2`: the command `dino-d2` where it is not on the PATH."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""What a detector costs: parameters, FLOPs and activations of each stage, by fvcore.
+"""Count parameters, FLOPs and activations of each stage of a detector, with fvcore.
 
-One multiply-add counts as one FLOP, as in fvcore and in the papers of the DETR family. Counted are matrix products,
-convolutions, attention, deformable attention and norms; not counted is what works element by element, looks up or
-ranks: fvcore and detectron2 leave most of it out silently, the rest is listed in :attr:`Analysis.not_counted`. A trace
-also drops what no result depends on: the class logits of all decoder layers but the last.
+One multiply-add counts as one FLOP, as in fvcore and in DETR-like papers. Matrix products, convolutions, attention,
+deformable attention and norms are counted. Elementwise operations, indexing and sorting are not: fvcore and detectron2
+ignore most of them silently, the rest is listed in :attr:`Analysis.not_counted`. Tracing also drops unused outputs: the
+class logits of all decoder layers but the last.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch import nn
 
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
-# Operators, and which of their inputs has a weight for each sample.
+# Operators, and the index of the input with one weight per sample.
 DEFORMABLE_ATTENTION = {"dino_d2::ms_deform_attn": 3, "dino_d2::ms_deform_attn_fused": 4}
 ATTENTION = "aten::scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: all of them, trainable or not. flops, activations: of one prediction; activations are the numbers
-    that the counted operators, without the norms, put out."""
+    """Cost of a stage. parameters: trainable or not. flops, activations: of one prediction; activations are the output
+    sizes of the counted operators without norms."""
 
     parameters: int
     flops: int
@@ -41,8 +41,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Analysis:
-    """stages: by name, in the order they run. total: of the whole model. not_counted: operators met without a
-    formula, and how often."""
+    """Costs of a model. stages: by name, in execution order. total: of the whole model. not_counted: operators without
+    a formula, and their number of calls."""
 
     stages: dict[str, Cost]
     total: Cost
@@ -52,11 +52,11 @@ class Analysis:
 def ms_deform_attn_flops(value: Sequence[int], weights: Sequence[int]) -> int:
     """Multiply-adds of `dino_d2.ops.ms_deform_attn`.
 
-    For each sample and channel, four to interpolate between pixels and one to weigh the result.
+    Per sample and channel: four to interpolate between pixels and one to weight the result.
 
     Args:
         value: shape (B, S, heads, channels).
-        weights: shape (B, Q, heads, L, points) of the attention weights, one for each sample.
+        weights: shape (B, Q, heads, L, points) of the attention weights, one per sample.
     """
     return 5 * prod(weights) * value[-1]
 
@@ -73,10 +73,10 @@ def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[in
 
 
 def analyze(model: nn.Module, height: int, width: int) -> Analysis:
-    """Trace one prediction of a detector and count, stage by stage: a stage is a child of the model with parameters.
+    """Trace one prediction of a detector and count each stage, which is a child module with parameters.
 
     Args:
-        model: of detectron2's format, list[dict] in.
+        model: takes detectron2's input format, list[dict].
         height, width: of the image, in pixels; the batch is one image without padding.
     """
     inputs = [{"image": torch.zeros(3, height, width)}]
@@ -104,7 +104,7 @@ def analyze(model: nn.Module, height: int, width: int) -> Analysis:
 
 
 def as_table(analysis: Analysis, markdown: bool) -> str:
-    """A line for each stage and one for the total, in millions (M) and thousand millions (G)."""
+    """One line per stage and one for the total, in millions (M) and billions (G)."""
     rows = [["stage", "parameters (M)", "FLOPs (G)", "activations (M)"]]
     for name, cost in (*analysis.stages.items(), ("total", analysis.total)):
         numbers = (cost.parameters / 1e6, cost.flops / 1e9, cost.activations / 1e6)
@@ -125,7 +125,7 @@ def _count_deformable_attention(weights: int, inputs: Sequence[Any], outputs: Se
 
 @contextmanager
 def _ready_to_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and sizes of maps that are numbers: a trace makes tensors of them, and the op takes none."""
+    """Evaluation mode, with map sizes converted to numbers: tracing turns them into tensors, which the op rejects."""
 
     def sizes_as_numbers(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         *others, memory = args

@@ -1,7 +1,7 @@
-"""The page of `dino-d2 app`: pictures in, boxes out, in a browser on this machine.
+"""The web page of `dino-d2 app`, which detects objects in uploaded images.
 
-It is served on loopback alone and asks no other host for anything: no telemetry, no share link, no fonts. Uploaded
-pictures are removed with the process.
+It is served only on localhost and contacts no other host: no telemetry, share link or fonts. Uploaded images are
+deleted when the process ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .data import read_image
 from .detections import DEFAULT_THRESHOLD, Detections, number_categories
 from .detector import Detector
 
-# Gradio reads these while it is imported.
+# Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 _UPLOADS = tempfile.TemporaryDirectory(prefix="dino_d2_app_")
 os.environ.setdefault("GRADIO_TEMP_DIR", _UPLOADS.name)
@@ -33,29 +33,29 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise
-    raise ImportError("the page needs Gradio, which is not installed: pip install 'dino-d2[app]'") from error
+    raise ImportError("the app needs Gradio, which is not installed: pip install 'dino-d2[app]'") from error
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 100
 DIGITS = 3  # of a score threshold
-SHOWN = (1024, 2048)  # least and most of the longer side, in pixels, of what is drawn on; the model sees the file's own
+SHOWN = (1024, 2048)  # limits for the longer side of the displayed image in pixels; the model sees the original
 THUMBNAIL = 160
 SMALLEST_TILE = 64
-NOTHING_YET = "Upload pictures to begin."
+NOTHING_YET = "Upload images to begin."
 TABLE = ("class", "score", "x1", "y1", "x2", "y2")
 PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
 
-Values = dict[Any, Any]  # of Gradio's components
+Values = dict[Any, Any]  # Gradio component -> value
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture of the queue and everything that the model found in it.
+    """An image of the queue with all detections.
 
-    name: of its file, without folders.
-    shown: the picture to draw on, RGB, resized to `SHOWN`.
-    found: in pixels of the file, whatever the score.
-    tile: with which it was found; see `Detector`.
+    name: file name without folders.
+    shown: the image to draw on, RGB, resized to `SHOWN`.
+    found: detections of any score, in pixels of the original.
+    tile: the tile size used; see `Detector`.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Picture:
     found: Detections
     tile: int
 
-    def draw(self, kept: Detections) -> Image.Image:
+    def draw(self, selected: Detections) -> Image.Image:
         height, width = self.found.image_size
         scale = max(self.shown.size) / max(height, width)
         size = (self.shown.height, self.shown.width)
-        return replace(kept, boxes=kept.boxes * scale, image_size=size).draw(self.shown)
+        return replace(selected, boxes=selected.boxes * scale, image_size=size).draw(self.shown)
 
     def thumbnail(self) -> Image.Image:
         return _resize(self.shown, THUMBNAIL)
@@ -75,11 +75,11 @@ class Picture:
 
 @dataclass
 class Session:
-    """What a visitor has. Events may change it while the model works, so there is one object for all of them.
+    """The state of a visitor, shared by all events, which may change it while the model runs.
 
-    pictures: by path of the uploaded file, in the order of the queue; replaced as a whole.
-    current: path of the one that is chosen.
-    threshold, classes: what is shown: what scores more; of these names, or if there are none, of all.
+    pictures: by path of the uploaded file, in the order of the queue; always replaced as a whole.
+    current: path of the selected picture.
+    threshold, classes: show detections with a higher score, of these classes; empty: all classes.
     """
 
     pictures: dict[str, Picture] = field(default_factory=dict)
@@ -89,19 +89,20 @@ class Session:
 
     @property
     def shown(self) -> Picture | None:
-        """The one that is chosen, or the first."""
+        """The selected picture, or the first."""
         return self.pictures.get(self.current, next(iter(self.pictures.values()), None))
 
-    def kept(self, picture: Picture) -> Detections:
-        kept = picture.found.above(self.threshold)
-        return kept.of(*self.classes) if self.classes else kept
+    def select(self, picture: Picture) -> Detections:
+        """The detections to show."""
+        selected = picture.found.above(self.threshold)
+        return selected.of(*self.classes) if self.classes else selected
 
 
-def look_at(detector: Detector, path: str, tile: int) -> Picture:
+def detect(detector: Detector, path: str, tile: int) -> Picture:
     """Run the model on a file.
 
     Raises:
-        ValueError: it is no picture, or cannot be looked at; the message names the file without its folder.
+        ValueError: it is not an image, or too large; the message names the file without its folder.
     """
     name = Path(path).name
     try:
@@ -110,23 +111,23 @@ def look_at(detector: Detector, path: str, tile: int) -> Picture:
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{name} needs more memory than the device has: look at it in tiles") from error
+        raise ValueError(f"{name} does not fit into device memory: use tiles") from error
     longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
     return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
 
 
 def class_names_of(detector: Detector) -> tuple[str, ...]:
-    """Of all classes, numbered as :class:`Detections` does if the model knows no names."""
+    """Names of all classes, or "class 0", … as in :class:`Detections` if the model has none."""
     return detector.class_names or tuple(f"class {number}" for number in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
 
 
 def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What is kept of all pictures as a data set in COCO's format; annotations have scores, too."""
+    """The selected detections of all images as a dataset in COCO format, with scores."""
     images, annotations = [], []
     for number, picture in enumerate(session.pictures.values(), start=1):
         height, width = picture.found.image_size
         images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
-        for result in session.kept(picture).to_coco(number):
+        for result in session.select(picture).to_coco(number):
             area = result["bbox"][2] * result["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **result, "area": area, "iscrowd": 0})
     numbered = zip(number_categories(class_names), class_names, strict=True)
@@ -135,15 +136,15 @@ def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict
 
 
 def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
-    """The page, to be started by :func:`launch`.
+    """Build the page; start it with :func:`launch`.
 
-    The model looks at a picture once, when it is uploaded or the tiles change; all it finds stays in the session, and
-    threshold and classes choose from that.
+    The model runs once per image, on upload or when the tile size changes. All detections stay in the session;
+    threshold and classes select from them.
 
     Args:
-        detector: finds objects.
-        title: what the model is called.
-        tile: longest side in pixels of what is looked at at once, at first; 0: whole pictures.
+        detector: the model.
+        title: name of the model.
+        tile: initial tile size in pixels; 0: no tiles.
     """
     title = f"DINO · {title}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
@@ -153,15 +154,15 @@ def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
 
 
 class _Page:
-    """What is seen, and what happens when something is changed there.
+    """The components and their event handlers.
 
-    The methods that Gradio calls get values of components and return new ones.
+    Handlers called by Gradio take component values and return new ones.
     """
 
     def __init__(self, detector: Detector, tile: int):
         self.detector, self.class_names = detector, class_names_of(detector)
         self.first_threshold = round(detector.threshold, DIGITS)
-        self.session = gr.State(Session(threshold=self.first_threshold))  # of which each visitor gets a copy
+        self.session = gr.State(Session(threshold=self.first_threshold))  # each visitor gets a copy
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 self._add_controls(tile)
@@ -170,7 +171,7 @@ class _Page:
         self.view = [self.summary, self.shown, self.table]
 
     def _add_controls(self, tile: int) -> None:
-        self.files = gr.File(label="Pictures", file_count="multiple", height=180)
+        self.files = gr.File(label="Images", file_count="multiple", height=180)
         self.note = gr.Markdown(elem_id="note")
         self.threshold = gr.Slider(
             0, 1, self.first_threshold, step=10**-DIGITS, label="Score above", elem_id="threshold"
@@ -180,18 +181,18 @@ class _Page:
             value=[],
             multiselect=True,
             label="Classes",
-            info="None chosen: all are shown",
+            info="Empty: show all",
             elem_id="classes",
         )
         self.tile = gr.Number(
             tile,
             label="Tiles",
-            info="Pixels; 0: the whole picture at once. Tiles find small objects in large pictures",
+            info="Pixels; 0: no tiles. Tiles help to find small objects in large images",
             precision=0,
             minimum=0,
             elem_id="tile",
         )
-        self.again = gr.Button("Find again with these tiles")
+        self.again = gr.Button("Detect again with these tiles")
         self.download = gr.Button("Download COCO JSON", variant="primary")
         self.file = gr.DownloadButton(visible="hidden", elem_id="coco_file")
 
@@ -222,9 +223,9 @@ class _Page:
         )
 
     def connect(self) -> None:
-        """Say what calls which method."""
+        """Connect events to handlers."""
         choice = [self.session, self.threshold, self.classes]
-        # No progress bars: they hide what is there already. The note says how far it is.
+        # No progress bars, which would hide current results; the note shows the progress.
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         ran = gr.on(
             [self.files.change, self.again.click, self.tile.submit],
@@ -235,7 +236,7 @@ class _Page:
             concurrency_id="model",
             **quiet,
         )
-        in_turn = quiet | {"concurrency_id": "view"}  # the latest choice is shown last
+        in_turn = quiet | {"concurrency_id": "view"}  # so that the latest change is shown last
         ran.then(self.redraw, choice, self.view, **in_turn)
         changes = [self.threshold.change, self.classes.change]
         gr.on(changes, self.redraw, choice, self.view, trigger_mode="always_last", **in_turn)
@@ -244,9 +245,9 @@ class _Page:
         written.then(None, js=PRESS_DOWNLOAD)
 
     def run(self, session: Session, paths: list[str] | None, tile: int) -> Iterator[Values]:
-        """Look at the files that the model has not seen with these tiles, and forget those that are no more there."""
+        """Run the model on files not yet seen with this tile size, and forget removed files."""
         if 0 < tile < SMALLEST_TILE:
-            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: 0 (whole pictures) or {SMALLEST_TILE} and more"}
+            yield {self.note: f"⚠ Tiles of {tile} pixels are too small: use 0 (no tiles) or at least {SMALLEST_TILE}"}
             return
         paths = list(dict.fromkeys(paths or []))
         session.pictures = {path: session.pictures[path] for path in paths if path in session.pictures}
@@ -254,9 +255,9 @@ class _Page:
         for number, path in enumerate(paths, start=1):
             if path in session.pictures and session.pictures[path].tile == tile:
                 continue
-            yield {self.note: _lines(*problems, f"Looking at {Path(path).name} ({number} of {len(paths)}) …")}
+            yield {self.note: _lines(*problems, f"Processing {Path(path).name} ({number} of {len(paths)}) …")}
             try:
-                picture = look_at(self.detector, path, tile)
+                picture = detect(self.detector, path, tile)
             except ValueError as error:
                 problems.append(f"⚠ {error}")
                 continue
@@ -282,8 +283,12 @@ class _Page:
         picture = session.shown
         if picture is None:
             return {self.summary: NOTHING_YET, self.shown: None, self.table: []}
-        kept = session.kept(picture)
-        return {self.summary: _summary(picture, kept), self.shown: picture.draw(kept), self.table: _rows(kept)}
+        selected = session.select(picture)
+        return {
+            self.summary: _summary(picture, selected),
+            self.shown: picture.draw(selected),
+            self.table: _rows(selected),
+        }
 
     def thumbnails(self, session: Session) -> gr.Gallery:
         pictures = list(session.pictures.values())
@@ -298,18 +303,18 @@ def launch(page: gr.Blocks, port: int) -> str:
     """Serve the page in threads of this process until `page.close()`.
 
     Args:
-        page: of :func:`build_page`.
-        port: the first one that is tried; if it is taken, the next free one.
+        page: from :func:`build_page`.
+        port: first port to try.
 
     Returns:
-        the address.
+        the URL.
 
     Raises:
         OSError: no port is free.
     """
-    # Gradio asks its own server whether it is up; a proxy for the network beyond must not be asked for that.
+    # Gradio checks its own server over HTTP, which must not go through a proxy.
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY", os.environ.get("no_proxy")), HOST)))
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the system
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # system fonts
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
     _, address, _ = page.launch(
         server_name=HOST,
@@ -342,14 +347,14 @@ def _resize(image: Image.Image, longest: int) -> Image.Image:
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size))
 
 
-def _rows(kept: Detections) -> list[list[str | float]]:
-    return [[found.name, round(found.score, 3), *(round(side, 1) for side in found.box)] for found in kept]
+def _rows(detections: Detections) -> list[list[str | float]]:
+    return [[found.name, round(found.score, 3), *(round(side, 1) for side in found.box)] for found in detections]
 
 
-def _summary(picture: Picture, kept: Detections) -> str:
-    counts = ", ".join(f"{count} {name}" for name, count in Counter(kept.names).most_common())
+def _summary(picture: Picture, detections: Detections) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(detections.names).most_common())
     height, width = picture.found.image_size
-    objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
+    objects = "1 object" if len(detections) == 1 else f"{len(detections)} objects"
     return f"**{_plain(picture.name)}** ({width} × {height}): {_plain(f'{objects}: {counts}' if counts else objects)}"
 
 
@@ -358,5 +363,5 @@ def _lines(*lines: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text as Markdown that shows it as it is."""
+    """Escape the text for Markdown."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]()<>#+-.!|$&~" else character for character in text)

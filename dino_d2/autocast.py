@@ -1,4 +1,4 @@
-"""Mixed precision by the name of a dtype, in training and in evaluation."""
+"""Mixed precision, selected by the name of a dtype."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def autocast(device_type: str, dtype: str | None) -> AbstractContextManager:
-    """`torch.autocast` to `dtype`; None changes nothing, so that it may be on around the model."""
+    """`torch.autocast` to `dtype`; None keeps the current autocast state."""
     return nullcontext() if dtype is None else torch.autocast(device_type, DTYPES[dtype])
 
 
 def autocast_of_config(key: str, amp: CfgNode) -> str | None:
-    """The dtype of a node with ENABLED and DTYPE, None where it is not enabled.
+    """The autocast dtype of a config node with ENABLED and DTYPE; None if it is disabled.
 
     Raises:
-        ValueError: another dtype than float16 and bfloat16; it names the `key`.
+        ValueError: the dtype is not float16 or bfloat16; the message names the `key`.
     """
     if not amp.ENABLED:
         return None

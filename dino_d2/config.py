@@ -1,4 +1,4 @@
-"""Every key that dino_d2 adds to detectron2's config, with its default: the published recipe."""
+"""The keys that dino_d2 adds to detectron2's config. The defaults are the published recipe."""
 
 from __future__ import annotations
 
@@ -20,49 +20,53 @@ from dino_d2_cli import shipped
 def add_dino_config(cfg: CN) -> None:
     """Add DINO's keys to a config made by `detectron2.config.get_cfg()`."""
     if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"  # no GPU is an ordinary case
+        cfg.MODEL.DEVICE = "cpu"  # run without a GPU out of the box
 
-    # Load files that could run code, too (pickled objects, not mere tensors). In a config file it is ignored: who
-    # publishes one beside weights must not decide on it.
+    # Also load weight files that can run code (pickled objects, not just tensors). Ignored in config files: whoever
+    # publishes one with weights must not be able to switch it on.
     cfg.MODEL.TRUST_WEIGHTS = False
 
     c = cfg.MODEL.DINO = CN()
-    c.NUM_CLASSES = 80  # classes of the data, counted from 0, without background
-    c.CLASS_NAMES = []  # their names in that order, or none: the data set's; saved with the weights
-    c.NUM_QUERIES = 900  # detections before the best are taken (TEST.DETECTIONS_PER_IMAGE); may be lowered later
-    c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone maps, finest first; four of them: 5-scale
-    c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones made of the last
+    c.NUM_CLASSES = 80  # classes of the dataset, without background
+    c.CLASS_NAMES = []  # their names, in order; empty: the dataset's. Saved with the weights
+    c.NUM_QUERIES = (
+        900  # more than TEST.DETECTIONS_PER_IMAGE, which are the best of them; may be lowered after training
+    )
+    c.IN_FEATURES = ["res3", "res4", "res5"]  # backbone feature maps, finest first; with four of them: 5-scale
+    c.NUM_FEATURE_LEVELS = 4  # those maps and coarser ones derived from the last
     c.HIDDEN_DIM = 256  # channels of tokens and queries
-    c.NHEADS = 8  # of every attention
-    c.ENCODER = "deformable"  # deformable | interleaved: all tokens in every layer, or the finest level's rarely
-    c.ENC_LAYERS = 6  # of the interleaved encoder: blocks
+    c.NHEADS = 8  # of every attention module
+    c.ENCODER = (
+        "deformable"  # deformable | interleaved: update all tokens in every layer, or the finest level less often
+    )
+    c.ENC_LAYERS = 6  # layers; blocks of the interleaved encoder
     c.MEMORY_FUSION = False  # combine the outputs of all encoder layers (Stable-DINO)
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level
-    c.OP = "auto"  # auto | compiled | reference: the best there is; refuse to run without kernels; plain PyTorch
+    c.OP = "auto"  # auto | compiled | reference: best available; error without compiled kernels; plain PyTorch
     c.DROPOUT = 0.0  # of attention and feed-forward blocks
-    c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what the encoder gives the queries (section 3.4)
-    c.QUERY_SCORE_THRESHOLD = 0.0  # in prediction, no queries of tokens that score less; 0: always NUM_QUERIES
-    c.LOOK_FORWARD = "twice"  # twice | once: how far a layer's box loss reaches back (section 3.5)
-    c.SHARE_HEADS = True  # one class and one box head for all decoder layers, or one of each per layer
-    c.NMS_THRESHOLD = 1.0  # IoU above which the worse of two detections of one class is dropped; 1: DINO needs none
-    c.POS_TEMPERATURE = 20.0  # of the pixels' sine embedding
-    c.POS_OFFSET = 0.0  # of the pixel number in it; -0.5 in the detectron2 port's weights
+    c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what queries take from the encoder (section 3.4)
+    c.QUERY_SCORE_THRESHOLD = 0.0  # at inference, drop queries from tokens that score less; 0: always NUM_QUERIES
+    c.LOOK_FORWARD = "twice"  # twice | once: how many layers a box loss trains (section 3.5)
+    c.SHARE_HEADS = True  # share the class and box head between decoder layers, or one of each per layer
+    c.NMS_THRESHOLD = 1.0  # IoU threshold of per-class NMS; 1: no NMS, which DINO does not need
+    c.POS_TEMPERATURE = 20.0  # of the sine position embedding
+    c.POS_OFFSET = 0.0  # added to pixel indices there; -0.5 in the detectron2 port's weights
 
-    c.INTERLEAVED = CN()  # a block of that encoder
-    c.INTERLEAVED.COARSE_UPDATES = 2  # of the coarse levels, before the one of the finest
-    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the feed-forward block of that one
+    c.INTERLEAVED = CN()  # a block of the interleaved encoder
+    c.INTERLEAVED.COARSE_UPDATES = 2  # updates of the coarse levels before each of the finest
+    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the finest level's feed-forward block
 
     c.DN = CN()
     c.DN.TYPE = "cdn"  # cdn | dn | none: with negatives (section 3.3), without (DN-DETR), off
-    c.DN.NUMBER = 100  # positives per image, about: it is divided by the most objects in one image
-    c.DN.LABEL_NOISE_RATIO = 0.5  # a label is redrawn with half of this probability
-    c.DN.BOX_NOISE_SCALE = 1.0  # lambda_1, in half sides of the box
-    c.DN.REORDER_NEGATIVES = False  # put corners that changed places back in order; the published program does not
-    c.DN.MAX_QUERIES = 0  # bound on denoising queries per image, for images full of objects; 0: none
+    c.DN.NUMBER = 100  # positives per image, roughly: (NUMBER // most objects in an image) groups
+    c.DN.LABEL_NOISE_RATIO = 0.5  # a label is replaced with half this probability
+    c.DN.BOX_NOISE_SCALE = 1.0  # lambda_1, as a fraction of half the box side
+    c.DN.REORDER_NEGATIVES = False  # swap back corners that changed places; the official code does not
+    c.DN.MAX_QUERIES = 0  # limit on denoising queries per image, for crowded images; 0: no limit
 
-    # Recompute activations in the backward pass: less memory, a forward pass more of that part.
+    # Activation checkpointing: less memory for one more forward pass of that part.
     c.CHECKPOINT = CN()
     c.CHECKPOINT.BACKBONE = False  # as a whole (MODEL.SWIN.CHECKPOINT: block by block)
     c.CHECKPOINT.ENCODER = False  # layer by layer
@@ -88,68 +92,71 @@ def add_dino_config(cfg: CN) -> None:
     s.WINDOW_SIZE = 7
     s.DROP_PATH_RATE = 0.2
     s.OUT_FEATURES = ["p1", "p2", "p3"]  # p0 to p3: strides 4 to 32
-    s.CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
+    s.CHECKPOINT = False  # activation checkpointing: less memory, more time
 
     t = cfg.MODEL.TIMM = CN()  # for MODEL.BACKBONE.NAME: build_timm_backbone
     t.NAME = "mobilenetv2_100"  # any timm model with features_only
-    t.OUT_INDICES = [2, 3, 4]  # timm's numbers of the maps, named "stage2", "stage3", …
-    t.PRETRAINED = False  # let timm fetch its weights (MODEL.WEIGHTS is loaded after it)
-    t.FREEZE_BATCHNORM = True  # keep running statistics and affine parameters as loaded
-    t.NORM_MAPS = False  # a LayerNorm over the channels of each map, as detrex's ConvNeXt has
+    t.OUT_INDICES = [2, 3, 4]  # timm's indices of the feature maps, named "stage2", "stage3", …
+    t.PRETRAINED = False  # let timm download its weights (MODEL.WEIGHTS is loaded afterwards)
+    t.FREEZE_BATCHNORM = True  # freeze running statistics and affine parameters
+    t.NORM_MAPS = False  # LayerNorm over the channels of each map, as in detrex's ConvNeXt
 
     v = cfg.MODEL.VITDET = CN()  # for MODEL.BACKBONE.NAME: build_vitdet_backbone (defaults: ViT-B)
     v.EMBED_DIM = 768
     v.DEPTH = 12  # blocks
     v.NUM_HEADS = 12
-    v.WINDOW_SIZE = 14  # side of the windows that the other blocks attend in, in tokens
-    v.GLOBAL_BLOCKS = [2, 5, 8, 11]  # blocks that attend to the whole picture, counted from 0
+    v.WINDOW_SIZE = 14  # side of the attention windows of the other blocks, in tokens
+    v.GLOBAL_BLOCKS = [2, 5, 8, 11]  # indices of the blocks with global attention
     v.DROP_PATH_RATE = 0.1
-    v.IMAGE_SIZE = 1024  # side in pixels that the relative positions are learned for; interpolated for others
+    v.IMAGE_SIZE = 1024  # side in pixels that relative positions are learned for; interpolated for other sizes
     v.OUT_CHANNELS = 256  # of every map
 
-    # [name, annotation file, image folder] of data sets in COCO's format, to be registered
+    # Datasets in COCO format to register: [name, annotation file, image folder]
     cfg.DATASETS.COCO_FORMAT = []
 
     cfg.INPUT.CROP.PROBABILITY = 0.5  # of cropping to INPUT.CROP.SIZE
-    cfg.INPUT.CROP.RESIZE_FIRST = [400, 500, 600]  # short sides drawn from before the crop; empty: no resize
-    cfg.INPUT.VERTICAL_FLIP = False  # flip upside down, half of the time (pictures without an up, as from the air)
-    cfg.INPUT.QUARTER_TURN = False  # turn by 90 degrees, half of the time
-    cfg.INPUT.COLOR_JITTER = 0.0  # brightness, contrast and saturation change by up to this share
-    cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does at a picture that cannot be read; docs/data.md
+    cfg.INPUT.CROP.RESIZE_FIRST = [400, 500, 600]  # choices for the shorter side before the crop; empty: no resize
+    cfg.INPUT.VERTICAL_FLIP = False  # half of the time, for images without an up, such as aerial ones
+    cfg.INPUT.QUARTER_TURN = False  # rotate by 90 degrees, half of the time
+    cfg.INPUT.COLOR_JITTER = 0.0  # change brightness, contrast and saturation by up to this fraction
+    cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does when an image cannot be read; docs/data.md
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate
-    cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which the CPU has too; used if SOLVER.AMP.ENABLED
-    cfg.SOLVER.ACCUMULATION_STEPS = 1  # parts in which a process works on its images: less memory, the same gradients
-    cfg.SOLVER.ON_NON_FINITE = "stop"  # stop | skip: what to do after a report of a loss that is infinite or NaN
-    cfg.SOLVER.CHECKPOINT_KEEP = 0  # so many of the newest periodic checkpoints, the older ones are removed; 0: all
-    cfg.SOLVER.BEST_METRIC = ""  # such as bbox/AP: keep the weights that were best in it as model_best.pth
-    cfg.SOLVER.EARLY_STOPPING = 0  # stop after so many evaluations that were not better in BEST_METRIC; 0: never
+    cfg.SOLVER.AMP.DTYPE = "float16"  # or bfloat16, which also works on the CPU; used if SOLVER.AMP.ENABLED
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # split each process's batch into this many parts: less memory, same gradients
+    cfg.SOLVER.ON_NON_FINITE = "stop"  # stop | skip: what to do after reporting an infinite or NaN loss
+    cfg.SOLVER.CHECKPOINT_KEEP = 0  # keep this many of the newest periodic checkpoints; 0: all
+    cfg.SOLVER.BEST_METRIC = ""  # such as bbox/AP: save the weights with the best value as model_best.pth
+    cfg.SOLVER.EARLY_STOPPING = 0  # stop after this many evaluations without a better BEST_METRIC; 0: never
     cfg.SOLVER.EMA = CN()
-    cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save a moving average of the weights
-    cfg.SOLVER.EMA.DECAY = 0.9997  # share that the average keeps at each step; 0.99 for runs of a thousand steps
+    cfg.SOLVER.EMA.ENABLED = False  # maintain, evaluate and save a moving average of the weights
+    cfg.SOLVER.EMA.DECAY = 0.9997  # per step; 0.99 for runs of a thousand steps
 
-    # TEST.AUG is detectron2's test-time augmentation: sizes, flip. docs/evaluation.md
-    cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU above which detections of one class in two copies are one object
-    cfg.TEST.AMP = CN()  # evaluation and prediction in mixed precision
+    # TEST.AUG is detectron2's test-time augmentation (sizes, flip); see docs/evaluation.md
+    cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU threshold of per-class NMS over the augmented copies
+    cfg.TEST.AMP = CN()  # evaluate and predict in mixed precision
     cfg.TEST.AMP.ENABLED = False
     cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16
-    cfg.TEST.COCO_BACKEND = "auto"  # auto | pycocotools | hotcoco: what computes COCO's AP; auto: the faster if equal
-    cfg.TEST.MAX_DETS_PER_IMAGE = 100  # detections of an image and class that count in AP; others are no longer COCO's
-    cfg.TEST.QUERY_METRICS = False  # beside AP: distance of the anchors, duplicates, AP of every decoder layer
+    cfg.TEST.COCO_BACKEND = "auto"  # auto | pycocotools | hotcoco: computes COCO AP; auto: faster if equal
+    cfg.TEST.MAX_DETS_PER_IMAGE = 100  # per image and class, counted in AP; other values deviate from COCO
+    cfg.TEST.QUERY_METRICS = False  # also report anchor distances, duplicates and the AP of every decoder layer
 
-    cfg.WANDB_PROJECT = ""  # of Weights & Biases, for all scalars of training; empty: not used
+    cfg.WANDB_PROJECT = ""  # Weights & Biases project that logs all training scalars; empty: not used
 
 
 def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Sequence[Any] = ()) -> CN:
-    """detectron2's defaults, DINO's, `defaults`, the file's values, then `overrides`; both are KEY VALUE KEY VALUE ….
+    """Merge detectron2's defaults, DINO's, `defaults`, the file and `overrides`, in that order.
 
-    `config_file` is a path, or the name of a recipe (:func:`find_config_file`). A config saved on a machine with a GPU
-    is used on the CPU where there is none, and says so.
+    A config saved on a machine with a GPU runs on the CPU if there is no GPU, with a warning.
+
+    Args:
+        config_file: path, or name of a recipe (:func:`find_config_file`).
+        overrides, defaults: KEY VALUE KEY VALUE ….
 
     Raises:
-        FileNotFoundError: there is neither a file nor a recipe of that name.
-        ValueError: a key that does not exist (it names the nearest one that does) or has no value; a file that is not
-            YAML, or YAML that would run code.
+        FileNotFoundError: neither a file nor a recipe of that name.
+        ValueError: an unknown key (the message suggests a similar one), a key without a value, a file that is not YAML,
+            or YAML that would run code.
     """
     config_file = find_config_file(config_file)
     cfg = get_cfg()
@@ -158,34 +165,34 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
     try:
         in_file = _keys(cfg.load_yaml_with_base(config_file))
     except yaml.YAMLError as error:
-        raise ValueError(f"{config_file} (or the _BASE_ of it) cannot be read as mere YAML: {error}") from error
-    _refuse_unknown(in_file, cfg, f"{config_file} (or the _BASE_ of it)")
+        raise ValueError(f"{config_file} (or its _BASE_) is not plain YAML: {error}") from error
+    _refuse_unknown(in_file, cfg, f"{config_file} (or its _BASE_)")
     _refuse_unknown(overrides[::2], cfg, "the overrides")
     if len(overrides) % 2:
-        raise ValueError(f"{overrides[-1]} in the overrides has no value: they are KEY VALUE KEY VALUE …")
+        raise ValueError(f"{overrides[-1]} in the overrides has no value: give KEY VALUE KEY VALUE …")
     cfg.merge_from_list(list(defaults))
     cfg.merge_from_file(config_file, allow_unsafe=False)
     if cfg.MODEL.TRUST_WEIGHTS:
         cfg.MODEL.TRUST_WEIGHTS = False
         logging.getLogger(__name__).warning(
-            "MODEL.TRUST_WEIGHTS in %s (or the _BASE_ of it) is ignored: say MODEL.TRUST_WEIGHTS True on the command "
-            "line if you trust the weights",
+            "ignoring MODEL.TRUST_WEIGHTS in %s (or its _BASE_): pass MODEL.TRUST_WEIGHTS True on the command line if "
+            "you trust the weights",
             config_file,
         )
     cfg.merge_from_list(list(overrides))
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("MODEL.DEVICE is %s, which is not there: using the CPU", cfg.MODEL.DEVICE)
+        logging.getLogger(__name__).warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg
 
 
 def find_config_file(name: str | os.PathLike) -> str:
-    """The path of a config file that is there, else of the recipe of that name.
+    """The path of an existing config file, else of the recipe of that name.
 
-    Recipes are named as their files in `configs/`: "dino_r50_4scale_12ep", "small/dino_r18_640".
+    Recipes are named after their files in `configs/`: "dino_r50_4scale_12ep", "small/dino_r18_640".
 
     Raises:
-        FileNotFoundError: there is neither; it names recipes that are spelt alike.
+        FileNotFoundError: neither exists; the message suggests similar recipes.
     """
     name = os.fspath(name)
     if PathManager.isfile(name):
@@ -200,14 +207,14 @@ def find_config_file(name: str | os.PathLike) -> str:
 
 
 def recipe_files() -> dict[str, str]:
-    """Name -> path of every recipe."""
+    """Map the name of every recipe to its path."""
     folder = shipped("configs")
     files = sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("Base-"))
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The full names of all values in nested dictionaries."""
+    """Yield the dotted keys of all values in nested dictionaries."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{name}.")
@@ -220,5 +227,5 @@ def _refuse_unknown(keys: Iterable[str], cfg: CN, origin: str) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "dino_d2/config.py and detectron2's config list all keys"
-            raise ValueError(f"{key} in {origin} is no config key; {hint}")
+            hint = f"did you mean {near[0]}?" if near else "see dino_d2/config.py and detectron2's defaults"
+            raise ValueError(f"unknown config key {key} in {origin}; {hint}")

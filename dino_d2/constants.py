@@ -1,4 +1,4 @@
-"""Tensors that depend on nothing but shapes: made once for each, not at every step."""
+"""Cache tensors that depend only on shapes, so that they are not recomputed at every step."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
-SHAPES = 4  # the last so many are kept; a position embedding takes 23 MB at 800 x 1333
+CACHE_SIZE = 4  # entries; a position embedding takes 23 MB at 800 x 1333
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the last results of a function of numbers, dtypes and devices. Nobody may change them in place.
+    """Cache the last results of a function of numbers, dtypes and devices. Results must not be modified in place.
 
-    While a graph is being recorded the function itself is called: its shapes may be symbols, and the graph's compiler
-    knows a constant when it sees one.
+    While a graph is compiled or traced the function itself is called: shapes may be symbolic, and the compiler folds
+    constants.
     """
 
-    @lru_cache(SHAPES)
-    def kept(*args: object) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():  # usable in training, wherever it was first asked for
+    @lru_cache(CACHE_SIZE)
+    def cached(*args: object) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # usable in training even if first called in inference mode
             return make(*args)
 
     @wraps(make)
     def wrapper(*args: object) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make(*args)
-        return kept(*args)
+        return cached(*args)
 
     return wrapper

@@ -1,4 +1,4 @@
-"""What was found in one image. NumPy alone: models that were exported give it without torch."""
+"""The detections in one image. Needs only NumPy, so exported models return them without torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from detectron2.structures import Instances
     from PIL.Image import Image
 
-# COCO's numbers of its 80 classes, in their order.
+# Category ids of COCO's 80 classes, in order.
 COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 DEFAULT_THRESHOLD = 0.3  # of the score, where weights come without one of their own
 FIRST_AND_LAST_OF_COCO = ("person", "toothbrush")
-# Distinct on photographs and for colour-blind eyes (Okabe and Ito), lightest first.
+# Distinguishable on photographs and by colour-blind readers (Okabe and Ito), lightest first.
 COLOURS = [(240, 228, 66), (86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178)]
 
 
 class Detection(NamedTuple):
-    """One object.
+    """One detected object.
 
-    name: of its class; "class 3" if the model knows no names.
+    name: of the class; "class 3" if the model has no class names.
+    score: in [0, 1].
     box: x1, y1, x2, y2 in pixels of the image.
     class_id: counted from 0.
     """
@@ -44,14 +45,14 @@ class Detection(NamedTuple):
 
 @dataclass(repr=False, eq=False)
 class Detections:
-    """What was found in one image, best first. Iterating gives each :class:`Detection`.
+    """The detections in one image, highest score first. Iterating yields each :class:`Detection`.
 
     boxes: (n, 4) float32, x1, y1, x2, y2 in pixels of the image.
     scores: (n,) float32 in [0, 1].
     classes: (n,) int64, counted from 0.
-    class_names: of all classes of the model; empty if it knows none.
+    class_names: of all classes of the model; empty if unknown.
     image_size: height, width.
-    image: the picture: a path, or (H, W, 3) uint8 in RGB; None if it is not kept.
+    image: a path or URL, or (H, W, 3) uint8 in RGB; None if not kept.
     """
 
     boxes: np.ndarray
@@ -63,7 +64,7 @@ class Detections:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes of the n objects."""
+        """Class name of each of the n objects."""
         return [self._name(number) for number in self.classes.tolist()]
 
     def __len__(self) -> int:
@@ -74,48 +75,48 @@ class Detections:
         return (Detection(name, score, tuple(box), number) for name, score, box, number in rows)
 
     def __getitem__(self, which: int | slice | np.ndarray | Sequence) -> Detection | Detections:
-        """One object by its number, or :class:`Detections` by a slice, a mask or a list of numbers."""
+        """One object by its index, or :class:`Detections` by a slice, a mask or a list of indices."""
         if isinstance(which, int | np.integer):
             return list(self)[which]
         which = which if isinstance(which, slice) else np.asarray(which, dtype=None if len(which) else np.int64)
         return replace(self, boxes=self.boxes[which], scores=self.scores[which], classes=self.classes[which])
 
     def above(self, score: float) -> Detections:
-        """Those that score more."""
+        """Detections with a score above `score`."""
         return self[self.scores > score]
 
     def of(self, *names: str) -> Detections:
-        """Those of these classes.
+        """Detections of these classes.
 
         Raises:
-            ValueError: the model has no class of that name.
+            ValueError: an unknown class.
         """
         known = self.class_names or [self._name(number) for number in set(self.classes.tolist())]
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(known)}"
-                raise ValueError(f"there is no class {name}; {hint}")
+                raise ValueError(f"unknown class {name}; {hint}")
         return self[np.array([name in names for name in self.names], bool)]
 
     def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:
-        """The picture with boxes, classes and scores.
+        """The image with boxes, class names and scores drawn on it.
 
         Args:
-            image: to draw on, arrays in RGB; by default the one that was looked at.
+            image: the image to draw on, arrays in RGB; by default the one the detections are from.
 
         Raises:
-            ValueError: it is not known, or has another size.
+            ValueError: the image was not kept, or has another size.
         """
         picture = as_picture(self.image if image is None else image)
         height, width = self.image_size
         if picture.size != (width, height):
-            raise ValueError(f"the picture is {picture.size[0]} x {picture.size[1]}, the detections are of one of "
-                             f"{width} x {height} pixels")  # fmt: skip
+            raise ValueError(f"the image has {picture.size[0]} x {picture.size[1]} pixels, but the detections "
+                             f"are from one with {width} x {height}")  # fmt: skip
         return _draw(self, picture)
 
     def save(self, path: str | PathLike) -> None:
-        """The drawn picture, or for a path that ends with .json a list of the objects."""
+        """Write the drawn image, or for a path that ends with .json the list of detections."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
@@ -124,17 +125,17 @@ class Detections:
             self.draw().save(path)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """A dictionary for each object: "class", "score", "box_xyxy"."""
+        """One dictionary per detection: "class", "score", "box_xyxy"."""
         return [
             {"class": found.name, "score": round(found.score, 4), "box_xyxy": [round(side, 1) for side in found.box]}
             for found in self
         ]
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO's format for results: a dictionary for each object, boxes as x, y, width, height.
+        """COCO's results format: one dictionary per detection, boxes as x, y, width, height.
 
         Args:
-            category_ids: of all classes; by default COCO's where the classes are COCO's, else 1, 2, ….
+            category_ids: of all classes; by default COCO's ids if the classes are COCO's, else 1, 2, ….
         """
         names = self.class_names or [self._name(number) for number in range(self.classes.max(initial=-1) + 1)]
         numbers = number_categories(names) if category_ids is None else category_ids
@@ -150,7 +151,7 @@ class Detections:
         ]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Columns name, score, x1, y1, x2, y2, class_id."""
+        """A data frame with the columns name, score, x1, y1, x2, y2, class_id."""
         try:
             import pandas
         except ImportError as error:
@@ -159,7 +160,7 @@ class Detections:
         return pandas.DataFrame(rows, columns=["name", "score", "x1", "y1", "x2", "y2", "class_id"])
 
     def to_supervision(self) -> supervision.Detections:
-        """Those of the library supervision: annotators, trackers, zones."""
+        """As `supervision.Detections`, for its annotators, trackers and zones."""
         try:
             import supervision
         except ImportError as error:
@@ -172,7 +173,7 @@ class Detections:
         )
 
     def to_instances(self) -> Instances:
-        """detectron2's."""
+        """As detectron2's `Instances`, with pred_boxes, scores and pred_classes."""
         import torch
         from detectron2.structures import Boxes, Instances
 
@@ -191,7 +192,7 @@ class Detections:
         )
 
     def _repr_png_(self) -> bytes | None:
-        """The drawn picture, in a notebook."""
+        """Show the drawn image in a notebook."""
         if self.image is None:
             return None
         file = io.BytesIO()
@@ -203,17 +204,17 @@ class Detections:
 
 
 def number_categories(class_names: Sequence[str]) -> Sequence[int]:
-    """Category ids of all classes: COCO's where the classes are COCO's, else 1, 2, …."""
+    """Category ids of all classes: COCO's ids if the classes are COCO's, else 1, 2, …."""
     is_coco = len(class_names) == 80 and (class_names[0], class_names[-1]) == FIRST_AND_LAST_OF_COCO
     return COCO_IDS if is_coco else range(1, len(class_names) + 1)
 
 
 def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
-    """A new PIL picture in RGB, turned as its EXIF data say."""
+    """A new PIL image in RGB, rotated according to its EXIF data."""
     from PIL import Image, ImageOps
 
     if image is None:
-        raise ValueError("the picture is not kept with these detections: give it to draw")
+        raise ValueError("the image was not kept with these detections: pass it to draw")
     if isinstance(image, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
@@ -226,7 +227,7 @@ def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
 
 
 def _draw(detections: Detections, picture: Image) -> Image:
-    found = list(reversed(list(detections)))  # the best on top
+    found = list(reversed(list(detections)))  # the highest score on top
     return draw_boxes(
         picture,
         [detection.box for detection in found],
@@ -238,12 +239,12 @@ def _draw(detections: Detections, picture: Image) -> Image:
 def draw_boxes(
     picture: Image, boxes: Sequence[Sequence[float]], class_ids: Sequence[int], texts: Sequence[str]
 ) -> Image:
-    """Draw on the picture, in RGB, and give it back.
+    """Draw on the RGB image in place and return it.
 
     Args:
-        boxes: x1, y1, x2, y2 in pixels; later ones lie on top.
-        class_ids: which decide on the colours.
-        texts: of the labels.
+        boxes: x1, y1, x2, y2 in pixels; later ones are drawn on top.
+        class_ids: determine the colours.
+        texts: labels of the boxes.
     """
     from PIL import ImageDraw, ImageFont
 

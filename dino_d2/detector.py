@@ -1,4 +1,4 @@
-"""Three lines from weights to boxes.
+"""From weights to boxes in three lines.
 
 detector = Detector.from_pretrained("dino_r50_4scale_12ep")
 detections = detector("street.jpg")
@@ -28,7 +28,7 @@ from .detections import DEFAULT_THRESHOLD, Detections, as_picture
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
 
-OVERLAP = 0.25  # of neighbouring tiles
+OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 Picture = str | PathLike | Image.Image | np.ndarray
@@ -36,14 +36,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Detector:
-    """A model that takes pictures as they come. It finds what detectron2's `DefaultPredictor` finds with its config.
+    """A model that takes images in any form. It gives the detections of detectron2's `DefaultPredictor`.
 
     Attributes:
         cfg: the config.
         model: the DINO, in evaluation mode.
-        class_names: of all classes; empty if they are not known.
-        threshold: what is found scores more, unless a call says another one. It is the one that came with the weights,
-            where F1 was highest in the last evaluation of their training; 0.3 where none came. It can be set.
+        class_names: names of all classes; empty if unknown.
+        threshold: minimum score of detections, unless a call gives another: the one stored with the weights, which had
+            the highest F1 in the last evaluation of their training; 0.3 if none is stored. It can be set.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
@@ -63,19 +63,20 @@ class Detector:
         dtype: str = "float32",
         overrides: Sequence[Any] = (),
     ) -> Detector:
-        """
+        """Load a detector.
+
         Args:
-            weights: a name that `dino-d2 zoo` lists; a folder made by :meth:`save_pretrained`; the OUTPUT_DIR of a
-                training; a checkpoint; the id of a repository on Hugging Face, of which only safetensors and plain YAML
+            weights: a name listed by `dino-d2 zoo`; a folder written by :meth:`save_pretrained`; the OUTPUT_DIR of a
+                training run; a checkpoint; or a Hugging Face repository id, from which only safetensors and plain YAML
                 are read.
-            config_file: of a checkpoint that has no config.yaml beside it: a path, or the name of a recipe.
-            device: as PyTorch names it, such as "cpu"; by default a GPU if there is one.
-            dtype: float32, or bfloat16 or float16 for what may be computed in less.
-            overrides: KEY, VALUE, … over the config.
+            config_file: path or recipe name, for a checkpoint without a config.yaml beside it.
+            device: such as "cpu"; by default a GPU if there is one.
+            dtype: float32, or bfloat16 or float16 for mixed precision.
+            overrides: KEY, VALUE, … that override the config.
 
         Raises:
-            FileNotFoundError: there are no such weights, or no config for them.
-            ValueError: the weights contradict the config; a key or a dtype that does not exist.
+            FileNotFoundError: the weights or their config were not found.
+            ValueError: the weights do not match the config; an unknown key or dtype.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -120,35 +121,36 @@ class Detector:
         """Find objects.
 
         Args:
-            images: a path, a URL, a PIL image or an array (H, W, 3) uint8 in RGB (`cv2.imread` gives BGR: say
-                channel_order="bgr"); a list of them; a folder, whose pictures are taken in the order of their names; a
-                video file.
-            threshold: keep what scores more. None: `self.threshold`. 0 keeps `TEST.DETECTIONS_PER_IMAGE`.
-            classes: names; none: all.
-            tile: look at the picture in pieces of at most this side, in pixels: large pictures with small objects.
-            batch_size: pictures that the model sees at once, if they have one size.
-            channel_order: of arrays, "rgb" or "bgr".
+            images: a path, a URL, a PIL image or an array (H, W, 3) uint8 in RGB (`cv2.imread` gives BGR: pass
+                channel_order="bgr"); a list of these; a folder of images, taken in order of file name; a video file.
+            threshold: keep detections with a higher score. None: `self.threshold`. 0 keeps
+                `TEST.DETECTIONS_PER_IMAGE`.
+            classes: names of the classes to keep; empty: all.
+            tile: split the image into tiles of at most this side in pixels, for small objects in large images; 0: no
+                tiles.
+            batch_size: number of images of the same size to run at once.
+            channel_order: "rgb" or "bgr", for arrays.
 
         Returns:
-            :class:`Detections` of a picture; a list of them for a list or a folder; for a video an iterator over its
-            frames, which are read as they are needed.
+            :class:`Detections` for one image; a list of them for a list or a folder; for a video an iterator over its
+            frames, which are read lazily.
 
         Raises:
-            FileNotFoundError: there is no such file, or no picture in the folder.
-            ValueError: a file that is no picture, an array of another shape or type, a class that is not known.
+            FileNotFoundError: the file does not exist, or the folder has no images.
+            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
         threshold = self.threshold if threshold is None else threshold
         path = Path(images) if isinstance(images, str | PathLike) else None
         if path and path.suffix.lower() in VIDEOS:
-            return self._all(_frames(path), threshold, classes, tile, batch_size, "rgb")
+            return self._detect(_frames(path), threshold, classes, tile, batch_size, "rgb")
         if path and path.is_dir():
             images = pictures_in(path)
         elif not isinstance(images, Sequence) or isinstance(images, str):
-            return next(self._all([images], threshold, classes, tile, 1, channel_order))
+            return next(self._detect([images], threshold, classes, tile, 1, channel_order))
         bar = tqdm(images, disable=len(images) < 2 * batch_size or len(images) < 10, unit="picture")
-        return list(self._all(bar, threshold, classes, tile, batch_size, channel_order))
+        return list(self._detect(bar, threshold, classes, tile, batch_size, channel_order))
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write config.yaml, model.safetensors and README.md, which :meth:`from_pretrained` reads."""
@@ -165,7 +167,7 @@ class Detector:
         (folder / CONFIG).write_text(cfg.dump())
         (folder / CARD).write_text(self._card(folder.name))
 
-    def _all(
+    def _detect(
         self,
         images: Iterable[Picture],
         threshold: float,
@@ -177,24 +179,24 @@ class Detector:
         images = iter(images)
         while batch := [_as_rgb(image, channel_order) for image in islice(images, batch_size)]:
             arrays = [array for _, array in batch]
-            found = [self._tiles(array, tile) for array in arrays] if tile else self._predict(arrays)
+            found = [self._predict_tiles(array, tile) for array in arrays] if tile else self._predict(arrays)
             for (source, array), instances in zip(batch, found, strict=True):
                 detections = self._as_detections(instances, array.shape[:2], source).above(threshold)
                 yield detections.of(*classes) if classes else detections
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Of pictures in RGB, as `DefaultPredictor` does.
+        """Predict RGB images, as `DefaultPredictor` does.
 
-        Those of one size go through the model together: padding pictures of several sizes would change what is found.
+        Only images of the same size are batched: padding would change the detections.
         """
         found: dict[int, Instances] = {}
         for size in dict.fromkeys(image.shape for image in images):
-            places = [place for place, image in enumerate(images) if image.shape == size]
-            inputs = [self._input(images[place]) for place in places]
+            indices = [index for index, image in enumerate(images) if image.shape == size]
+            inputs = [self._input(images[index]) for index in indices]
             with torch.no_grad():
                 results = self.model(inputs)
-            found |= {place: result["instances"].to("cpu") for place, result in zip(places, results, strict=True)}
-        return [found[place] for place in range(len(images))]
+            found |= {index: result["instances"].to("cpu") for index, result in zip(indices, results, strict=True)}
+        return [found[index] for index in range(len(images))]
 
     def _input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
@@ -206,7 +208,7 @@ class Detector:
             "width": width,
         }
 
-    def _tiles(self, image: np.ndarray, tile: int) -> Instances:
+    def _predict_tiles(self, image: np.ndarray, tile: int) -> Instances:
         return predict_in_tiles(lambda part: self._predict([part])[0], image, tile, int(tile * OVERLAP))
 
     def _as_detections(self, instances: Instances, size: tuple[int, int], source: str | np.ndarray) -> Detections:
@@ -229,7 +231,7 @@ pipeline_tag: object-detection
 ---
 # {name}
 
-A DINO detector (arXiv 2203.03605) of {parameters:.1f} million parameters, for [dino_d2](https://pypi.org/project/dino-d2/).
+A DINO detector (arXiv 2203.03605) with {parameters:.1f} million parameters, for [dino_d2](https://pypi.org/project/dino-d2/).
 
 ```python
 from dino_d2 import Detector
@@ -240,26 +242,26 @@ detections = detector("photo.jpg")
 
 - Classes: {names}
 - Backbone: {self.cfg.MODEL.BACKBONE.NAME}
-- Pictures: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
+- Images: shorter side {self.cfg.INPUT.MIN_SIZE_TEST} pixels, longer side at most {self.cfg.INPUT.MAX_SIZE_TEST}
 - Score threshold: {self.explain_threshold()}
-- Trained on, evaluated on, licence: *say it here before you publish the model*
+- Trained on, evaluated on, licence: *fill in before you publish the model*
 """
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """The pictures of a folder, in the order of their names.
+    """Paths of the images in a folder, sorted by name.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder has none.
     """
     found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES)
     if not found:
-        raise FileNotFoundError(f"there are no pictures in {folder}: none of {', '.join(sorted(PICTURES))}")
+        raise FileNotFoundError(f"no images found in {folder} (looked for {', '.join(sorted(PICTURES))})")
     return found
 
 
 def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.ndarray]:
-    """What detections keep of a picture to draw it later, and its pixels (H, W, 3) uint8 in RGB."""
+    """The source that detections keep for drawing, and the pixels (H, W, 3) uint8 in RGB."""
     if isinstance(image, str | PathLike):
         pixels = read_image(image, "RGB")
         return (pixels if "://" in str(image) else str(image)), pixels
@@ -274,21 +276,21 @@ def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.nd
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video, in RGB, with a progress bar."""
+    """Yield the frames of a video in RGB, with a progress bar."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(f"{path}: videos need OpenCV: pip install opencv-python-headless") from error
+        raise ImportError(f"{path}: reading videos needs OpenCV: pip install opencv-python-headless") from error
     video = cv2.VideoCapture(str(path))
     try:
         if not video.isOpened():
             raise ValueError(f"{path} cannot be read as a video")
         with tqdm(total=int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None, unit="frame") as bar:
             while True:
-                there, frame = video.read()
-                if not there:
+                success, frame = video.read()
+                if not success:
                     return
                 yield frame[:, :, ::-1]
                 bar.update()

@@ -1,7 +1,7 @@
-"""`python -m dino_d2.doctor`: what is installed, which kernels will serve, and whether they compute what they should.
+"""`python -m dino_d2.doctor`: report installed packages and available kernels, and test the kernels.
 
-The exit code is 0 only when all is well: the compiled op was loaded, has kernels for every device that is there, and
-its results and gradients are those of the reference in float64.
+The exit code is 0 if the compiled op was loaded, has kernels for every device found, and its results and gradients
+match the float64 reference.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PACKAGES = (
 )  # fmt: skip
 NOT_INSTALLED = "not installed"
 SHAPES = [(13, 17), (7, 9), (4, 5), (2, 3)]
-# Largest error allowed, relative to the largest number: a few roundings of what is computed in.
+# Largest error relative to the largest value: a few rounding errors of the dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """ok: None where there is nothing to be right or wrong."""
+    """A line of the report. ok: None for information."""
 
     name: str
     text: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """What is there, then what was tested, one after the other."""
+    """Yield what is installed, then test results, one by one."""
     yield Finding("python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         version = _version(package)
@@ -51,7 +51,7 @@ def examine() -> Iterator[Finding]:
     if torch.accelerator.is_available():
         devices.append(torch.accelerator.current_accelerator())
     else:
-        yield Finding("accelerator", "none that torch can use")
+        yield Finding("accelerator", "none usable by torch")
     for device in devices:
         try:
             ops.require_compiled(device.type)
@@ -68,7 +68,7 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         pass
-    try:  # some ways of installing detectron2 leave no metadata under its name
+    try:  # some installations of detectron2 have no metadata under its name
         return getattr(importlib.import_module(package), "__version__", "installed")
     except ImportError:
         return NOT_INSTALLED
@@ -94,7 +94,7 @@ def _kernels(device: torch.device) -> str:
 
 
 def _compare(device: torch.device, dtype: torch.dtype) -> Finding:
-    """Forward and backward of the fused and of the plain op against the reference in float64."""
+    """Compare forward and backward of the fused and the plain op with the float64 reference."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(height * width for height, width in SHAPES)
     sampling = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +102,7 @@ def _compare(device: torch.device, dtype: torch.dtype) -> Finding:
     value = torch.randn(2, tokens, 4, 32, generator=generator).to(device, dtype)
     offsets = torch.randn(*sizes, 2, generator=generator).to(device, sampling)
     logits = torch.randn(sizes, generator=generator).to(device, sampling)
-    # A quarter of a pixel from where bilinear interpolation has kinks: no rounding moves a sample across one.
+    # A quarter of a pixel away from the kinks of bilinear interpolation, so that rounding cannot cross one.
     reference = torch.full((2, tokens, len(SHAPES), 2), 0.5, device=device, dtype=sampling)
     offsets = (offsets * 2).round() / 2 + 0.25
 
@@ -127,7 +127,7 @@ def _compare(device: torch.device, dtype: torch.dtype) -> Finding:
         for ours, right in zip(results(function, value, offsets, logits), exact, strict=True):
             worst = max(worst, ((ours.double() - right).abs().max() / right.abs().max()).item())
     name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    text = f"off by {worst:.0e} at most, {TOLERANCES[dtype]:.0e} is allowed"
+    text = f"largest error {worst:.0e}, tolerance {TOLERANCES[dtype]:.0e}"
     return Finding(name, text, ok=worst <= TOLERANCES[dtype])
 
 
@@ -137,7 +137,7 @@ def main() -> int:
         mark = {None: "    ", True: "ok  ", False: "BAD "}[finding.ok]
         print(f"{mark}{finding.name:<22} {finding.text}", flush=True)
         healthy &= finding.ok is not False
-    print("\nall is well" if healthy else "\nnot well: see what is marked BAD")
+    print("\nall checks passed" if healthy else "\nsome checks failed: see the lines marked BAD")
     return 0 if healthy else 1
 
 

@@ -1,13 +1,13 @@
-"""Boxes as tensors: formats, the logit that the anchors live in, generalised IoU."""
+"""Box operations: formats, inverse sigmoid, generalised IoU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Both are the published program's.
-LOGIT_EPS = 1e-3  # bounds what one decoder layer can move a box
-IOU_EPS = 1e-6  # keeps boxes without area finite
+# Both values are from the official code.
+LOGIT_EPS = 1e-3  # limits how far one decoder layer can move a box
+IOU_EPS = 1e-6  # keeps results finite for boxes without area
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
-    """Logit of `x` in [0, 1] (values outside are clamped), with both tails bounded by `eps`."""
+    """Logit of `x`, clamped to [0, 1]; both tails are limited by `eps`."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -31,8 +31,8 @@ def inverse_sigmoid(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU (arXiv 1902.09630) of boxes x1, y1, x2, y2; leading dimensions broadcast.
 
-    `generalized_iou(a[:, None], b[None])` is the pairwise matrix. Unlike detectron2's and fvcore's it
-    neither asserts on the order of the corners nor waits for the device.
+    `generalized_iou(a[:, None], b[None])` is the pairwise matrix. Unlike the versions in detectron2 and fvcore it does
+    not assert the order of the corners and does not synchronise with the device.
 
     Args:
         a, b: (..., 4).

@@ -1,7 +1,7 @@
-"""What detectron2 imports from the package `lvis`, which does not run with NumPy 1.24 or later.
+"""Replaces the package `lvis` for detectron2, because that does not run with NumPy 1.24 or later.
 
-LVIS's AP is computed by hotcoco. Importing dino_d2 makes this module known as `lvis` where that package is not
-installed, so that detectron2 loads and evaluates data sets in LVIS's format.
+LVIS AP is computed by hotcoco. Importing dino_d2 registers this module as `lvis` if that package is not installed, so
+that detectron2 can load and evaluate datasets in LVIS format.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 __all__ = ["LVIS", "LVISEval", "LVISResults"]
 
 
-def provide() -> None:
-    """Be `import lvis` where nothing else is."""
+def register() -> None:
+    """Make `import lvis` import this module if the package is not installed."""
     if importlib.util.find_spec("lvis") is None:
         sys.modules["lvis"] = sys.modules[__name__]
 
 
 @contextmanager
 def in_place_of_lvis() -> Iterator[None]:
-    """Be `import lvis` for a while, installed or not."""
+    """Temporarily make `import lvis` import this module, whether or not the package is installed."""
     before = sys.modules.get("lvis")
     sys.modules["lvis"] = sys.modules[__name__]
     try:
@@ -39,10 +39,10 @@ def in_place_of_lvis() -> Iterator[None]:
 
 
 class LVIS:
-    """An annotation file in LVIS's format, with what detectron2 asks of it.
+    """An annotation file in LVIS format, with the methods that detectron2 uses.
 
     Args:
-        annotation_path: a JSON file; without "annotations" (a test set's) there are none.
+        annotation_path: a JSON file; "annotations" may be missing, as in test sets.
     """
 
     def __init__(self, annotation_path: str):
@@ -55,7 +55,7 @@ class LVIS:
             self.img_ann_map[annotation["image_id"]].append(annotation)
 
     def get_ann_ids(self, img_ids: Iterable[int] | None = None) -> list[int]:
-        """Of these images, or all."""
+        """Annotation ids of these images; None: of all."""
         if img_ids is None:
             return list(self.anns)
         return [annotation["id"] for image_id in img_ids for annotation in self.img_ann_map[image_id]]
@@ -68,16 +68,16 @@ class LVIS:
 
 
 class LVISResults:
-    """Detections beside the annotations they are held against.
+    """Detections together with the annotations that they are evaluated on.
 
     Args:
         lvis_gt: annotations.
-        results: detections in COCO's result format.
-        max_dets: how many of an image's detections count, those with the highest scores of all classes.
+        results: detections in COCO's results format.
+        max_dets: highest-scoring detections per image, over all classes, that count.
     """
 
     def __init__(self, lvis_gt: LVIS, results: list[dict[str, Any]], max_dets: int = 300):
-        import hotcoco  # late: most who load a data set never evaluate one in this format
+        import hotcoco  # imported late: not needed for loading
 
         self.annotations = hotcoco.COCO(lvis_gt.dataset)
         self.detections = hotcoco.LVISResults(self.annotations, results, max_dets)

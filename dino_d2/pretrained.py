@@ -1,4 +1,4 @@
-"""Where the weights are that a user names, and which config they go with."""
+"""Find the weights that a user names, and their config."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import yaml
 
 from . import model_zoo
 
-CONFIG, SAVED = "config.yaml", "model.safetensors"  # of a folder made by `Detector.save_pretrained`
+CONFIG, SAVED = "config.yaml", "model.safetensors"  # in a folder written by `Detector.save_pretrained`
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HELP = (
-    "it can be a name that `dino-d2 zoo` lists, a checkpoint, the OUTPUT_DIR of a training, a folder made by "
-    "save_pretrained, or the id of a repository on Hugging Face (owner/name)"
+    "give a name listed by `dino-d2 zoo`, a checkpoint, the OUTPUT_DIR of a training run, a folder written by "
+    "save_pretrained, or a Hugging Face repository id (owner/name)"
 )
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """
+    """Weights and their config.
+
     config_file: path of a config, or name of a recipe.
-    settings: KEY, VALUE, … that go over it.
-    weights: what `MODEL.WEIGHTS` would be.
+    settings: KEY, VALUE, … that override it.
+    weights: the value for `MODEL.WEIGHTS`.
     """
 
     config_file: str
@@ -34,15 +35,17 @@ class Pretrained:
 
 
 def find_pretrained(name: str, config_file: str | None = None) -> Pretrained:
-    """
+    """Find weights and their config.
+
     Args:
-        name: one of the zoo; a checkpoint (`config_file`, or a config.yaml beside it); a folder: the OUTPUT_DIR of a
-            training (its best weights, else its last), or one made by `save_pretrained`; a repository on Hugging Face.
-        config_file: that the weights go with, instead of the one that is found with them.
+        name: a name in the model zoo; a checkpoint (with `config_file`, or a config.yaml beside it); a folder, either
+            the OUTPUT_DIR of a training run (best weights, else the last) or one written by `save_pretrained`; a
+            Hugging Face repository id.
+        config_file: use this config instead of the one found with the weights.
 
     Raises:
-        FileNotFoundError: there is nothing of that name, no weights in the folder, or no config.
-        ValueError: what a hub holds is not what can be taken from a hub.
+        FileNotFoundError: the weights or their config were not found.
+        ValueError: the repository's config refers to other files.
     """
     name = str(name).removeprefix("dino://")
     if name in model_zoo.entries():
@@ -57,11 +60,11 @@ def find_pretrained(name: str, config_file: str | None = None) -> Pretrained:
         path = _from_hub(name)
         weights = str(path / SAVED)
     else:
-        raise FileNotFoundError(f"there are no weights {name}: {HELP}")
+        raise FileNotFoundError(f"weights {name} not found: {HELP}")
     if config_file is None:
         beside = (path if path.is_dir() else path.parent) / CONFIG
         if not beside.is_file():
-            raise FileNotFoundError(f"{name}: which config do they go with? There is no {beside}: give a config file")
+            raise FileNotFoundError(f"no config found for {name}: {beside} does not exist; give a config file")
         config_file = str(beside)
     return Pretrained(config_file, (), weights)
 
@@ -73,28 +76,26 @@ def _weights_in(folder: Path) -> str:
     for name in names:
         if (folder / name).is_file():
             return str(folder / name)
-    raise FileNotFoundError(f"there are no weights in {folder}: none of {', '.join(dict.fromkeys(names))}; {HELP}")
+    raise FileNotFoundError(f"no weights found in {folder} (looked for {', '.join(dict.fromkeys(names))}); {HELP}")
 
 
 def _from_hub(name: str) -> Path:
-    """The folder with config and weights of a repository, whose files run no code and lead nowhere else."""
+    """Download a repository's config and weights. Neither file can run code or refer to other files."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise ImportError(f"{name}: a repository on Hugging Face needs pip install huggingface_hub") from error
+        raise ImportError(f"{name}: downloading from Hugging Face needs pip install huggingface_hub") from error
     try:
         config, weights = (Path(hf_hub_download(name, file)) for file in (CONFIG, SAVED))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"there are no weights {name} here, and Hugging Face cannot be reached: {HELP}"
-        ) from error
+        raise FileNotFoundError(f"weights {name} not found here, and Hugging Face cannot be reached: {HELP}") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
-            f"the repository {name} on Hugging Face lacks {CONFIG} or {SAVED}, and other files are not read from a hub"
+            f"the Hugging Face repository {name} lacks {CONFIG} or {SAVED}; no other files are read from there"
         ) from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"there are no weights {name} here, nor on Hugging Face: {HELP}") from error
+        raise FileNotFoundError(f"weights {name} not found, neither here nor on Hugging Face: {HELP}") from error
     if "_BASE_" in (yaml.safe_load(config.read_text()) or {}):
-        raise ValueError(f"the {CONFIG} of {name} has a _BASE_, which is not followed from a hub")
+        raise ValueError(f"the {CONFIG} of {name} on Hugging Face has a _BASE_, which is not allowed there")
     return weights.parent

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run stands, not on how it got there: what an exact resume needs."""
+"""Random numbers that depend only on the position in a run, for exact resuming."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seed_from(*key: int) -> None:
 
 @contextmanager
 def own_random_numbers(*key: int) -> Iterator[None]:
-    """Inside, as after `seed_from(*key)`; outside (on the CPU), as if nothing had been drawn."""
+    """Inside, generators are seeded as by `seed_from(*key)`; afterwards the previous CPU states are restored."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_from(*key)
     try:

@@ -1,4 +1,4 @@
-"""The few things that travel between the modules. Boxes are cx, cy, w, h in [0, 1] of the unpadded image."""
+"""Data structures passed between the modules. Boxes are cx, cy, w, h in [0, 1] of the unpadded image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .constants import constant
 
 @dataclass
 class Targets:
-    """The objects of one image: `labels` (n,) int64, `boxes` (n, 4). No object: n = 0."""
+    """The ground truth of one image: `labels` (n,) int64, `boxes` (n, 4). n is 0 without objects."""
 
     labels: Tensor
     boxes: Tensor
@@ -23,12 +23,12 @@ class Targets:
 
 @dataclass
 class Memory:
-    """The feature levels as one sequence of N tokens, level by level in raster order.
+    """The flattened feature levels: N tokens, level by level in raster order.
 
     tokens: (B, N, C).
-    padding_mask: (B, N) bool, True where a token lies on padding; None: no image is padded.
-    spatial_shapes: (height, width) of each of the L levels, on the host.
-    valid_sizes: (B, L, 2), how many columns and rows of each level are not padding, at least 1.
+    padding_mask: (B, N) bool, True for tokens on padding; None: no image is padded.
+    spatial_shapes: (height, width) of each of the L levels, as Python numbers.
+    valid_sizes: (B, L, 2), number of unpadded columns and rows of each level, at least 1.
     """
 
     tokens: Tensor
@@ -38,15 +38,15 @@ class Memory:
 
     @property
     def valid_ratios(self) -> Tensor:
-        """(B, L, 2), the unpadded share of each level's width and height, in (0, 1]."""
+        """Unpadded fraction of each level's width and height, (B, L, 2) in (0, 1]."""
         return self.valid_sizes / map_sizes(self.spatial_shapes, self.valid_sizes.dtype, self.valid_sizes.device)
 
     def token_centres(self) -> Tensor:
-        """Centre of every token as (x, y) relative to the unpadded image, (B, N, 2): above 1 on padding. Without
-        padding (1, N, 2).
+        """Centre (x, y) of every token relative to the unpadded image, (B, N, 2), above 1 on padding; (1, N, 2)
+        without padding.
 
-        One division of two numbers that are exact: 0.5 / 50 is what a comparison with 0.01 finds equal, and the
-        published programs ask for tokens strictly inside. The detour over the padded map rounds to either side.
+        Computed as a single division of two exact numbers, so that 0.5 / 50 compares equal to 0.01: the published
+        implementations require tokens strictly inside. Going through the padded map would round either way.
         """
         valid = self.valid_sizes if self.padding_mask is not None else self.valid_sizes[:1]
         pixels = pixel_centres(self.spatial_shapes, valid.dtype, valid.device)
@@ -55,20 +55,20 @@ class Memory:
         return torch.cat([level / count[:, None] for level, count in levels], dim=1)
 
     def without_padding(self, x: Tensor) -> Tensor:
-        """(B, N, channels), zero on padding."""
+        """Set `x` (B, N, channels) to zero on padding."""
         return x if self.padding_mask is None else x.masked_fill(self.padding_mask[..., None], 0)
 
 
 @constant
 def map_sizes(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Width and height of L maps, (L, 2)."""
-    one = torch.ones((), dtype=dtype, device=device)  # sizes may be symbols, which no tensor can be made of
+    one = torch.ones((), dtype=dtype, device=device)  # sizes may be symbolic, which torch.tensor rejects
     return torch.stack([torch.stack([one * width, one * height]) for height, width in spatial_shapes])
 
 
 @constant
 def pixel_centres(spatial_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Centre of every pixel of L maps as (x, y) in pixels of its map, level by level in raster order: (N, 2)."""
+    """Centre (x, y) of every pixel of L maps in pixels of its map, level by level in raster order, (N, 2)."""
     centres = []
     for height, width in spatial_shapes:
         y = torch.arange(height, dtype=dtype, device=device) + 0.5
@@ -87,13 +87,13 @@ class Queries:
 
 @dataclass
 class Predictions:
-    """What one decoder layer, or the proposals, say: `logits` (B, Q, classes) and `boxes` (B, Q, 4)."""
+    """Output of a decoder layer or of the proposals: `logits` (B, Q, classes) and `boxes` (B, Q, 4)."""
 
     logits: Tensor
     boxes: Tensor
 
     def __post_init__(self) -> None:
-        # Mixed precision ends here: probabilities, losses and rankings are made in float32 at least.
+        # Mixed precision ends here: probabilities, losses and rankings need at least float32.
         self.logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
 
     def split(self, first: int) -> tuple[Predictions, Predictions]:
@@ -103,13 +103,13 @@ class Predictions:
             Predictions(self.logits[:, first:], self.boxes[:, first:]),
         )
 
-    def only(self, chosen: Tensor) -> Predictions:
-        """Those of the chosen queries, (B, Q) bool; the others have score 0 and an empty box, which no result keeps."""
-        others = ~chosen[..., None]
-        return Predictions(self.logits.masked_fill(others, -torch.inf), self.boxes.masked_fill(others, 0))
+    def masked(self, keep: Tensor) -> Predictions:
+        """Give queries where `keep` (B, Q) bool is False score 0 and an empty box, which postprocessing drops."""
+        drop = ~keep[..., None]
+        return Predictions(self.logits.masked_fill(drop, -torch.inf), self.boxes.masked_fill(drop, 0))
 
-    def best(self, count: int) -> Detections:
-        """The (query, class) pairs with the highest scores in each image, `count` or as many as there are."""
+    def topk(self, count: int) -> Detections:
+        """The `count` (query, class) pairs with the highest scores in each image, or all if there are fewer."""
         classes = self.logits.shape[2]
         pairs = self.logits.sigmoid().flatten(1)
         scores, index = topk(pairs, count)
@@ -118,9 +118,9 @@ class Predictions:
 
 
 def topk(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest numbers of the last dimension, or as many as there are, and where they stand.
+    """The `count` largest values of the last dimension and their indices, or all if there are fewer.
 
-    That dimension may be a symbol (torch.export) or a tensor (torch.jit).
+    The size of that dimension may be symbolic (torch.export) or a tensor (torch.jit).
     """
     size = int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1]
     return x.topk(torch.sym_min(count, size))
@@ -128,7 +128,7 @@ def topk(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Detections:
-    """What is found in each image, best first: `scores` (B, n), `boxes` (B, n, 4), `classes` (B, n) int64."""
+    """Detections of each image, highest score first: `scores` (B, n), `boxes` (B, n, 4), `classes` (B, n) int64."""
 
     scores: Tensor
     boxes: Tensor
@@ -137,11 +137,11 @@ class Detections:
 
 @dataclass
 class Pairs:
-    """M (query, object) pairs of a batch, three index tensors (M,).
+    """M matched (query, object) pairs of a batch, as three index tensors (M,).
 
     image: index in the batch.
-    query: index among the queries of that image.
-    target: index in the objects of the whole batch, concatenated image by image.
+    query: index into the queries of that image.
+    target: index into the objects of the whole batch, concatenated image by image.
     weight: (M,) factor of the class target and box losses of each pair; None: all 1.
     """
 
@@ -161,11 +161,11 @@ class Pairs:
 
 @dataclass
 class DenoisingQueries(Queries):
-    """T denoising queries per image, and what is known about them beforehand.
+    """T denoising queries per image and their known matches.
 
-    group_size: queries of one group, positives and negatives; groups lie one behind the other.
-    groups: number of groups (T = groups * group_size, 0 without any object); 0 where denoising is off.
-    pairs: each positive with the object it was made of.
+    group_size: queries per group, positives and negatives; groups are consecutive.
+    groups: number of groups (T = groups * group_size, 0 without objects); 0 if denoising is off.
+    pairs: each positive query with the object it was made from.
     """
 
     group_size: int
@@ -175,14 +175,14 @@ class DenoisingQueries(Queries):
     def __len__(self) -> int:
         return self.content.shape[1]
 
-    def followed_by(self, queries: Queries) -> Queries:
-        """The denoising queries, then the matching queries."""
+    def concatenated_with(self, queries: Queries) -> Queries:
+        """The denoising queries followed by the matching queries."""
         return Queries(
             torch.cat([self.content, queries.content], dim=1), torch.cat([self.anchors, queries.anchors], dim=1)
         )
 
     def attention_mask(self, num_queries: int) -> Tensor:
-        """Who must not attend to whom among T denoising queries followed by `num_queries` matching ones.
+        """Self-attention mask of T denoising queries followed by `num_queries` matching queries.
 
         Matching queries never see denoising queries, groups never see each other; denoising queries see
         their own group and the matching queries (paper section 3.3, as in DN-DETR).
@@ -190,7 +190,7 @@ class DenoisingQueries(Queries):
         Returns:
             (T + num_queries, T + num_queries) bool, True = blocked; rows attend to columns.
         """
-        # The matching queries are one more group that everybody may look at.
+        # The matching queries are one more group, which all queries may attend to.
         index = torch.arange(len(self) + num_queries, device=self.content.device)
         is_matching = index >= len(self)
         group = torch.where(is_matching, self.groups, index // max(self.group_size, 1))

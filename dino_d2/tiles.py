@@ -1,4 +1,4 @@
-"""Photographs too large for one pass: predict tile by tile, and put the results together without seams."""
+"""Predict large images tile by tile and merge the results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def spread(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
     """Cover [0, length) with the fewest equal intervals of at most `size` that share at least `overlap`.
 
     Raises:
-        ValueError: the overlap does not leave a tile anything of its own.
+        ValueError: the overlap is negative or not smaller than a tile.
     """
     if not 0 <= overlap < size:
-        raise ValueError(f"an overlap of {overlap} pixels does not fit tiles of {size}")
+        raise ValueError(f"an overlap of {overlap} pixels is not valid for tiles of {size} pixels")
     count = 1 if length <= size else -(-(length - overlap) // (size - overlap))
     tile = -(-(length + (count - 1) * overlap) // count)
     starts = np.linspace(0, length - tile, count).astype(int)
@@ -25,19 +25,19 @@ def spread(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
 def predict_in_tiles(
     predict: Callable[[np.ndarray], Instances], image: np.ndarray, size: int, overlap: int
 ) -> Instances:
-    """Run `predict` on overlapping tiles; each detection counts in the one tile whose core holds its centre.
+    """Run `predict` on overlapping tiles; keep each detection only in the tile whose core contains its centre.
 
-    Cores divide the picture at the middle of the overlaps, so nothing is found twice and, as long as the overlap
-    is wider than an object, nothing is cut.
+    Cores divide the image in the middle of the overlaps, so there are no duplicates and, if the overlap is wider than
+    an object, no object is cut.
 
     Args:
-        predict: (h, w, 3) picture -> Instances with `pred_boxes`, `scores`, `pred_classes`.
+        predict: (h, w, 3) image -> Instances with `pred_boxes`, `scores`, `pred_classes`.
         image: (H, W, 3).
         size: longest side of a tile in pixels.
-        overlap: pixels that neighbours share at least.
+        overlap: minimum overlap of neighbouring tiles in pixels.
 
     Returns:
-        Instances of the whole picture, best first.
+        Instances of the whole image, highest score first.
     """
     height, width = image.shape[:2]
     rows, columns = spread(height, size, overlap), spread(width, size, overlap)
@@ -57,6 +57,6 @@ def predict_in_tiles(
 
 
 def _cores(intervals: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """Divide what the intervals cover at the middle of each overlap."""
+    """Divide the covered range in the middle of each overlap."""
     middles = [(end + start) / 2 for (_, end), (start, _) in zip(intervals[:-1], intervals[1:], strict=True)]
     return list(zip([-np.inf, *middles], [*middles, np.inf], strict=True))

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: the public functions, the plain PyTorch truth and what was compiled."""
+"""Multi-scale deformable attention: compiled kernels with a plain PyTorch fallback and reference."""
 
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .library import compiled, require_compiled

@@ -1,8 +1,7 @@
-"""Multi-scale deformable attention (arXiv 2010.04159, equation 3) on the compiled kernels.
+"""Multi-scale deformable attention (arXiv 2010.04159, equation 3) with compiled kernels.
 
-`ms_deform_attn` takes locations and weights; `ms_deform_attn_fused` makes them inside, from what the layers predict.
-Both choose: the compiled op where it has a kernel for the device, otherwise the plain PyTorch formulation, which says
-so once.
+`ms_deform_attn` takes sampling locations and weights; `ms_deform_attn_fused` computes them from offsets and logits.
+Both use the compiled op if it has a kernel for the device, otherwise plain PyTorch with a single warning.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import compiled, warn_that_reference_serves
+from .library import compiled, warn_about_fallback
 from .reference import attention_weights_of, ms_deform_attn_reference, sampling_locations_of
 
 
@@ -23,7 +22,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sum of bilinear samples of every feature level.
+    """Weighted sum of bilinear samples from all feature levels.
 
     Values outside a level are zero; a location of 0 is the outer edge of the first pixel, 1 that of the last
     (`align_corners=False`).
@@ -31,31 +30,30 @@ def ms_deform_attn(
     Args:
         value: (B, S, heads, channels), S tokens level by level in raster order. float32, float64, bfloat16 or
             float16.
-        spatial_shapes: (height, width) of each of the L levels. A sequence of pairs is best: it stays on the
-            host and can be traced. A CPU tensor (L, 2) is taken too; a tensor on another device is read back,
-            which waits for that device.
-        level_start_index: first token of each level. It follows from `spatial_shapes`; given, it must agree.
+        spatial_shapes: (height, width) of each of the L levels. Prefer a sequence of pairs, which is traceable. Tensors
+            (L, 2) are accepted too; one on another device than the CPU causes a synchronisation.
+        level_start_index: first token of each level; optional, but must agree with `spatial_shapes`.
         sampling_locations: (B, Q, heads, L, points, 2) as (x, y), [0, 1] inside the level.
         attention_weights: (B, Q, heads, L, points).
 
-    Sampling and summing are done in float32 (float64 for float64 values) whatever `value` is stored as, under
-    autocast too: locations and weights are converted to that precision, the result has the dtype of `value`.
+    Sampling and summing use float32 (float64 for float64 values) for every dtype of `value`, also under autocast:
+    locations and weights are converted to that precision, the result has the dtype of `value`.
 
     Returns:
         (B, Q, heads * channels), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, with the argument's name.
+        ValueError: inconsistent shapes; the message names the argument.
     """
     shapes = _shapes_on_host(spatial_shapes)
     _check(value, shapes, level_start_index, sampling_locations, attention_weights)
     accumulate = _accumulation_dtype(value)
     locations, weights = sampling_locations.to(accumulate), attention_weights.to(accumulate)
     if value.device.type == "cpu" and value.dtype == torch.float16:
-        # No float16 arithmetic on most processors, and no kernel: the detour is exact but for the last rounding.
+        # Most CPUs have no float16 arithmetic, and there is no kernel: float32 differs only in the final rounding.
         return ms_deform_attn(value.float(), shapes, None, locations, weights).to(value.dtype)
     if not compiled(value.device.type):
-        warn_that_reference_serves(value.device.type)
+        warn_about_fallback(value.device.type)
         return ms_deform_attn_reference(value.to(accumulate), shapes, locations, weights).to(value.dtype)
     return torch.ops.dino_d2.ms_deform_attn(value, _flat(shapes), locations, weights)
 
@@ -67,25 +65,24 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """`ms_deform_attn` with the sampling locations and the softmax inside: neither is ever stored.
+    """`ms_deform_attn` fused with the computation of locations and softmax, which are never stored.
 
     Args:
         value: (B, S, heads, channels), as in :func:`ms_deform_attn`.
-        spatial_shapes: (height, width) of each of the L levels, as there.
+        spatial_shapes: (height, width) of each of the L levels, as in :func:`ms_deform_attn`.
         reference: (B, Q, L, 2) points, or (B, Q, L, 4) boxes cx, cy, w, h; in [0, 1] of the level.
-        sampling_offsets: (B, Q, heads, L, points, 2) as (x, y); from a point in pixels of the level, from the centre
-            of a box in units of its half size divided by the number of points.
-        attention_logits: (B, Q, heads, L, points); the softmax goes over levels and points.
+        sampling_offsets: (B, Q, heads, L, points, 2) as (x, y): for points in pixels of the level, for boxes relative
+            to the centre in units of half the size divided by the number of points.
+        attention_logits: (B, Q, heads, L, points); softmax over levels and points.
 
-    Locations, softmax and sums are in float32 (float64 for float64 values), under autocast too. Without
-    compiled kernels, for float16 on a CPU, and for a reference that needs a gradient, the separate steps give the same
-    result.
+    Locations, softmax and sums use float32 (float64 for float64 values), also under autocast. Without compiled kernels,
+    for float16 on a CPU, and if the reference requires gradients, the steps run separately, with the same result.
 
     Returns:
         (B, Q, heads * channels), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, with the argument's name.
+        ValueError: inconsistent shapes; the message names the argument.
     """
     shapes = _shapes_on_host(spatial_shapes)
     _check_value(value, shapes)
@@ -122,11 +119,11 @@ def _check(
     if level_start_index is not None:
         given = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
         if given != starts:
-            raise ValueError(f"level_start_index is {given}, spatial_shapes {shapes} make it {starts}")
+            raise ValueError(f"level_start_index is {given}, but spatial_shapes {shapes} give {starts}")
 
 
 def _check_value(value: Tensor, shapes: list[tuple[int, int]]) -> list[int]:
-    """The first token of each level."""
+    """Check `value` and return the first token of each level."""
     if value.dim() != 4:
         raise ValueError(f"value must be (batch, tokens, heads, channels), got {tuple(value.shape)}")
     if not value.is_floating_point():
@@ -157,17 +154,17 @@ def _check_sampling(
             f"{names[1]} must be {tuple(positions.shape[:-1])} like {names[0]}, got {tuple(weights.shape)}"
         )
     for name, tensor in zip(names, (positions, weights), strict=True):
-        _check_floating_beside(value, tensor, name)
+        _check_dtype_and_device(value, tensor, name)
 
 
 def _check_reference(value: Tensor, offsets: Tensor, reference: Tensor) -> None:
     expected = (offsets.shape[0], offsets.shape[1], offsets.shape[3])
     if reference.dim() != 4 or reference.shape[:3] != expected or reference.shape[3] not in (2, 4):
         raise ValueError(f"reference must be {expected} and 2 or 4 numbers, got {tuple(reference.shape)}")
-    _check_floating_beside(value, reference, "reference")
+    _check_dtype_and_device(value, reference, "reference")
 
 
-def _check_floating_beside(value: Tensor, tensor: Tensor, name: str) -> None:
+def _check_dtype_and_device(value: Tensor, tensor: Tensor, name: str) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
     if tensor.device != value.device:
@@ -178,8 +175,8 @@ def _accumulation_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-# What torch has to know of the two operators. `sampling` stands for the tensors behind spatial_shapes: locations and
-# weights; or reference, offsets and logits. The last two of them have gradients.
+# Registration of the two operators. `sampling` are the tensors after spatial_shapes: locations and weights; or
+# reference, offsets and logits. The last two have gradients.
 
 
 def _forward_fake(value: Tensor, spatial_shapes: Sequence[int], *sampling: Tensor) -> Tensor:
@@ -188,13 +185,13 @@ def _forward_fake(value: Tensor, spatial_shapes: Sequence[int], *sampling: Tenso
 
 
 def _backward_fake(
-    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *sampling_and_wanted: Tensor | bool
+    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *sampling_and_needs_grad: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, positions, weights, value_wanted, sampling_wanted, _ = sampling_and_wanted
+    *_, positions, weights, value_needs_grad, sampling_needs_grad, _ = sampling_and_needs_grad
     return (
-        value.new_empty(value.shape if value_wanted else (0,), dtype=_accumulation_dtype(value)),
-        positions.new_empty(positions.shape if sampling_wanted else (0,)),
-        weights.new_empty(weights.shape if sampling_wanted else (0,)),
+        value.new_empty(value.shape if value_needs_grad else (0,), dtype=_accumulation_dtype(value)),
+        positions.new_empty(positions.shape if sampling_needs_grad else (0,)),
+        weights.new_empty(weights.shape if sampling_needs_grad else (0,)),
     )
 
 
@@ -207,30 +204,30 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _second_derivative(ctx, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "ms_deform_attn has no second derivative; differentiate dino_d2.ops.ms_deform_attn_reference instead"
+        "ms_deform_attn has no second derivative; use dino_d2.ops.ms_deform_attn_reference instead"
     )
 
 
 def _register(name: str) -> None:
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         value, *sampling = ctx.saved_tensors
-        value_wanted, _, *_, positions_wanted, weights_wanted = ctx.needs_input_grad
-        if value is None:  # its shape alone is read
+        value_needs_grad, _, *_, positions_need_grad, weights_need_grad = ctx.needs_input_grad
+        if value is None:  # only its shape is used
             value = grad_output.new_empty((), dtype=ctx.value_dtype).expand(ctx.value_shape)
         grad_value, grad_positions, grad_weights = getattr(torch.ops.dino_d2, f"{name}_backward")(
             grad_output,
             value,
             ctx.spatial_shapes,
             *sampling,
-            value_wanted,
-            positions_wanted or weights_wanted,
+            value_needs_grad,
+            positions_need_grad or weights_need_grad,
             torch.are_deterministic_algorithms_enabled(),
         )
         return (
-            grad_value.to(ctx.value_dtype) if value_wanted else None,
-            *[None] * (len(sampling) - 1),  # the shapes and, if there is one, the reference
-            grad_positions if positions_wanted else None,
-            grad_weights if weights_wanted else None,
+            grad_value.to(ctx.value_dtype) if value_needs_grad else None,
+            *[None] * (len(sampling) - 1),  # spatial_shapes and, if present, the reference
+            grad_positions if positions_need_grad else None,
+            grad_weights if weights_need_grad else None,
         )
 
     torch.library.register_fake(f"dino_d2::{name}", _forward_fake)

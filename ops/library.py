@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, if they are there, and says why if they are not."""
+"""Load the compiled kernels, or explain why they are not available."""
 
 from __future__ import annotations
 
@@ -14,92 +14,92 @@ import torch
 try:
     importlib.import_module("._C", __package__)  # registers torch.ops.dino_d2
 except ImportError as error:
-    _why_not: str | None = str(error)
+    _import_error: str | None = str(error)
 else:
-    _why_not = None
+    _import_error = None
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-_served: dict[str, bool] = {}  # by type of device, found when first asked for: looking at a card starts its driver
+_available: dict[str, bool] = {}  # by device type, filled on demand because querying a GPU initialises its driver
 
 _REMEDY = (
     "Build it with `make setup`, or in your own environment with `pip install --no-build-isolation -e .`; "
-    f"both need a C++ compiler and torch >= 2.10 (this one is {torch.__version__})."
+    f"both need a C++ compiler and torch >= 2.10 (installed: {torch.__version__})."
 )
 
 
-# For the trace of a model both are constants: which devices are served does not change while a process runs.
+# Constant for tracing: the available kernels do not change within a process.
 @torch.compiler.assume_constant_result
 def compiled(device_type: str = "cpu") -> bool:
-    """Whether kernels for that type of device ("cpu", "cuda") were loaded and run on every card that is there.
+    """Whether kernels for a device type ("cpu", "cuda") are loaded and support every visible GPU.
 
-    Where there is no card it says whether such kernels were built at all.
+    Without a GPU: whether such kernels were built.
     """
-    if device_type not in _served:
-        _served[device_type] = _why_not_for(device_type) is None
-    return _served[device_type]
+    if device_type not in _available:
+        _available[device_type] = _missing_reason(device_type) is None
+    return _available[device_type]
 
 
 def require_compiled(device_type: str = "cpu") -> None:
-    """Raise ImportError, with the reason and the remedy, unless :func:`compiled`."""
+    """Raise ImportError with reason and remedy, unless :func:`compiled`."""
     if not compiled(device_type):
-        raise ImportError(f"dino_d2's compiled op cannot serve: {_why_not_for(device_type)}. {_REMEDY}")
+        raise ImportError(f"dino_d2's compiled op is not available: {_missing_reason(device_type)}. {_REMEDY}")
 
 
 @torch.compiler.assume_constant_result
-def warn_that_reference_serves(device_type: str) -> None:
-    """Say once that the slow path is taken, why, and how to get the fast one."""
+def warn_about_fallback(device_type: str) -> None:
+    """Warn once that the slow fallback is used, why, and how to fix it."""
     _warn_once(device_type)
 
 
 @functools.cache
 def _warn_once(device_type: str) -> None:
     warnings.warn(
-        f"dino_d2's compiled op cannot serve: {_why_not_for(device_type)}; the plain PyTorch formulation is used "
-        f"instead: the same results, many times slower. {_REMEDY}",
-        stacklevel=4,  # of this function, its caller and the op: where the op was called
+        f"dino_d2's compiled op is not available: {_missing_reason(device_type)}; using plain PyTorch instead, with "
+        f"the same results but many times slower. {_REMEDY}",
+        stacklevel=4,  # points to the caller of the op
     )
 
 
-def _why_not_for(device_type: str) -> str | None:
-    if _why_not is not None:
-        return f"it could not be loaded ({_why_not})"
+def _missing_reason(device_type: str) -> str | None:
+    if _import_error is not None:
+        return f"it could not be loaded ({_import_error})"
     key = _DISPATCH_KEYS.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("dino_d2::ms_deform_attn", key):
         return f"it was built without kernels for {device_type}"
-    return _unserved_cards() if device_type == "cuda" else None
+    return _unsupported_gpus() if device_type == "cuda" else None
 
 
-def _unserved_cards() -> str | None:
-    code, cards = _code(), _cards()
-    unserved = {name: capability for name, capability in cards if not has_code_for(code, capability)}
-    if not unserved:
+def _unsupported_gpus() -> str | None:
+    code, gpus = _code(), _gpus()
+    unsupported = {name: capability for name, capability in gpus if not has_code_for(code, capability)}
+    if not unsupported:
         return None
-    wanted = shlex.quote(";".join(f"{major}.{minor}" for major, minor in sorted({present for _, present in cards})))
-    which = ", ".join(f"{name} (compute capability {major}.{minor})" for name, (major, minor) in unserved.items())
+    wanted = shlex.quote(";".join(f"{major}.{minor}" for major, minor in sorted({present for _, present in gpus})))
+    which = ", ".join(f"{name} (compute capability {major}.{minor})" for name, (major, minor) in unsupported.items())
     command = f"TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
-    return f"it was built for {', '.join(code)}, not for {which}; build for what is there: `{command}`"
+    return f"it was built for {', '.join(code)}, not for {which}; build it for these GPUs: `{command}`"
 
 
 def _code() -> list[str]:
-    """What the binary holds: sm_80 (machine code), compute_90 (portable code), …"""
+    """Architectures in the binary: sm_80 (machine code), compute_90 (PTX), …"""
     return torch.ops.dino_d2.accelerator_architectures().split("+")
 
 
-def _cards() -> list[tuple[str, tuple[int, int]]]:
-    """Name and compute capability of every visible card."""
+def _gpus() -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of every visible GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count)]
 
 
 def has_code_for(code: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a card can run any of it, by the rules of CUDA's compatibility.
+    """Whether a GPU can run any of the code, by CUDA's compatibility rules.
 
-    Machine code runs on its own and on later minor versions of one major version, portable code on everything later;
-    with the suffix a on exactly that card, with f on later minor versions.
+    Machine code runs on the same and later minor versions of its major version, PTX on all later versions; with the
+    suffix a only on exactly that version, with f on later minor versions.
 
     Args:
-        code: as nvcc names it: sm_86, sm_90a, compute_90, compute_100f, …
-        capability: (major, minor) of the card.
+        code: nvcc's names: sm_86, sm_90a, compute_90, compute_100f, …
+        capability: (major, minor) of the GPU.
     """
     return any(_runs_on(name, capability) for name in code)
 

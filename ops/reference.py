@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain PyTorch: the truth that the kernels are tested against."""
+"""Multi-scale deformable attention in plain PyTorch: the reference for testing the kernels, and the fallback."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """What `ms_deform_attn` computes, level by level through `grid_sample`; differentiable, on any device.
+    """`ms_deform_attn` with `grid_sample` on each level; differentiable, on any device.
 
-    Arguments and result are those of :func:`dino_d2.ops.ms_deform_attn`.
+    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn`.
     """
     batch, _, heads, channels = value.shape
     queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
-    grids = 2 * sampling_locations - 1  # grid_sample counts from -1 to 1
+    grids = 2 * sampling_locations - 1  # grid_sample uses [-1, 1]
     sampled = []
     tokens_of_level = value.split([height * width for height, width in spatial_shapes], dim=1)
     for level, ((height, width), tokens) in enumerate(zip(spatial_shapes, tokens_of_level, strict=True)):
@@ -41,23 +41,23 @@ def ms_deform_attn_fused_reference(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """What `ms_deform_attn_fused` computes; differentiable, on any device.
+    """`ms_deform_attn_fused` in separate steps; differentiable, on any device.
 
-    Arguments and result are those of :func:`dino_d2.ops.ms_deform_attn_fused`.
+    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`.
     """
     locations = sampling_locations_of(reference, sampling_offsets, spatial_shapes)
     return ms_deform_attn_reference(value, spatial_shapes, locations, attention_weights_of(attention_logits))
 
 
 def attention_weights_of(attention_logits: Tensor) -> Tensor:
-    """Softmax over all levels and points: (B, Q, heads, L, points) -> the same."""
+    """Softmax over levels and points: (B, Q, heads, L, points) -> (B, Q, heads, L, points)."""
     return attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
 
 
 def sampling_locations_of(
     reference: Tensor, sampling_offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Points move by pixels of the level, boxes by fractions of their own half size.
+    """Compute sampling locations: offsets from points are in pixels of the level, from boxes in half sizes / points.
 
     Args:
         reference: (B, Q, L, 2) or (B, Q, L, 4) in [0, 1].

@@ -1,4 +1,4 @@
-"""A data set that is made in a moment: coloured rectangles on noise, in COCO's format."""
+"""A dataset that is made in a moment: coloured rectangles on noise, in COCO's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 
 
 def write_rectangles(folder: Path, count: int, size: int, empty: int = 0) -> tuple[Path, Path]:
-    """Write `count` pictures of `size` pixels, the last `empty` of them without objects.
+    """Write `count` images of `size` pixels, the last `empty` of them without objects.
 
     Returns:
         the annotation file and the image folder.
@@ -52,7 +52,7 @@ def write_rectangles(folder: Path, count: int, size: int, empty: int = 0) -> tup
 
 
 def config_values(data: tuple[Path, Path], output: Path, name: str) -> list[str]:
-    """KEY VALUE …: a tiny DINO trained and evaluated on that data set."""
+    """KEY VALUE …: a tiny DINO trained and evaluated on that dataset."""
     values = {
         "MODEL.WEIGHTS": "''",
         "MODEL.DEVICE": "cpu",

@@ -142,4 +142,4 @@ def test_command_line_traces_a_backbone_with_checkpointing(tmp_path: Path, tiny_
 def test_size_that_is_none_is_refused(tmp_path: Path, tiny_cfg: CfgNode, capsys) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["--config-file", write_config(tmp_path, tiny_cfg), "--size", "0", "64"])
-    assert "--size 0 64: both must be at least 1 pixel" in capsys.readouterr().err
+    assert "--size 0 64: both must be at least 1" in capsys.readouterr().err

@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import Session, build_page, class_names_of, launch, look_at, to_coco  # noqa: E402
+from dino_d2.app import Session, build_page, class_names_of, detect, launch, to_coco  # noqa: E402
 
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
@@ -54,7 +54,7 @@ class WatchedDetector(Detector):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a training that knows the pictures beside it, in data/images, by heart."""
+    """The output of a training that knows the images beside it, in data/images, by heart."""
     folder = tmp_path_factory.mktemp("page")
     data = write_rectangles(folder / "data", count=PICTURES, size=128)
     values = [
@@ -127,7 +127,7 @@ def tab(browser: sync_api.Browser, address: str) -> Iterator[sync_api.Page]:
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(address)
-    expect(tab.locator("#summary")).to_have_text("Upload pictures to begin.")
+    expect(tab.locator("#summary")).to_have_text("Upload images to begin.")
     yield tab
     tab.close()
     assert len(requests) > 10
@@ -147,7 +147,7 @@ def set_threshold(tab: sync_api.Page, threshold: float) -> None:
 
 
 def says(tab: sync_api.Page, name: str, count: int) -> None:
-    """The line above the picture, and the rows of the table below it."""
+    """The line above the image, and the rows of the table below it."""
     pattern = rf"{re.escape(name)} \(128 × 128\): {count} objects?\b"
     expect(tab.locator("#summary")).to_have_text(re.compile(pattern))
     expect(tab.locator("#table").get_by_role("grid")).to_have_attribute("aria-rowcount", str(count + 1))  # the head
@@ -276,7 +276,7 @@ def test_what_is_chosen_while_the_model_works_stays_chosen(
     upload(tab, *photos[:3])
     thumbnails = tab.locator("#queue").get_by_role("button", name="Thumbnail")
     expect(thumbnails).to_have_count(2)
-    expect(tab.locator("#note")).to_have_text(re.compile(r"Looking at 3\.png \(3 of 3\)"))
+    expect(tab.locator("#note")).to_have_text(re.compile(r"Processing 3\.png \(3 of 3\)"))
     thumbnails.nth(1).click()
     says(tab, "2.png", counts[0])
     set_threshold(tab, 0.05)
@@ -293,7 +293,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
 ) -> None:
     texts = tmp_path / "text.jpg", tmp_path / "notes.txt"
     for text in texts:
-        text.write_text("no picture at all")
+        text.write_text("no image at all")
     cut = tmp_path / "cut.png"
     cut.write_bytes(photos[0].read_bytes()[:3000])
     upload(tab, *texts, cut, photos[0])
@@ -301,7 +301,7 @@ def test_broken_file_gets_a_message_and_the_page_lives_on(
     note = tab.locator("#note")
     expect(note).to_have_text(
         re.compile(
-            r"text\.jpg cannot be read as a picture: it is in no known format.*notes\.txt cannot be .*no known format"
+            r"text\.jpg cannot be read as an image: unknown format.*notes\.txt cannot be .*unknown format"
             r".*cut\.png cannot be .*truncated"
         )
     )
@@ -318,11 +318,11 @@ def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDet
     in_tiles = len(detector(photos[0], threshold=0, tile=80))
     calls = detector.calls
     tab.locator("#tile input").fill("80")
-    tab.get_by_role("button", name="Find again").click()
+    tab.get_by_role("button", name="Detect again").click()
     says(tab, "1.png", in_tiles)
     assert detector.calls == calls + 1
     tab.locator("#tile input").fill("3")
-    tab.get_by_role("button", name="Find again").click()
+    tab.get_by_role("button", name="Detect again").click()
     expect(tab.locator("#note")).to_have_text(re.compile("Tiles of 3 pixels are too small"))
     assert detector.calls == calls + 1
 
@@ -332,14 +332,14 @@ def test_picture_too_large_for_the_memory_is_named(detector: WatchedDetector, ph
         def __call__(self, *args: Any, **options: Any) -> Detections:
             raise torch.OutOfMemoryError("tried to allocate 200 GiB")
 
-    with pytest.raises(ValueError, match=r"^1\.png needs more memory than the device has: look at it in tiles"):
-        look_at(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
+    with pytest.raises(ValueError, match=r"^1\.png does not fit into device memory: use tiles"):
+        detect(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
 
 
 def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: list[Path]) -> None:
     nameless = WatchedDetector(detector.cfg, detector.model)
     nameless.class_names = ()
-    picture = look_at(nameless, str(photos[1]), tile=0)
+    picture = detect(nameless, str(photos[1]), tile=0)
     session = Session({"2.png": picture}, threshold=0.05, classes=["class 1"])
     coco = to_coco(session, class_names_of(nameless))
     assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
@@ -350,10 +350,10 @@ def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: l
 def test_large_and_small_pictures_are_drawn_on_in_sizes_for_the_eye(detector: WatchedDetector, tmp_path: Path) -> None:
     for size, shown in (((40, 30), (1024, 768)), ((3000, 1500), (2048, 1024)), ((1200, 7), (1200, 7))):
         Image.new("RGB", size).save(tmp_path / "picture.png")
-        picture = look_at(detector, str(tmp_path / "picture.png"), tile=0)
+        picture = detect(detector, str(tmp_path / "picture.png"), tile=0)
         session = Session({"": picture}, threshold=0)
         assert picture.found.image_size == size[::-1]
-        assert picture.draw(session.kept(picture)).size == shown
+        assert picture.draw(session.select(picture)).size == shown
 
 
 def test_two_visitors_have_queues_of_their_own(
@@ -363,7 +363,7 @@ def test_two_visitors_have_queues_of_their_own(
     expect(tab.locator("#summary")).to_have_text(re.compile(r"1\.png"))
     other = browser.new_page()
     other.goto(address)
-    expect(other.locator("#summary")).to_have_text("Upload pictures to begin.")
+    expect(other.locator("#summary")).to_have_text("Upload images to begin.")
     upload(other, photos[1])
     expect(other.locator("#summary")).to_have_text(re.compile(r"2\.png"))
     assert [image["file_name"] for image in coco_of(other)["images"]] == ["2.png"]

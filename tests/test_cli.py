@@ -38,7 +38,7 @@ def test_overview_shows_all_commands_in_a_screen(capsys: pytest.CaptureFixture) 
 
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     assert dino_d2_cli.main(["fit"]) == 2
-    assert capsys.readouterr().err.startswith("dino-d2: fit is no command; they are train, evaluate")
+    assert capsys.readouterr().err.startswith("dino-d2: fit is not a command; choose from train, evaluate")
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
         (["train"], "--config-file"),
         (["train", "--config-file", "nothing"], "nothing is neither a config file nor the name"),
         (["evaluate", "--config-file", "dino_r50_4scale_12ep", "SOLVER.NOTHING", "1"], "SOLVER.NOTHING in the overr"),
-        (["predict", "--weights", "dino_r50", "--input", "nothing.jpg", "--output", "x"], "no such file: nothing.jpg"),
+        (["predict", "--weights", "dino_r50", "--input", "nothing.jpg", "--output", "x"], "not found: nothing.jpg"),
         (
             ["predict", "--weights", "dino_r50", "--input", "README.md", "--output", "x"],
-            "there are no weights dino_",
+            "weights dino_",
         ),
         (["analyze", "--config-file", "dino_r50_4scale_12ep", "--size", "0", "1"], "--size 0 1"),
-        (["plot", "nowhere"], "nowhere: there is no metrics.json"),
-        (["zoo", "--download", "dino_r49"], "no weights are published by the name dino_r49"),
+        (["plot", "nowhere"], "nowhere: metrics.json not found"),
+        (["zoo", "--download", "dino_r49"], "no weights are published under the name dino_r49"),
     ],
 )
 def test_errors_of_users_are_a_line(

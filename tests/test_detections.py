@@ -54,7 +54,7 @@ def test_filters_by_score_and_class() -> None:
     assert found().of("dog").names == ["dog"]
     assert found().of("cat", "dog").above(0.5).names == ["cat", "dog"]
     assert len(found().of("elk")) == 0
-    with pytest.raises(ValueError, match="there is no class dok; did you mean dog"):
+    with pytest.raises(ValueError, match="unknown class dok; did you mean dog"):
         found().of("dok")
 
 
@@ -69,9 +69,9 @@ def test_picture_shows_boxes_and_is_left_as_it_was() -> None:
     assert not picture.any()
     assert tuple(drawn[50, 20]) == COLOURS[0]  # lower edge of the best
     assert tuple(drawn[39, 60]) == COLOURS[1]
-    with pytest.raises(ValueError, match="the picture is 80 x 61"):
+    with pytest.raises(ValueError, match="the image has 80 x 61"):
         found().draw(np.zeros((61, 80, 3), np.uint8))
-    with pytest.raises(ValueError, match="is not kept"):
+    with pytest.raises(ValueError, match="was not kept"):
         found().draw()
 
 

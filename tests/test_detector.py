@@ -1,4 +1,4 @@
-"""Detector finds what DefaultPredictor finds, and takes weights and pictures however they come."""
+"""Detector finds what DefaultPredictor finds, and takes weights and images however they come."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_threshold_and_classes_choose(detector: Detector, picture: np.ndarray) -
     middle = float(np.median(everything.scores))
     assert len(detector(picture, threshold=middle)) == (everything.scores > middle).sum()
     assert set(detector(picture, threshold=0, classes=["bee", "elk"]).names) <= {"bee", "elk"}
-    with pytest.raises(ValueError, match="there is no class bea; did you mean bee"):
+    with pytest.raises(ValueError, match="unknown class bea; did you mean bee"):
         detector(picture, classes=["bea"])
 
 
@@ -137,12 +137,12 @@ def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_p
 
 def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_text("text")
-    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
         detector(tmp_path / "broken.jpg")
     with pytest.raises(FileNotFoundError):
         detector("nowhere.jpg")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"there are no pictures in .*empty"):
+    with pytest.raises(FileNotFoundError, match=r"no images found in .*empty"):
         detector(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"uint8 array \(height, width, 3\), got float64 \(90, 120, 3\)"):
         detector(picture / 255)
@@ -246,19 +246,19 @@ def test_training_folder_gives_its_best_weights(folder: Path, tmp_path: Path, pi
     (run / "last_checkpoint").write_text("model_0000009.pth")
     assert not same(Detector.from_pretrained(run)(picture, threshold=0), alone)
     (run / "last_checkpoint").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there are no weights in .*run"):
+    with pytest.raises(FileNotFoundError, match=r"no weights found in .*run"):
         Detector.from_pretrained(run)
 
 
 def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> None:
     weights = shutil.copy(folder / "model_final.pth", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"which config do they go with\? There is no .*config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no config found for .*config\.yaml does not exist"):
         Detector.from_pretrained(weights)
     assert Detector.from_pretrained(weights, folder / "config.yaml").class_names == tuple(NAMES)
 
 
 def test_names_that_are_nothing_are_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"there are no weights nothing\.pth: it can be a name"):
+    with pytest.raises(FileNotFoundError, match=r"weights nothing\.pth not found: give a name"):
         Detector.from_pretrained("nothing.pth")
 
 
@@ -309,7 +309,7 @@ def test_of_a_hub_neither_pickles_nor_other_files_are_read(saved: Path, tmp_path
         web.headers["X-Error-Code"] = "RepoNotFound"
         absent = from_hub(web.url, "owner/nothing", tmp_path / "c")
         asked = [path for path, _ in web.requests]
-    assert "ValueError: the config.yaml of owner/insects has a _BASE_" in based.stderr
-    assert "the repository owner/insects on Hugging Face lacks config.yaml or model.safetensors" in pickled.stderr
-    assert "there are no weights owner/nothing here, nor on Hugging Face" in absent.stderr
+    assert "ValueError: the config.yaml of owner/insects on Hugging Face has a _BASE_" in based.stderr
+    assert "the Hugging Face repository owner/insects lacks config.yaml or model.safetensors" in pickled.stderr
+    assert "weights owner/nothing not found, neither here nor on Hugging Face" in absent.stderr
     assert not [path for path in asked if path.endswith(".pth")]

@@ -19,7 +19,7 @@ def test_healthy_installation() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for line in (
         f"torch                  {torch.__version__.split('+')[0]}",
-        "all is well",
+        "all checks passed",
         "generic",
         "float64 on cpu",
     ):

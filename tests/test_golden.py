@@ -1,4 +1,4 @@
-"""The published programs' numbers, through the public path: converted file, DetectionCheckpointer, build_model.
+"""The published implementations' numbers, through the public path: converted file, DetectionCheckpointer, build_model.
 
 docs/parity.md has the differences that were measured; `python tests/test_golden.py` prints them.
 """
@@ -191,7 +191,7 @@ def mmdet_names(model: nn.Module) -> dict[str, str]:
     return {theirs: name for name, _ in model.named_parameters() for theirs in SOURCES["mmdet"](name, layout)}
 
 
-# Parameters of the published program whose gradients the golden files hold.
+# Parameters of the official code whose gradients the golden files hold.
 OURS = {
     "input_proj.0.0.weight": "neck.projections.0.0.weight",
     "transformer.level_embed": "encoder.level_embed",

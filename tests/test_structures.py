@@ -49,7 +49,7 @@ def test_predictions_split_at_a_query() -> None:
 def test_matching_queries_follow_the_denoising_queries() -> None:
     denoising = denoising_queries(groups=2, group_size=3)
     queries = Queries(torch.randn(1, 4, 2), torch.rand(1, 4, 4))
-    together = denoising.followed_by(queries)
+    together = denoising.concatenated_with(queries)
     assert len(denoising) == 6
     assert torch.equal(together.content[:, :6], denoising.content)
     assert torch.equal(together.content[:, 6:], queries.content)

@@ -1,4 +1,4 @@
-"""What users run, each file the main of one `dino-d2` command; installed as dino_d2.tools.
+"""The `dino-d2` commands, one file each; installed as dino_d2.tools.
 
-Packages that take seconds to import are imported in `main`, so that `--help` comes at once.
+Packages that are slow to import are imported in `main`, so that `--help` is fast.
 """

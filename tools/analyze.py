@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Parameters, FLOPs and activations of a detector, stage by stage."""
+"""Count parameters, FLOPs and activations of each stage of a detector."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ EXAMPLES = [
     "--config-file CONFIG --markdown MODEL.DINO.NUM_QUERIES 300",
 ]
 DESCRIPTION = """\
-Parameters, FLOPs and activations, stage by stage. One multiply-add counts as one FLOP. docs/cost.md stands the numbers
-beside the paper's."""
+Counts parameters, FLOPs and activations of each stage. One multiply-add counts as one FLOP. docs/cost.md compares the
+numbers with the paper's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table for a command line (None: that of the process)."""
+    """Print the table. `arguments`: the command line; None: that of the process."""
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a file")
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a config file")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="in pixels (800 1333)"
+        "--size",
+        type=int,
+        nargs=2,
+        default=[800, 1333],
+        metavar=("HEIGHT", "WIDTH"),
+        help="default 800 1333",
     )
-    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     args = parser.parse_args(arguments)
     height, width = args.size
     if min(args.size) < 1:
-        parser.error(f"--size {height} {width}: both must be at least 1 pixel")
+        parser.error(f"--size {height} {width}: both must be at least 1")
     from detectron2.modeling import build_model
 
     from dino_d2 import load_config
     from dino_d2.analysis import analyze, as_table
 
-    # Neither weights nor how the backward pass gets its activations change a count of the prediction. Weights would
-    # have to be fetched, and checkpointed blocks cannot be traced. All queries: how many pass a threshold depends on
-    # the picture, and ours is black.
+    # These do not change the counts of a prediction: no download of weights, no activation checkpointing, which cannot
+    # be traced. And no score threshold: the number of queries above it depends on the image, and ours is black.
     neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
     neutral += ["MODEL.DINO.QUERY_SCORE_THRESHOLD", "0.0"]
     with user_errors():
@@ -46,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     analysis = analyze(build_model(cfg), height, width)
     print(f"{args.config_file}: one image of {height} x {width} pixels\n")
     print(as_table(analysis, args.markdown))
-    print("\nOne multiply-add counts as one FLOP. Denoising has parameters but is part of training only.")
+    print("\nOne multiply-add counts as one FLOP. Denoising has parameters but is used only in training.")
     if analysis.not_counted:
-        print("Not counted:", ", ".join(f"{name} ({times} times)" for name, times in analysis.not_counted.items()))
+        print("Not counted:", ", ".join(f"{name} ({times} calls)" for name, times in analysis.not_counted.items()))
     return 0
 
 

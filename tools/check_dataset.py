@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a data set in COCO's format before training on it, and draw what the model will see of it."""
+"""Check a dataset in COCO format before training, and draw what the model will see."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dino_d2_cli import CommandParser, user_errors
 
 EXAMPLES = ["--data FOLDER", "--json train.json --images train --config-file CONFIG --output OUT"]
 DESCRIPTION = """\
-Prints what is wrong or odd in a data set: a folder as dino-d2 train takes it, or a file in COCO's format. Unless
-something is wrong, it draws OUT/contact_sheet.png: augmented training samples with their objects and denoising queries.
-The exit code is 0 if training can start, else 1."""
+Reports errors and oddities in a dataset: a folder as dino-d2 train takes it, or a file in COCO format. If there are no
+errors, it draws OUT/contact_sheet.png: augmented training samples with their objects and denoising queries. The exit
+code is 0 if training can start, else 1."""
 RECIPE = "dino_r50_4scale_12ep"
 SAMPLES = 8
 
@@ -22,8 +22,8 @@ SAMPLES = 8
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="COCO, Roboflow, YOLO or Pascal VOC; docs/data.md")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="annotations in COCO's format")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="with the photographs of --json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="annotations in COCO format")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the images, with --json")
     parser.add_argument(
         "--config-file", default=RECIPE, metavar="CONFIG", help="for augmentation and denoising (default %(default)s)"
     )
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(as_table(findings) if findings else "nothing to report")
         can_start &= training_can_start(findings)
     if not can_start:
-        print("training cannot start: correct the errors first")
+        print("training cannot start: fix the errors first")
         return 1
 
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Published DINO weights to this project's, and back."""
+"""Convert published DINO weights to this project's, and back."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ EXAMPLES = [
     "--source ema output/model_0004999.pth OUT.pth --config-file output/config.yaml",
 ]
 DESCRIPTION = """\
-Converts weights of the authors' program, of detrex and of MMDetection, and ImageNet weights of a backbone alone
-(torchvision's ResNets, the Swin release, timm's Swin, MAE's ViTs), which become weights to start training from. `ema`
-takes the moving average of the weights out of a checkpoint of your own training. What dino-d2 zoo lists is converted
-without this command.
+Converts weights of the official code, detrex and MMDetection, and ImageNet backbones (torchvision's ResNets, the Swin
+release, timm's Swin, MAE's ViTs) to start training from. `ema` extracts the moving average of the weights from a
+checkpoint of your own training run. Weights listed by dino-d2 zoo are converted automatically.
 
-CONFIG says what the weights are used with; a name left over, missing or of another shape stops the conversion.
-detrex's weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5,
-MMDetection's need MODEL.DINO.SHARE_HEADS False, and its "improved" R-50 the other two as well."""
+CONFIG is the config that will use the weights; unexpected or missing names and different shapes are errors. detrex's
+weights need MODEL.DINO.SHARE_HEADS False MODEL.DINO.POS_TEMPERATURE 10000.0 MODEL.DINO.POS_OFFSET -0.5; MMDetection's
+need MODEL.DINO.SHARE_HEADS False, and its "improved" R-50 the other two as well."""
 SOURCES = ("official", "detrex", "mmdet")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--source", choices=[*SOURCES, "backbone", "ema", "auto"], help="whose weights IN holds")
-    way.add_argument("--to", choices=["official"], help="write OUT in the published program's names")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--source", choices=[*SOURCES, "backbone", "ema", "auto"], help="where IN comes from")
+    direction.add_argument("--to", choices=["official"], help="write OUT with the official code's names")
     parser.add_argument("input", metavar="IN")
     parser.add_argument("output", metavar="OUT")
-    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a file")
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="name of a recipe, or a config file")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values to change")
     return parser.parse_intermixed_args(arguments)
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with user_errors():
         if not Path(args.input).is_file():
-            raise FileNotFoundError(f"{args.input}: there is no such file")
+            raise FileNotFoundError(f"{args.input} does not exist")
         cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
         notes = []
         try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find objects in your own photographs and draw them."""
+"""Detect objects in your own images and draw them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ EXAMPLES = [
     "--config-file CONFIG --weights MODEL.pth --input PHOTO --output found [KEY VALUE ...]",
 ]
 DESCRIPTION = """\
-Finds objects in photographs and draws them. For each photograph DIR gets a PNG with the boxes and a JSON file that
-lists them, of the same name (where two have one, of their folders' names too)."""
+Detects objects in images. For each image it writes a PNG with the boxes and a JSON file that lists them to DIR, under
+the image's name (with its folders if two images have the same name)."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--weights", required=True, help="name in the zoo, checkpoint, or folder of a training")
-    parser.add_argument("--config-file", metavar="CONFIG", help="of a checkpoint that has no config.yaml beside it")
-    parser.add_argument("--input", required=True, nargs="+", metavar="PHOTO", help="photographs, folders of them")
+    parser.add_argument("--weights", required=True, help="name in the zoo, checkpoint, or folder of a run")
+    parser.add_argument("--config-file", metavar="CONFIG", help="for a checkpoint without config.yaml beside it")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PHOTO", help="images or folders")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--score-threshold", type=float, help="show what scores more (default: that of the weights)")
-    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="show these alone")
-    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at pieces of at most this side")
+    parser.add_argument("--score-threshold", type=float, help="minimum score (default: the weights' own, else 0.3)")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="keep only these classes")
+    parser.add_argument(
+        "--tile", type=int, default=0, metavar="PIXELS", help="split images into tiles of at most this side"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     return parser.parse_args(arguments)
 
 
 def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A PNG of its own for each photograph: DIR/name.png; where two have that name, with their folders and suffixes.
+    """A different PNG path for each image: DIR/name.png, with folders and suffix if two images have that name.
 
-    Where that is still one name for two, all of them lie in DIR as the photographs do in the folder they share.
+    If names still collide, DIR gets the folder structure below the images' common folder.
     """
-    photos = list(dict.fromkeys(photos))  # given twice, it is one
+    photos = list(dict.fromkeys(photos))  # without duplicates
     counts = Counter(path.stem for path in photos)
     common = Path(os.path.commonpath([path.resolve().parent for path in photos]))
     places = [path.resolve().relative_to(common) for path in photos]
@@ -52,16 +54,16 @@ def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def photos_of(inputs: Sequence[str]) -> list[Path]:
-    """The files, and the pictures in the folders.
+    """The given files, and the images in the given folders.
 
     Raises:
-        FileNotFoundError: one is not there, or a folder without pictures.
+        FileNotFoundError: one does not exist, or a folder has no images.
     """
     from dino_d2.detector import pictures_in
 
     missing = [path for path in inputs if not Path(path).exists()]
     if missing:
-        raise FileNotFoundError(f"--input: no such file: {', '.join(missing)}")
+        raise FileNotFoundError(f"--input not found: {', '.join(missing)}")
     files = [pictures_in(Path(path)) if Path(path).is_dir() else [path] for path in inputs]
     return [Path(path) for group in files for path in group]
 
@@ -69,12 +71,12 @@ def photos_of(inputs: Sequence[str]) -> list[Path]:
 def results_for(photos: Sequence[Path], output: Path) -> dict[Path, Path]:
     """
     Raises:
-        ValueError: a result would take the place of a photograph.
+        ValueError: a result would overwrite an image.
     """
     pictures = names_of_results(photos, output)
     overwritten = {path.resolve() for path in pictures} & {picture.resolve() for picture in pictures.values()}
     if overwritten:
-        raise ValueError(f"--output {output}: a result would take the place of {min(overwritten)}; name another folder")
+        raise ValueError(f"--output {output}: a result would overwrite {min(overwritten)}; choose another folder")
     return pictures
 
 
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found.save(picture.with_suffix(".json"))
         print(f"{path}: {len(found)} objects -> {picture}")
     if unreadable:
-        print(f"--input: {unreadable} of {len(pictures)} photographs could not be read", file=sys.stderr)
+        print(f"--input: {unreadable} of {len(pictures)} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 

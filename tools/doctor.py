@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check the installation: what is there, which kernels will serve, whether they compute what they should."""
+"""Check the installation: installed packages, available kernels and their results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dino_d2_cli import CommandParser
 
 DESCRIPTION = """\
-What is installed, which kernels will serve, and whether they compute what they should. The exit code is 0 if all is
-well."""
+Reports installed packages and available kernels, and tests the kernels. The exit code is 0 if all checks pass."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

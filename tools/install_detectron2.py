@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Install detectron2, which is not on PyPI under its own name, into the Python that runs this."""
+"""Install detectron2, which is not on PyPI under its own name, into the current Python."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from dino_d2_cli import CommandParser, user_errors
 
 DESCRIPTION = """\
-Installs the Python files of detectron2's main branch of 2024-04-17, from a wheel on PyPI whose hash is checked, and
-what they need. Its compiled operators are left out: they are built for one old PyTorch, and DINO uses none. A
-detectron2 that is there already is left alone."""
+Installs the Python files of detectron2's main branch of 2024-04-17 from a wheel on PyPI, whose hash is checked, and
+their dependencies. Its compiled operators are not installed: they are built for one old PyTorch version, and DINO does
+not use them. An existing detectron2 is not changed."""
 REQUIREMENT = "sal-detectron2==0.7.2"
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 METADATA_THERE, METADATA_HERE = "sal_detectron2-0.7.2.dist-info", "detectron2-0.7.2.dist-info"
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     CommandParser([""], DESCRIPTION).parse_args(arguments)
     found = importlib.util.find_spec("detectron2")
     if found:
-        print(f"detectron2 is there already: {Path(found.origin).parent}")
+        print(f"detectron2 is already installed: {Path(found.origin).parent}")
         return 0
     with user_errors():
         install(Path(sysconfig.get_paths()["purelib"]))
@@ -43,21 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def install(site_packages: Path) -> None:
-    """
+    """Download the wheel and unpack it.
+
     Raises:
-        OSError: the wheel cannot be had.
-        ValueError: it is not the one that is known.
+        OSError: the download failed.
+        ValueError: the hash of the wheel differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # The wheel is tagged for one Python; its Python files serve them all.
+        # The wheel is tagged for one Python version, but its Python files work with all.
         pip("download", "--no-deps", "--dest", folder, "--python-version", "3.10", "--implementation", "cp",
             "--abi", "none", "--platform", "any", "--only-binary=:all:", REQUIREMENT)  # fmt: skip
         (wheel,) = Path(folder).glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SHA256:
-            raise ValueError(f"{wheel.name} has SHA-256 {found}, {SHA256} was expected; nothing was installed")
+            raise ValueError(f"{wheel.name} has SHA-256 {found}, expected {SHA256}; nothing was installed")
         with zipfile.ZipFile(wheel) as archive:
-            # Left out: a binary of another torch, and a top-level `tools`.
+            # Not the binary for another torch, nor the top-level package `tools`.
             files = [name for name in archive.namelist() if _is_wanted(name)]
             archive.extractall(site_packages, files)
             licence = archive.read(f"{METADATA_THERE}/LICENSE")
@@ -65,7 +66,7 @@ def install(site_packages: Path) -> None:
 
 
 def _register(site_packages: Path, files: list[str], licence: bytes) -> None:
-    """Metadata by which pip lists and uninstalls detectron2; the wheel's own forbids NumPy 2 and asks for a linter."""
+    """Write metadata for pip list and uninstall; the wheel's own forbids NumPy 2 and requires a linter."""
     folder = site_packages / METADATA_HERE
     folder.mkdir()
     contents = {

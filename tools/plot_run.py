@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the curves of one or several training runs."""
+"""Plot the curves of training runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dino_d2_cli import CommandParser, user_errors
 
 EXAMPLES = ["output/first output/second -o curves.png"]
 DESCRIPTION = """\
-Draws the curves of training runs. RUN is an OUTPUT_DIR, or its metrics.json. Each run has its colour; what no run
-recorded has no panel."""
+Plots the curves of training runs, one colour per run. RUN is an OUTPUT_DIR, or its metrics.json. Only recorded values
+are plotted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or evaluate a detector from a config file."""
+"""Train or evaluate a detector."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dino_d2_cli import USER_ERROR, CommandParser
 EXAMPLES = [
     "--data FOLDER --weights dino_r50_4scale_12ep --epochs 24 --output output/mine",
     "--config-file dino_r50_4scale_12ep --num-gpus 8",
-    "--config-file CONFIG --resume        # begins a run, or goes on with the one in OUTPUT_DIR",
+    "--config-file CONFIG --resume        # starts a run, or resumes the one in OUTPUT_DIR",
     "--config-file CONFIG --eval-only MODEL.WEIGHTS output/model_final.pth",
     "--config-file CONFIG --train-json train.json --train-images train --val-json val.json --val-images val",
 ]
 DESCRIPTION = """\
-Train or evaluate a detector. FOLDER holds photographs and annotations as COCO, Roboflow, YOLO or Pascal VOC lay them
-out; what follows from it and from the other options is printed as KEY VALUE. CONFIG is the name of a recipe, or a file.
-Data in COCO's format can be given as files; the classes come from them. Any config value can be set at the end:
-SOLVER.IMS_PER_BATCH 4. Without a GPU it runs on the CPU; torchrun may start the processes, too."""
+Trains or evaluates a detector. FOLDER has images and annotations in the layout of COCO, Roboflow, YOLO or Pascal VOC;
+the settings derived from it and from other options are printed as KEY VALUE. CONFIG is the name of a recipe, or a
+config file. Data in COCO format can also be given as files; the classes are taken from them. Any config value can be
+set at the end: SOLVER.IMS_PER_BATCH 4. Without a GPU it runs on the CPU. Processes can also be started with torchrun.\
+"""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,55 +31,55 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     `train` and `val` are (annotation file, image folder), or None.
     """
     parser = CommandParser(EXAMPLES, DESCRIPTION)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="photographs and annotations; docs/data.md")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images and annotations; see docs/data.md")
     parser.add_argument(
-        "--weights", metavar="NAME_OR_PATH", help="to start from: name in the zoo, checkpoint or its run"
+        "--weights", metavar="NAME_OR_PATH", help="initial weights: name in the zoo, checkpoint, or folder of a run"
     )
-    parser.add_argument("--epochs", type=_at_least_one, metavar="N", help="length of the training (with --data: 24)")
+    parser.add_argument("--epochs", type=_at_least_one, metavar="N", help="length of the run (default with --data: 24)")
     parser.add_argument(
-        "--batch-size", type=_batch_size, metavar="N|auto", help="images of a step; auto: in parts that fit the memory"
+        "--batch-size", type=_batch_size, metavar="N|auto", help="images per step; auto: accumulated to fit memory"
     )
-    parser.add_argument("--output", metavar="FOLDER", help="where everything is written: OUTPUT_DIR")
-    parser.add_argument("--config-file", metavar="CONFIG", help="name of a recipe, or a file (with --weights: theirs)")
+    parser.add_argument("--output", metavar="FOLDER", help="where everything is written (OUTPUT_DIR)")
+    parser.add_argument("--config-file", metavar="CONFIG", help="recipe or config file (default: that of --weights)")
     parser.add_argument("--eval-only", action="store_true", help="do not train")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT_DIR, if there is one")
-    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this file of the run, not its last one")
-    parser.add_argument("--train-json", type=Path, metavar="FILE", help="annotations to train on, in COCO's format")
-    parser.add_argument("--train-images", type=Path, metavar="FOLDER", help="with the photographs of --train-json")
-    parser.add_argument("--val-json", type=Path, metavar="FILE", help="annotations to evaluate on; none: no evaluation")
-    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="with the photographs of --val-json")
-    parser.add_argument("--num-gpus", type=int, default=1, help="of this machine (default 1)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
+    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint instead of the last")
+    parser.add_argument("--train-json", type=Path, metavar="FILE", help="annotations for training, in COCO format")
+    parser.add_argument("--train-images", type=Path, metavar="FOLDER", help="images of --train-json")
+    parser.add_argument("--val-json", type=Path, metavar="FILE", help="annotations for evaluation; omit for none")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs to use on this machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="default 1")
-    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
-    parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
+    parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT on machine 0")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     args = parser.parse_args(arguments)
     if not args.config_file and not args.weights:
-        parser.error("what is trained? --weights NAME_OR_PATH to start from, or --config-file CONFIG")
+        parser.error("give --weights NAME_OR_PATH to start from, or --config-file CONFIG")
     if args.data and (args.train_json or args.val_json):
-        parser.error("--data and annotation files say the same: give one of them")
+        parser.error("--data conflicts with annotation files: give only one of them")
     if args.eval_only and (args.epochs or args.batch_size):
-        parser.error("--epochs and --batch-size are for training")
+        parser.error("--epochs and --batch-size have no effect with --eval-only: remove them")
     if isinstance(args.batch_size, int) and "SOLVER.IMS_PER_BATCH" in args.opts[::2]:
-        parser.error("--batch-size and SOLVER.IMS_PER_BATCH say the same: give one of them")
+        parser.error("--batch-size conflicts with SOLVER.IMS_PER_BATCH: give only one of them")
     for which in ("train", "val"):
         files = getattr(args, f"{which}_json"), getattr(args, f"{which}_images")
         if (files[0] is None) != (files[1] is None):
-            parser.error(f"--{which}-json and --{which}-images belong together: give both")
+            parser.error(f"--{which}-json and --{which}-images must be given together")
         setattr(args, which, files if files[0] else None)
     if args.val and not args.train and not args.eval_only:
-        parser.error("--val-json without --train-json: give both, or --eval-only")
+        parser.error("--val-json needs --train-json, or --eval-only")
     if args.train and not args.val and args.eval_only:
-        parser.error("--eval-only with --train-json: what is evaluated is --val-json and --val-images")
+        parser.error("--eval-only uses --val-json and --val-images, not --train-json")
     if args.num_machines > 1 and args.dist_url == "auto":
-        parser.error("--num-machines needs --dist-url tcp://HOST:PORT, an address of machine 0")
+        parser.error("--num-machines needs --dist-url tcp://HOST:PORT with an address of machine 0")
     return args
 
 
 def _at_least_one(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return number
 
 
@@ -96,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     available = torch.cuda.device_count()
     if args.num_gpus > max(available, 1):
-        print(f"{Path(sys.argv[0]).name}: --num-gpus {args.num_gpus}: this machine has {available}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: --num-gpus {args.num_gpus}: only {available} here", file=sys.stderr)
         return USER_ERROR
     try:
         run_in_every_process(train_or_evaluate, args)
     except ProcessExitedException as error:
-        if error.exit_code == USER_ERROR:  # the process has said what is wrong
+        if error.exit_code == USER_ERROR:  # the process has printed the error
             return USER_ERROR
         raise
     return 0

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dino_d2_cli import CommandParser, user_errors
 
 DESCRIPTION = """\
-Lists published weights: what they were trained on, what they cost, and their AP as their publishers say it (COCO
-val2017; not measured here). Everything that takes weights takes these names: --weights NAME, MODEL.WEIGHTS dino://NAME.
-They are loaded at first use and kept in DINO_D2_CACHE."""
+Lists published weights with pre-training data, cost, and AP as reported by the publishers (COCO val2017; not measured
+here). Use them with --weights NAME or MODEL.WEIGHTS dino://NAME. They are downloaded on first use and cached in
+DINO_D2_CACHE."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser(["", "dino_r50 # those of this name", "--download dino_r50_4scale_12ep"], DESCRIPTION)
-    parser.add_argument("name", nargs="?", default="", help="list names that hold this")
-    parser.add_argument("--download", metavar="NAME", help="load weights into the cache now")
+    parser = CommandParser(["", "dino_r50 # names that contain this", "--download dino_r50_4scale_12ep"], DESCRIPTION)
+    parser.add_argument("name", nargs="?", default="", help="list names that contain this")
+    parser.add_argument("--download", metavar="NAME", help="download weights into the cache")
     args = parser.parse_args(arguments)
     from tabulate import tabulate
 
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for entry in model_zoo.entries().values()
         if args.name in entry.name
     ]
-    headers = ["name", "backbone", "pre-training", "M", "GFLOPs", "AP", "published by", "licence", "here"]
+    headers = ["name", "backbone", "pre-training", "M", "GFLOPs", "AP", "published by", "licence", "cached"]
     align = ["left"] * 3 + ["right"] * 3 + ["left"] * 3
     print(tabulate(rows, headers, colalign=align if rows else None, disable_numparse=True))
     print(
-        "\nM: millions of parameters. GFLOPs: of an image of 800 x 1333. AP: COCO val2017, as the publishers say, not "
-        f"measured here. Cache: {cache_folder()}"
+        "\nM: millions of parameters. GFLOPs: for an image of 800 x 1333. AP: COCO val2017, as reported by the "
+        f"publishers, not measured here. Cache: {cache_folder()}"
     )
     return 0
 

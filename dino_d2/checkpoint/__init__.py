@@ -1,4 +1,4 @@
-"""Published weights in and out, and what a checkpoint says about the model it was made for."""
+"""Load and convert weights, and check that a checkpoint matches the model."""
 
 from .assumptions import Assumptions
 from .backbone import from_backbone

@@ -1,7 +1,7 @@
-"""What weights assume that their shapes do not show; it travels inside the state dict.
+"""What weights assume beyond their shapes, stored inside the state dict.
 
-fvcore's checkpointer passes on tensors only, and drops a tensor whose shape differs from the model's. So the
-facts are JSON in a byte tensor of one fixed size, which `DINO` returns as its extra state.
+fvcore's checkpointer keeps only tensors, and drops those whose shape differs from the model's. So the assumptions are
+JSON in a byte tensor of fixed size, which `DINO` returns as its extra state.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ NOT_COMPARED = ("zoo_name", "score_threshold")
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Facts that a model and its weights must agree in.
+    """Facts that a model and its weights must agree on.
 
-    class_names: in the order of the class logits; empty where they are not known.
-    share_heads: one class and one box head for all decoder layers.
-    position_temperature, position_offset: of the pixels' sine embedding.
+    class_names: in the order of the class logits; empty if unknown.
+    share_heads: whether all decoder layers share one class and one box head.
+    position_temperature, position_offset: of the sine position embedding.
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
-    encoder: deformable, as in checkpoints of before there was another, or interleaved; empty: weights without one.
-    num_classes: of the class logits; None, in older checkpoints without names: not known.
-    memory_fusion: the encoder combines the outputs of all its layers; None: weights without an encoder.
-    zoo_name: by which `model_zoo` knows the weights; empty: it does not. Not compared.
-    score_threshold: above which F1 was highest when the weights were evaluated; None: they were not. Not compared.
+    encoder: deformable (also in checkpoints that predate this field) or interleaved; empty: weights without encoder.
+    num_classes: number of class logits; None if unknown, in older checkpoints without names.
+    memory_fusion: whether the encoder combines the outputs of all its layers; None: weights without encoder.
+    zoo_name: name of the weights in `model_zoo`, or empty. Not compared.
+    score_threshold: with the highest F1 when the weights were evaluated; None if they were not. Not compared.
     """
 
     class_names: tuple[str, ...]
@@ -50,10 +50,10 @@ class Assumptions:
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> Assumptions:
-        """Names of the classes: the config's, else those of its data set if it has as many as the model.
+        """The config's assumptions. Class names are the config's, else its dataset's if their number matches.
 
         Raises:
-            ValueError: class names of another number, or the same twice.
+            ValueError: the wrong number of class names, or duplicates.
         """
         c = cfg.MODEL.DINO
         return cls(
@@ -70,7 +70,7 @@ class Assumptions:
         )
 
     def to_tensor(self) -> Tensor:
-        """uint8 (CAPACITY,), JSON padded with zeros. Names that do not fit are left out."""
+        """Encode as uint8 (CAPACITY,), JSON padded with zeros. Class names that do not fit are left out."""
         facts = asdict(self)
         text = json.dumps(facts).encode()
         if len(text) > CAPACITY:
@@ -86,27 +86,27 @@ class Assumptions:
         return read if read.num_classes else replace(read, num_classes=len(read.class_names) or None)
 
     def contradictions(self, other: Assumptions) -> list[str]:
-        """A line for each fact in which `other` (of a checkpoint) differs, with the config key to change.
+        """One line for each fact in which `other` (of a checkpoint) differs, with the config key to change.
 
-        `DINOCheckpointer` has copied the rows of classes by name, and written down that it did, before this is asked.
-        Others, as `DefaultPredictor`'s, would leave the class heads random or scramble them.
+        `DINOCheckpointer` has already copied class rows by name and updated the class names when this is called. Other
+        checkpointers, such as `DefaultPredictor`'s, would leave the class heads random or scramble them.
         """
         lines = []
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             unknown = (field.name == "encoder" and not theirs) or theirs is None
-            told_by_number = field.name == "class_names" and len(ours) != len(theirs)
-            if ours == theirs or unknown or told_by_number or field.name in NOT_COMPARED:
+            other_number = field.name == "class_names" and len(ours) != len(theirs)  # num_classes reports it
+            if ours == theirs or unknown or other_number or field.name in NOT_COMPARED:
                 continue
             if field.name == "num_classes":
                 lines.append(
                     f"MODEL.DINO.NUM_CLASSES is {ours}, the weights are for {theirs}: set it to {theirs}, or load them "
-                    "by dino_d2.checkpoint.DINOCheckpointer, as tools/train_net.py does, which copies classes by name"
+                    "with dino_d2.checkpoint.DINOCheckpointer, as tools/train_net.py does, to copy classes by name"
                 )
             else:
                 lines.append(f"{CONFIG_KEYS[field.name]} is {_short(ours)}, the weights are for {_short(theirs)}")
         if lines and other.zoo_name:
-            lines.append(f"their config is dino_d2.model_zoo.get_config({other.zoo_name!r}, trained=True)")
+            lines.append(f"use their config: dino_d2.model_zoo.get_config({other.zoo_name!r}, trained=True)")
         return lines
 
 
@@ -125,14 +125,14 @@ CONFIG_KEYS = {
 
 def _class_names(cfg: CfgNode) -> tuple[str, ...]:
     names, number = tuple(class_names(cfg)), cfg.MODEL.DINO.NUM_CLASSES
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if cfg.MODEL.DINO.CLASS_NAMES and (len(names) != number or twice):
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if cfg.MODEL.DINO.CLASS_NAMES and (len(names) != number or repeated):
         raise ValueError(
             f"MODEL.DINO.CLASS_NAMES has {len(names)} names"
-            + (f" ({', '.join(twice)} more than once)" if twice else "")
-            + f", MODEL.DINO.NUM_CLASSES is {number}: each class needs a name of its own, or none has one"
+            + (f" ({', '.join(repeated)} more than once)" if repeated else "")
+            + f", but MODEL.DINO.NUM_CLASSES is {number}: give each class a different name, or leave all names out"
         )
-    return names if len(names) == number and not twice else ()
+    return names if len(names) == number and not repeated else ()
 
 
 def _short(value: object) -> str:

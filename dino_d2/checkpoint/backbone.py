@@ -1,4 +1,4 @@
-"""ImageNet weights of a backbone alone, as torchvision, the Swin release, timm and MAE save them."""
+"""Convert ImageNet weights of a backbone, as saved by torchvision, the Swin release, timm and MAE."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .names import torchvision_resnet
 if TYPE_CHECKING:
     from dino_d2.meta_arch import DINO
 
-CLASSIFIER = re.compile(r"(fc|head|norm|fc_norm|avgpool)\..+|cls_token")  # what the maps do not need
+CLASSIFIER = re.compile(r"(fc|head|norm|fc_norm|avgpool)\..+|cls_token")  # not needed for feature maps
 COMPUTED = (*DERIVED, "attn_mask")
-# What no classifier has: norms of the maps, the pyramid and the relative positions of ViTDet.
-DETECTORS_OWN = re.compile(r"norm\d\.(weight|bias)|norms\..+|simfp_\d\..+|net\.blocks\.\d+\.attn\.rel_pos_[hw]")
+# What classifiers lack: norms of the feature maps, ViTDet's pyramid and relative positions.
+DETECTOR_ONLY = re.compile(r"norm\d\.(weight|bias)|norms\..+|simfp_\d\..+|net\.blocks\.\d+\.attn\.rel_pos_[hw]")
 MARKS = ("layer1.0.conv1.weight", "patch_embed.proj.weight")
 
 
 def is_backbone(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of a ResNet, a Swin transformer or a ViT alone."""
+    """Whether these are the parameter names of a plain ResNet, Swin transformer or ViT."""
     return any(mark in state for mark in MARKS)
 
 
 def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
-    """The backbone's part of the state dict of `model`; training starts the rest anew.
+    """The backbone's part of the state dict of `model`; the rest stays randomly initialised.
 
     Raises:
-        ConversionError: a name left over, missing or of another shape.
+        ConversionError: unexpected or missing names, or different shapes.
     """
-    # timm counts the merging of patches to the stage after it, the Swin release to the one before.
+    # timm assigns patch merging to the following stage, the Swin release to the preceding one.
     shifted = "layers.3.downsample.reduction.weight" in state
     result, used, notes, lines = {}, set(), [], []
     for name, own in model.backbone.state_dict().items():
@@ -43,19 +43,19 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
         if theirs in state and state[theirs].shape == own.shape:
             result[f"backbone.{name}"] = state[theirs].clone()
         elif theirs in state:
-            lines.append(f"not fitting: {theirs} is {tuple(state[theirs].shape)}, backbone.{name} {tuple(own.shape)}")
-        elif DETECTORS_OWN.fullmatch(name) or name.endswith(COMPUTED):
-            notes.append(f"backbone.{name}: not in the file, left as initialised")
+            lines.append(f"shape differs: {theirs} is {tuple(state[theirs].shape)}, backbone.{name} {tuple(own.shape)}")
+        elif DETECTOR_ONLY.fullmatch(name) or name.endswith(COMPUTED):
+            notes.append(f"backbone.{name}: not in the file, kept as initialised")
         else:
             lines.append(f"missing: {theirs} (for backbone.{name})")
         used.add(theirs)
     for name in sorted(set(state) - used):
         if CLASSIFIER.fullmatch(name) or name.endswith(COMPUTED):
-            notes.append(f"{name}: not part of the maps, left out")
+            notes.append(f"{name}: not needed for feature maps, ignored")
         else:
-            lines.append(f"left over: {name}")
+            lines.append(f"unexpected: {name}")
     if lines:
-        raise ConversionError("These backbone weights do not fit the config:\n  " + "\n  ".join(lines))
-    good_for_any = replace(model.assumptions, class_names=(), num_classes=None, encoder="", memory_fusion=None)
-    result[EXTRA_STATE] = good_for_any.to_tensor()
+        raise ConversionError("These backbone weights do not match the config:\n  " + "\n  ".join(lines))
+    assumptions = replace(model.assumptions, class_names=(), num_classes=None, encoder="", memory_fusion=None)
+    result[EXTRA_STATE] = assumptions.to_tensor()
     return Conversion(result, notes)

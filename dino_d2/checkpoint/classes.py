@@ -1,4 +1,4 @@
-"""Which class of the weights becomes which class of the model: by name, never by number."""
+"""Match the classes of weights and model: by name, never by index."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from .synonyms import OBJECTS365_OF_COCO
 
-# Tensors with a row per class. The embedding of denoising has one more, never used.
+# Tensors with one row per class. The label embedding for denoising has one more, unused.
 CLASS_ROWS = re.compile(
     r"(decoder\.class_heads\.\d+|query_selection\.proposals\.class_head)\.(weight|bias)|denoising\.label_embed\.weight"
 )
-CLASS_BIAS = "decoder.class_heads.0.bias"  # every detector has it: a number per class
+CLASS_BIAS = "decoder.class_heads.0.bias"  # in every detector, one value per class
 
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """For each of our classes the row of the weights that it starts from.
+    """The row of the weights for each class of the model.
 
-    theirs: names of the weights' classes; ours: names of the model's.
-    rows: as many as `ours`; None: the weights have no such class.
+    theirs: class names of the weights; ours: class names of the model.
+    rows: one per class in `ours`; None: the weights lack it.
     """
 
     theirs: tuple[str, ...]
@@ -33,19 +33,19 @@ class ClassMatch:
 
     @property
     def new(self) -> list[str]:
-        """Our classes that the weights do not have."""
+        """Classes of the model that the weights lack."""
         return [name for name, row in zip(self.ours, self.rows, strict=True) if row is None]
 
     @property
     def dropped(self) -> list[str]:
-        """Classes of the weights that the model does not have."""
+        """Classes of the weights that the model lacks."""
         used = set(self.rows)
         return [name for row, name in enumerate(self.theirs) if row not in used]
 
     def copy_rows(self, theirs: Tensor, ours: Tensor) -> Tensor:
-        """`ours` (K, …) with the rows of `theirs` (J, …) for every class that both have.
+        """`ours` (K, …) with the rows of `theirs` (J, …) for every common class.
 
-        With a row more than there are classes, the last one is copied too.
+        If there is one more row than classes, the last row is copied too.
         """
         pairs = [(target, row) for target, row in enumerate(self.rows) if row is not None]
         if len(theirs) == len(self.theirs) + 1:
@@ -56,7 +56,7 @@ class ClassMatch:
         return result
 
     def table(self) -> str:
-        """What is copied (old name -> new name where they differ), what starts anew and what is dropped."""
+        """List the copied (old name -> new name if they differ), newly initialised and dropped classes."""
         copied = [
             name if self.theirs[row] == name else f"{self.theirs[row]} -> {name}"
             for name, row in zip(self.ours, self.rows, strict=True)
@@ -67,9 +67,9 @@ class ClassMatch:
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
-    """Match names: the same, then the same but for capitals and punctuation, then synonyms.
+    """Match names: identical, then ignoring case and punctuation, then synonyms.
 
-    A class of the weights serves one class of the model at most.
+    Each class of the weights is used for at most one class of the model.
     """
     rows: list[int | None] = [None] * len(ours)
     spellings: tuple[Callable[[str], set[str]], ...] = (lambda name: {name}, lambda name: {plain(name)}, _synonyms)
@@ -83,12 +83,12 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
 
 
 def plain(name: str) -> str:
-    """Letters and digits alone, in lower case: "Traffic_light" and "traffic light" are one."""
+    """Letters and digits in lower case: "Traffic_light" and "traffic light" become equal."""
     return "".join(character for character in name.casefold() if character.isalnum())
 
 
 def _synonyms(name: str) -> set[str]:
-    """The names of COCO that a name stands for: of "Luggage" it is "suitcase", of "suitcase" itself."""
+    """COCO's names for a class: "suitcase" for both "Luggage" and "suitcase"."""
     return {coco for coco, others in OBJECTS365_OF_COCO.items() if plain(name) in map(plain, (coco, *others))}
 
 

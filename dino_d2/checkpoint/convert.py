@@ -1,4 +1,4 @@
-"""Published checkpoints to ours and back (names: `names.py`; here: values, and that nothing is lost unsaid)."""
+"""Convert published checkpoints to ours and back, accounting for every tensor. Names are mapped in `names.py`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # the model imports this package
     from dino_d2.meta_arch import DINO
 
 COCO = sorted((c for c in COCO_CATEGORIES if c["isthing"]), key=lambda c: c["id"])
-COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the published program has them
+COCO_RAW_CLASSES = 91  # rows by raw category id, 0 to 90, as the official code has them
 
-# Temperatures and offsets of the pixels' sine embedding that a source publishes weights for; shapes do not show them.
-# MMDetection's "improved" R-50 has detrex's, its others the published program's.
+# Temperature and offset of the sine position embedding in each source's weights; shapes do not reveal them.
+# MMDetection's "improved" R-50 uses detrex's, its others the official code's.
 POSITIONS = {
     "official": ((20.0, 0.0),),
     "detrex": ((10000.0, -0.5),),
@@ -29,8 +29,8 @@ POSITIONS = {
 }
 PIXELS = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
-DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, whatever a file says
-OPTIONAL = (  # what a config may do without
+DERIVED = ("relative_position_index", "num_batches_tracked")  # computed, never loaded
+OPTIONAL = (  # not used by every config
     "denoising.label_embed.weight",
     "query_selection.content.weight",
     "query_selection.anchor_logits.weight",
@@ -40,25 +40,24 @@ OPTIONAL = (  # what a config may do without
 
 
 class ConversionError(ValueError):
-    """The checkpoint and the config do not fit; the message lists every name."""
+    """The checkpoint does not match the config; the message lists every name."""
 
 
 @dataclass
 class Conversion:
-    """A state dict, and what a careful user wants to know about how it came about."""
+    """A converted state dict, and notes on how it was made."""
 
     state: dict[str, Tensor]
     notes: list[str]
 
 
 def detect_source(state: Mapping[str, Tensor]) -> str:
-    """official, detrex or mmdet, by the names in a checkpoint."""
+    """official, detrex or mmdet, from the parameter names of a checkpoint."""
     for source, mark in MARKS.items():
         if mark in state:
             return source
     raise ConversionError(
-        "This is none of the known DINO checkpoints (official, detrex, mmdet): it has none of "
-        + ", ".join(MARKS.values())
+        "This is not a known DINO checkpoint (official, detrex, mmdet): it has none of " + ", ".join(MARKS.values())
     )
 
 
@@ -68,12 +67,12 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO, config
     Args:
         state: as read from the file.
         source: official, detrex or mmdet.
-        model: made from the config that the weights are to be used with.
-        config: the text of theirs, if the file has it; MMDetection's files do. Where the pixels' sine embedding can be
-            one or the other, this decides, else the config of `model`.
+        model: built from the config that will use the weights.
+        config: text of the config inside the file, if any (MMDetection). It decides between position embeddings that
+            the weights allow; without it the config of `model` does.
 
     Raises:
-        ConversionError: a name left over, missing or of another shape, or a config that contradicts the source.
+        ConversionError: unexpected or missing names, different shapes, or a config that does not match the source.
     """
     layout = layout_of(model)
     positions = _positions(source, config)
@@ -84,7 +83,7 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO, config
     if len(positions) > 1:
         notes.append(
             f"position embedding: temperature {assumptions.position_temperature}, offset "
-            f"{assumptions.position_offset}, as the config says; the checkpoint does not"
+            f"{assumptions.position_offset}, from the config; the checkpoint does not specify them"
         )
     for name, own in model.state_dict().items():
         if name == EXTRA_STATE:
@@ -101,7 +100,7 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO, config
                 missing.append(f"{names[0]} (for {name})")
             else:
                 result[name] = default
-                notes.append(f"{name}: not in the checkpoint, zero")
+                notes.append(f"{name}: not in the checkpoint, set to zero")
             continue
         value = state[present[0]]
         if any(not torch.equal(value, state[n]) for n in present[1:]):
@@ -114,39 +113,38 @@ def from_published(state: Mapping[str, Tensor], source: str, model: DINO, config
         notes += [f"{name}: {note}"] if note else []
         result[name] = value.clone()
     unused = {n for name in OPTIONAL if _known(name, source) for n in SOURCES[source](name, layout)} - used
-    left_over = []
+    unexpected = []
     for name in sorted(set(state) - used):
         if name.endswith(DERIVED):
-            notes.append(f"{name}: derived, left out")
+            notes.append(f"{name}: derived, ignored")
         elif name in unused:
-            notes.append(f"{name}: not used by this config, left out")
+            notes.append(f"{name}: not used by this config, ignored")
         else:
-            left_over.append(name)
-    problems = [("left over", left_over), ("missing", missing), ("not fitting", wrong)]
+            unexpected.append(name)
+    problems = [("unexpected", unexpected), ("missing", missing), ("mismatch", wrong)]
     lines = [f"{what}: {item}" for what, items in problems for item in items]
     if lines:
-        raise ConversionError(f"This {source} checkpoint does not fit the config:\n  " + "\n  ".join(lines))
+        raise ConversionError(f"This {source} checkpoint does not match the config:\n  " + "\n  ".join(lines))
     result[EXTRA_STATE] = assumptions.to_tensor()
     return Conversion(result, notes)
 
 
 def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conversion:
-    """The way back: a state dict of `model` under the names of `source` (official).
+    """Convert a state dict of `model` to the names of `source` (official).
 
     Raises:
-        ConversionError: names of the state dict that the model does not have, or the other way round; an encoder that
-            no published program has.
+        ConversionError: unexpected or missing names in the state dict, or an encoder that the source does not have.
     """
     if model.assumptions.encoder != "deformable":
-        raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} weights cannot be")
+        raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} does not have")
     if model.assumptions.memory_fusion:
-        raise ConversionError(f"MODEL.DINO.MEMORY_FUSION is True, which {source} weights cannot be")
+        raise ConversionError(f"MODEL.DINO.MEMORY_FUSION is True, which {source} does not have")
     layout = layout_of(model)
     expected = set(model.state_dict()) - {EXTRA_STATE}
     given = set(state) - {EXTRA_STATE}
-    lines = [f"left over: {n}" for n in sorted(given - expected)] + [f"missing: {n}" for n in sorted(expected - given)]
+    lines = [f"unexpected: {n}" for n in sorted(given - expected)] + [f"missing: {n}" for n in sorted(expected - given)]
     if lines:
-        raise ConversionError("This checkpoint does not fit the config:\n  " + "\n  ".join(lines))
+        raise ConversionError("This checkpoint does not match the config:\n  " + "\n  ".join(lines))
     notes = []
     if EXTRA_STATE in state:
         model.set_extra_state(state[EXTRA_STATE])
@@ -163,7 +161,7 @@ def layout_of(model: DINO) -> Layout:
 
 
 def _positions(source: str, config: str) -> tuple[tuple[float, float], ...]:
-    """The temperatures and offsets that weights can be for; one where their own config tells it."""
+    """The temperatures and offsets possible for the weights; a single one if their own config gives it."""
     encoding = re.search(r"positional_encoding\s*=\s*dict\(([^()]*)\)", config) if source == "mmdet" else None
     if encoding is None:
         return POSITIONS[source]
@@ -174,7 +172,7 @@ def _positions(source: str, config: str) -> tuple[tuple[float, float], ...]:
 def _assumptions(
     source: str, model: DINO, state: Mapping[str, Tensor], positions: Sequence[tuple[float, float]]
 ) -> Assumptions:
-    """What the converted weights assume; contradicting the config is an error at once."""
+    """The assumptions of the converted weights; an error if they contradict the config."""
     ours = model.assumptions
     own_position = (ours.position_temperature, ours.position_offset)
     temperature, offset = own_position if own_position in positions else positions[0]
@@ -185,7 +183,7 @@ def _assumptions(
     )  # fmt: skip
     lines = ours.contradictions(theirs)
     if own_position not in positions:
-        lines += [f"or for MODEL.DINO.POS_TEMPERATURE {t} MODEL.DINO.POS_OFFSET {o}" for t, o in positions[1:]]
+        lines += [f"or MODEL.DINO.POS_TEMPERATURE {t} MODEL.DINO.POS_OFFSET {o}" for t, o in positions[1:]]
     if lines:
         raise ConversionError(f"{source} weights need another config:\n  " + "\n  ".join(lines))
     bias = state.get(SOURCES[source]("decoder.class_heads.0.bias", layout_of(model))[0])
@@ -196,19 +194,19 @@ def _assumptions(
 
 
 def _known(name: str, source: str) -> bool:
-    """Only the published program can learn its anchors."""
+    """Only the official code has learned anchors."""
     return not (name.startswith("query_selection.anchor_logits") and source != "official")
 
 
 def _default(name: str, own: Tensor, source: str) -> Tensor | None:
-    """Values of what a source may lack: biases that MMDetection's convolutions do not have."""
+    """Values for what a source lacks: biases that MMDetection's convolutions do not have."""
     if source == "mmdet" and name.startswith("neck.") and name.endswith(".0.bias"):
         return torch.zeros_like(own)
     return None
 
 
 def _adapt(name: str, value: Tensor, own: Tensor, source: str) -> tuple[Tensor, str]:
-    """Bring rows into our number and order; says what was done, or nothing."""
+    """Convert rows to our number and order. Returns the tensor and a note on what was done, possibly empty."""
     if "class_head" in name:
         return _choose_classes(value, len(own))
     if name == "denoising.label_embed.weight":
@@ -221,14 +219,14 @@ def _adapt(name: str, value: Tensor, own: Tensor, source: str) -> tuple[Tensor, 
 
 
 def _choose_classes(value: Tensor, classes: int) -> tuple[Tensor, str]:
-    """Rows by raw COCO category id become the 80 contiguous classes; equal numbers keep every row."""
+    """Map rows indexed by raw COCO category id to the 80 contiguous classes; otherwise keep every row."""
     if len(value) == COCO_RAW_CLASSES and classes == len(COCO):
         return value[[c["id"] for c in COCO]], "80 of 91 rows, chosen by COCO category id"
     return value, ""
 
 
 def _label_rows(value: Tensor, own: Tensor) -> tuple[Tensor, str]:
-    """`own` has a row per class and one more, never used; a source may have it or not."""
+    """`own` has one row per class and an unused one, which a source may lack."""
     classes = len(own) - 1
     if len(value) == COCO_RAW_CLASSES + 1 and classes == len(COCO):
         rows = [*(c["id"] for c in COCO), COCO_RAW_CLASSES]
@@ -239,14 +237,14 @@ def _label_rows(value: Tensor, own: Tensor) -> tuple[Tensor, str]:
 
 
 def _swin_merge_order(value: Tensor) -> Tensor:
-    """MMDetection orders the 4 merged pixels by channel and row first, the published Swin by pixel, column first."""
+    """MMDetection orders the 4 merged pixels by channel and row first, the Swin release by pixel and column first."""
     *rest, merged = value.shape
     by_pixel = value.reshape(*rest, merged // 4, 4).transpose(-1, -2)
     return by_pixel[..., [0, 2, 1, 3], :].reshape(value.shape)
 
 
 def summarize(notes: Sequence[str]) -> str:
-    """One line per kind of note, with how often it was made and an example."""
+    """One line per kind of note, with an example and the count."""
     kinds: dict[str, list[str]] = {}
     for note in notes:
         name, _, what = note.partition(": ")

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them without running what is in them, writing them whole or not at all."""
+"""Checkpoint files: read them without running their code, write them atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-# What a pickle of NumPy arrays in plain containers is made of (detectron2's model zoo).
+# Globals in a pickle of NumPy arrays in plain containers (detectron2's model zoo).
 ARRAYS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
@@ -31,21 +31,21 @@ ARRAYS = {
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it uses {module}.{name}")
         return super().find_class(module, name)
 
 
 def check_arrays_only(path: str | Path) -> None:
-    """Read a .pkl file without running anything but the making of arrays.
+    """Check that a .pkl file holds only arrays, without running anything else.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else, which is named.
+        pickle.UnpicklingError: it holds anything else; the message names it.
     """
     with open(path, "rb") as file:
         _ArraysOnly(file, encoding="latin1").load()
 
 
-# What tensors in containers are made of; storages torch finds by itself.
+# Globals in a pickle of tensors in containers; torch resolves storages itself.
 TENSORS = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_parameter"),
@@ -54,7 +54,7 @@ TENSORS = {
 
 
 class _Inert:
-    """Stands for an object of any class but those of tensors: takes what it is given and does nothing."""
+    """Replaces objects of any class not needed for tensors: accepts everything and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object):
         pass
@@ -76,23 +76,23 @@ class _TensorsOnly(pickle.Unpickler):
         if (module, name) not in TENSORS:
             return _Inert
         found = super().find_class(module, name)
-        return found if isinstance(found, type) else lambda *args: found(*args)  # a file can set attributes of it
+        return found if isinstance(found, type) else lambda *args: found(*args)  # a file can set attributes on it
 
 
 def _load_tensors(file: IO[bytes], **kwargs: Any) -> Any:
     return _TensorsOnly(file, **kwargs).load()
 
 
-# A `pickle_module` as torch.load takes it.
+# A `pickle_module` for torch.load.
 TENSORS_ONLY = SimpleNamespace(__name__=__name__, Unpickler=_TensorsOnly, load=_load_tensors)
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """What is used of a checkpoint that another program wrote.
+    """The used part of a checkpoint from another code base.
 
-    state: parameters and buffers, under the names they have there.
-    config: text of the config that MMDetection puts into its files; empty where there is none.
+    state: parameters and buffers under their original names.
+    config: text of the config that MMDetection stores in its files, or empty.
     """
 
     state: dict[str, Tensor]
@@ -100,14 +100,14 @@ class PublishedFile:
 
 
 def read_published(path: str | Path) -> PublishedFile:
-    """Read a checkpoint without running or importing anything that it names, whatever else is in it.
+    """Read a checkpoint without running or importing anything named in it.
 
-    Understands {"model": …} (published program, detectron2, detrex), {"ema_state": …} (detrex's moving average; it
-    takes the place of "model"), {"state_dict": …} (MMDetection) and a bare state dict; of names the `module.`
-    of data parallelism is left out.
+    Supports {"model": …} (official code, detectron2, detrex), {"ema_state": …} (detrex's moving average, which
+    replaces "model"), {"state_dict": …} (MMDetection) and a bare state dict. The prefix `module.` of data parallelism
+    is removed.
 
     Raises:
-        OSError: the file is not there or must not be read.
+        OSError: the file does not exist or cannot be read.
         ValueError: the file is damaged or holds something else.
     """
     content = _read_tensors(path)
@@ -116,7 +116,7 @@ def read_published(path: str | Path) -> PublishedFile:
     state = _averaged(parts["model"], parts["ema_state"]) or parts["state_dict"] or _tensors(content)
     if not state:
         raise ValueError(
-            f"{path} is no checkpoint: neither a state dict nor one under 'model', 'ema_state' or 'state_dict'"
+            f"{path} is not a checkpoint: it has no state dict, also not under 'model', 'ema_state' or 'state_dict'"
         )
     meta = content.get("meta")
     config = meta.get("cfg", meta.get("config")) if isinstance(meta, dict) else None
@@ -124,18 +124,18 @@ def read_published(path: str | Path) -> PublishedFile:
 
 
 def _read_tensors(path: str | Path) -> Any:
-    """Whatever a file holds, with something inert in the place of all that is no tensor, container, text or number."""
+    """Load a file, replacing everything but tensors, containers, strings and numbers by inert objects."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused here anyway, and of source code that nobody has
+            warnings.simplefilter("ignore")  # not relevant here
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # not tensors alone
+            except pickle.UnpicklingError:  # more than tensors
                 return torch.load(path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY)
     except OSError:
         raise
-    except Exception as error:  # of any class: unpickling does what the bytes say
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    except Exception as error:  # unpickling can raise anything
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
@@ -148,29 +148,29 @@ def _tensors(content: object) -> dict[str, Tensor]:
 
 
 def _averaged(model: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`model` with its moving average in its place, which lists a tensor of several names under one of them."""
+    """`model` with its values replaced by the moving average, which lists shared tensors under one name only."""
     if not average:
         return model
-    renamed = {_place(model[name]): value for name, value in average.items() if name in model}
-    return {name: renamed.get(_place(value), value) for name, value in model.items()} | average
+    renamed = {_storage(model[name]): value for name, value in average.items() if name in model}
+    return {name: renamed.get(_storage(value), value) for name, value in model.items()} | average
 
 
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+def _storage(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
 
 def write_checkpoint(content: dict, folder: str | Path, name: str) -> None:
-    """Write `folder`/`name` whole or not at all; see :func:`write_whole`."""
-    write_whole(folder, name, lambda file: torch.save(content, file))
+    """Write `folder`/`name` atomically; see :func:`write_atomically`."""
+    write_atomically(folder, name, lambda file: torch.save(content, file))
 
 
-def write_whole(folder: str | Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under another name first, which then takes this one's place.
+def write_atomically(folder: str | Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Write to a temporary file, then rename it.
 
-    Paths of other storage (`PREFIX://`) are written by iopath's handler for them, as everywhere in detectron2.
+    Remote paths (`PREFIX://`) are written through iopath, as elsewhere in detectron2.
 
     Raises:
-        OSError: nothing could be written; what was there is untouched.
+        OSError: writing failed; an existing file is unchanged.
     """
     if "://" in str(folder):
         with tempfile.TemporaryFile() as whole:
@@ -189,22 +189,22 @@ def write_whole(folder: str | Path, name: str, write: Callable[[IO[bytes]], obje
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"{path} could not be written ({free:.0f} MiB free in its folder): {error}") from error
+        raise OSError(f"could not write {path} ({free:.0f} MiB free in its folder): {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def average_of(path: str | Path) -> dict[str, Tensor]:
-    """The moving average of the weights in a checkpoint that training wrote.
+    """The moving average of the weights in a training checkpoint.
 
     Raises:
-        ValueError: there is none in it.
+        ValueError: the checkpoint has none.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     state = content.get("trainer", {}).get("hooks", {}).get("EMA") if isinstance(content, dict) else None
     if state is None:
         raise ValueError(
-            f"{path} holds no moving average: checkpoints of a training with SOLVER.EMA.ENABLED True do, but for "
-            "model_best.pth and model_final_ema.pth, which are weights already"
+            f"{path} has no moving average: only checkpoints of runs with SOLVER.EMA.ENABLED True do, except "
+            "model_best.pth and model_final_ema.pth, which are plain weights already"
         )
     return {name.removeprefix("module."): value for name, value in state.items() if name.startswith("module.")}

@@ -1,7 +1,7 @@
-"""Which names a parameter of ours has in the published checkpoints.
+"""Map our parameter names to those in published checkpoints.
 
-One direction is written down, from our name to theirs; reading and writing both follow it. A parameter can have
-several names there: modules that were shared were saved once per place.
+Only this direction is defined; reading and writing both use it. A parameter can have several names there, because
+shared modules were saved once per use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Rules = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the names depend on: decoder layers, shared heads, and how many maps the backbone gives."""
+    """What the names depend on: number of decoder layers, shared heads, number of backbone feature maps."""
 
     decoder_layers: int
     share_heads: bool
@@ -23,7 +23,7 @@ class Layout:
 
 
 def official(name: str, layout: Layout) -> list[str]:
-    """Names in the published program's checkpoints."""
+    """Names in the official code's checkpoints."""
     head = re.fullmatch(r"decoder\.(class|box)_heads\.(\d+)\.(.+)", name)
     if head:
         kind = {"class": "class_embed", "box": "bbox_embed"}[head[1]]
@@ -69,7 +69,7 @@ def mmdet(name: str, layout: Layout) -> list[str]:
 
 SOURCES: dict[str, Callable[[str, Layout], list[str]]] = {"official": official, "detrex": detrex, "mmdet": mmdet}
 
-# A name that no source lacks, by which a file is known.
+# A parameter name that identifies each source.
 MARKS = {
     "official": "transformer.encoder.layers.0.self_attn.value_proj.weight",
     "detrex": "transformer.encoder.layers.0.attentions.0.value_proj.weight",
@@ -80,7 +80,7 @@ OFFICIAL: Rules = [
     (r"encoder\.level_embed", "transformer.level_embed"),
     (r"encoder\.layers\.(\d+)\.self_attn_norm\.(.+)", r"transformer.encoder.layers.\1.norm1.\2"),
     (r"encoder\.layers\.(\d+)\.ffn\.norm\.(.+)", r"transformer.encoder.layers.\1.norm2.\2"),
-    # Numbered in the order they were written in, not in the order they are applied.
+    # Numbered in order of definition, not of application.
     (r"decoder\.layers\.(\d+)\.self_attn_norm\.(.+)", r"transformer.decoder.layers.\1.norm2.\2"),
     (r"decoder\.layers\.(\d+)\.cross_attn_norm\.(.+)", r"transformer.decoder.layers.\1.norm1.\2"),
     (r"decoder\.layers\.(\d+)\.ffn\.norm\.(.+)", r"transformer.decoder.layers.\1.norm3.\2"),
@@ -103,7 +103,7 @@ _NECK: Rules = [
     (r"neck\.extra_levels\.(\d+)\.0\.(.+)", r"neck.extra_convs.\1.conv.\2"),
 ]
 
-_CONVNEXT: Rules = [  # timm's in detrex's names, which are its authors'
+_CONVNEXT: Rules = [  # timm's ConvNeXt under detrex's names, which are its authors'
     (r"backbone\.body\.stem_(\d)\.(.+)", r"backbone.downsample_layers.0.\1.\2"),
     (r"backbone\.body\.stages_(\d)\.downsample\.(.+)", r"backbone.downsample_layers.\1.\2"),
     (r"backbone\.body\.stages_(\d)\.blocks\.(\d+)\.conv_dw\.(.+)", r"backbone.stages.\1.\2.dwconv.\3"),
@@ -168,7 +168,7 @@ _RESNET: Rules = [
 
 
 def torchvision_resnet(name: str) -> str | None:
-    """torchvision's name of a parameter of detectron2's ResNet; None if it is none."""
+    """torchvision's name of a parameter of detectron2's ResNet; None for other parameters."""
     for pattern, replacement in _RESNET:
         if re.fullmatch(pattern, name):
             renamed = re.sub(f"^{pattern}$", replacement, name)

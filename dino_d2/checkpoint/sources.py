@@ -1,4 +1,4 @@
-"""Weights of other programs to ours, whoever's they are."""
+"""Convert weights from any supported source."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def to_ours(published: PublishedFile, source: str, model: DINO) -> Conversion:
     """The state dict of `model` with the values of a published checkpoint.
 
     Args:
-        published: as `read_published` gives it.
-        source: official, detrex, mmdet; backbone for ImageNet weights alone; auto: what the names say.
-        model: made from the config that the weights are to be used with.
+        published: from `read_published`.
+        source: official, detrex, mmdet; backbone for ImageNet weights; auto: detect from the parameter names.
+        model: built from the config that will use the weights.
 
     Raises:
-        ConversionError: the weights do not fit the model, or are nobody's that is known.
+        ConversionError: the weights do not match the model, or their source is unknown.
     """
     state = published.state
     if source == "backbone" or (source == "auto" and is_backbone(state)):

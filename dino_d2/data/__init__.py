@@ -1,4 +1,4 @@
-"""Reading and augmentation of pictures, data sets, their inspection, and loaders that can go on at any batch."""
+"""Image reading, augmentation, datasets and their inspection, and resumable data loaders."""
 
 from .augmentation import build_test_augmentation, build_train_augmentation
 from .datasets import CocoFiles, check_classes, class_names, load_config_for_files, read_coco, register_datasets

@@ -1,4 +1,4 @@
-"""The augmentation of DETR and its descendants, made of detectron2's parts."""
+"""DETR's augmentation, built from detectron2's transforms."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-LONGEST_BEFORE_CROP = 10_000  # pixels; of a picture of COCO it changes nothing, of a line of pixels it saves gigabytes
+LONGEST_BEFORE_CROP = 10_000  # pixels; never reached by COCO images, saves gigabytes for extremely long ones
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """detectron2's, which leaves nothing of a picture thousands of times as long as wide; here one pixel stays."""
+    """detectron2's, but keeps at least one pixel of images thousands of times as long as wide."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -22,7 +22,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
     """Flip; with `INPUT.CROP.PROBABILITY` resize and crop; resize to one of `INPUT.MIN_SIZE_TRAIN`.
 
-    Three more are off by default: vertical flips and quarter turns, for pictures without an up, and colour jitter.
+    Off by default: vertical flips and quarter turns, for images without an up, and colour jitter.
     """
     i = cfg.INPUT
     steps: list[T.Augmentation] = []
@@ -39,12 +39,12 @@ def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
             crop.insert(0, ResizeShortestEdge(i.CROP.RESIZE_FIRST, LONGEST_BEFORE_CROP, "choice"))
         steps.append(T.RandomApply(T.AugmentationList(crop), prob=i.CROP.PROBABILITY))
     steps.append(ResizeShortestEdge(i.MIN_SIZE_TRAIN, i.MAX_SIZE_TRAIN, i.MIN_SIZE_TRAIN_SAMPLING))
-    if i.COLOR_JITTER > 0:  # last: on no more pixels than are left
+    if i.COLOR_JITTER > 0:  # last, when images are smallest
         low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
         steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
     return T.AugmentationList(steps)
 
 
 def build_test_augmentation(cfg: CfgNode) -> T.Augmentation:
-    """Resize to `INPUT.MIN_SIZE_TEST`; 0: leave the picture as it is."""
+    """Resize to `INPUT.MIN_SIZE_TEST`; 0: keep the size."""
     return ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

@@ -1,4 +1,4 @@
-"""Annotation files in COCO's format, read one entry at a time: a file of gigabytes is never in memory as a whole."""
+"""Stream annotation files in COCO format entry by entry, so that files of gigabytes fit in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-CHUNK = 2**20  # characters that are read at a time
-LONGEST = 2**26  # characters of one entry; an error in so long a one is no entry that goes on behind the chunk
+CHUNK = 2**20  # characters to read at a time
+LONGEST = 2**26  # characters of one entry; an incomplete entry longer than this is an error
 SPACE = re.compile(r"[ \t\n\r]*")
 
 logger = logging.getLogger(__name__)
 
 
 def stream_lists(path: str) -> Iterator[tuple[str, Iterator[Any]]]:
-    """The lists in the object that a JSON file holds: name and entries, to be read before the next list is asked for.
+    """Yield name and entries of each list in the object of a JSON file. Read the entries before the next list.
 
     Raises:
-        ValueError: the file is not JSON; it is named.
+        ValueError: the file is not JSON; the message names it.
     """
     with PathManager.open(path, "r", encoding="utf-8") as file:
         text = _JsonText(path, file)
@@ -40,25 +40,25 @@ def stream_lists(path: str) -> Iterator[tuple[str, Iterator[Any]]]:
             if text.peek() == "[":
                 entries = (text.value() for _ in text.separated("[", "]"))
                 yield str(name), entries
-                for _ in entries:  # what was not asked for
+                for _ in entries:  # skip what was not read
                     pass
             else:
                 text.value()
         if text.peek():
-            raise text.error("there is more after the end", text.at)
+            raise text.error("unexpected data after the end", text.at)
 
 
 class _JsonText:
-    """What has been read of a file, from the place `at` that is to be understood next."""
+    """A buffer of the file, parsed from position `at` on."""
 
     def __init__(self, path: str, file: TextIO):
         self.path, self.file = path, file
         self.text, self.at = "", 0
-        self.before = 0  # characters of the file that are not in `text` any more
+        self.before = 0  # characters of the file before `text`
         self.decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
+        """The next character that is not whitespace; empty at the end of the file."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
@@ -74,7 +74,7 @@ class _JsonText:
         return found
 
     def separated(self, begin: str, end: str) -> Iterator[None]:
-        """Stops before each entry between the two, for it to be read."""
+        """Yield before each entry between the delimiters, for the caller to read it."""
         self.expect(begin)
         if self.peek() == end:
             self.expect(end)
@@ -92,7 +92,7 @@ class _JsonText:
                 if len(self.text) - self.at > LONGEST or not self._read():
                     raise self.error(error.msg, error.pos) from error
                 continue
-            if end < len(self.text) or not self._read():  # a number may go on behind what was read
+            if end < len(self.text) or not self._read():  # a number may continue beyond the buffer
                 self.at = end
                 return value
 
@@ -100,7 +100,7 @@ class _JsonText:
         return ValueError(f"{self.path} is not JSON: {message} at character {self.before + at}")
 
     def _read(self) -> bool:
-        """Twice as much as is waiting, so that a long entry is not tried often."""
+        """Double the buffer, so that a long entry is not parsed too often."""
         try:
             more = self.file.read(max(CHUNK, len(self.text) - self.at))
         except UnicodeDecodeError as error:
@@ -111,21 +111,21 @@ class _JsonText:
 
 
 class CocoRecords(Sequence):
-    """detectron2's dataset dicts of a file in COCO's format: what its `load_coco_json` gives, for boxes alone.
+    """detectron2's dataset dicts of a file in COCO format, as from its `load_coco_json`, but with boxes only.
 
-    Polygons and keypoints are left out; otherwise images, objects, their order, the errors and the metadata that are
-    set ("thing_classes", "thing_dataset_id_to_contiguous_id") are the same. Each record is made when it is asked for;
-    what is held until then is about 100 bytes for each object.
+    Without polygons and keypoints; images, objects, their order, errors and the metadata it sets ("thing_classes",
+    "thing_dataset_id_to_contiguous_id") are the same. Each record is created on access; until then an object takes
+    about 100 bytes.
     """
 
     def __init__(self, json_file: str, image_root: str, dataset_name: str):
         """
         Raises:
-            ValueError: the file is not JSON or not COCO's format.
-            AssertionError: annotations have the same id.
+            ValueError: the file is not JSON or not in COCO format.
+            AssertionError: annotation ids are not unique.
         """
         self.json_file, self.image_root = json_file, image_root
-        self.has_annotations = False  # be it an empty list
+        self.has_annotations = False  # True even if the list is empty
         path = PathManager.get_local_path(json_file)
         images: dict[Hashable, tuple[str, int, int]] = {}
         objects = _Objects()
@@ -140,7 +140,7 @@ class CocoRecords(Sequence):
             elif name == "categories":
                 categories = {entry["id"]: entry["name"] for entry in entries}
         if not images or not categories:
-            raise ValueError(f'{json_file} is not in COCO\'s format: it has no "images" or no "categories"')
+            raise ValueError(f'{json_file} is not in COCO format: it has no "images" or no "categories"')
 
         self.class_of = {number: place for place, number in enumerate(sorted(categories))}
         _set_classes(dataset_name, [categories[number] for number in self.class_of], self.class_of)
@@ -153,12 +153,12 @@ class CocoRecords(Sequence):
                 f"{json_file} contains {len(objects)} annotations, but only {len(self.order)} of them match to images "
                 "in the file."
             )
-        if "minival" not in json_file and objects.repeat_ids(self.order):  # as detectron2: those of 2014 are known to
+        if "minival" not in json_file and objects.repeat_ids(self.order):  # as in detectron2: minival repeats ids
             raise AssertionError(f"Annotation ids in '{json_file}' are not unique!")
         logger.info(f"Loaded {len(self.images)} images in COCO format from {json_file}")
         if objects.without_polygon:
             logger.warning(
-                f"Left out {objects.without_polygon} objects without a valid polygon; check_dataset names them"
+                f"Skipped {objects.without_polygon} objects without a valid polygon; check_dataset lists them"
             )
 
     def __len__(self) -> int:
@@ -181,7 +181,7 @@ class CocoRecords(Sequence):
 
     def _object(self, entry: dict[str, Any], image_id: Hashable) -> dict[str, Any] | None:
         if entry.pop("ignore", 0) != 0:
-            raise AssertionError(f'"ignore" in COCO json file is not supported (image {image_id}): take it out')
+            raise AssertionError(f'"ignore" in COCO json file is not supported (image {image_id}): remove it')
         if "bbox" in entry and len(entry["bbox"]) == 0:
             raise ValueError(
                 f"One annotation of image {image_id} contains empty 'bbox' value! "
@@ -197,19 +197,19 @@ class CocoRecords(Sequence):
         return entry | {"bbox_mode": BoxMode.XYWH_ABS, "category_id": self.class_of[category]}
 
 
-KEPT = ("iscrowd", "bbox", "category_id", "ignore")  # of an annotation
+FIELDS = ("iscrowd", "bbox", "category_id", "ignore")  # of an annotation
 HAS_POLYGON = "has polygon"
 
 
 class _Objects:
-    """Annotations in little memory: what is kept of each as bytes, and the number of its image."""
+    """Annotations stored compactly: the used fields as bytes, and the index of the image."""
 
     def __init__(self) -> None:
         self.content = bytearray()
         self.ends = array("q", [0])
         self.images = array("q")
         self.ids = array("q")
-        self.number_of: dict[Hashable, int] = {}  # of image ids, in order of appearance
+        self.number_of: dict[Hashable, int] = {}  # index of each image id, in order of appearance
         self.without_polygon = 0
 
     def __len__(self) -> int:
@@ -221,14 +221,14 @@ class _Objects:
     def add(self, entry: dict[str, Any]) -> None:
         has_polygon = not has_no_valid_polygon(entry.get("segmentation"))
         self.without_polygon += not has_polygon
-        self.content += marshal.dumps({key: entry[key] for key in KEPT if key in entry} | {HAS_POLYGON: has_polygon})
+        self.content += marshal.dumps({key: entry[key] for key in FIELDS if key in entry} | {HAS_POLYGON: has_polygon})
         self.ends.append(len(self.content))
         self.images.append(self.number_of.setdefault(entry["image_id"], len(self.number_of)))
         self.ids.append(entry["id"] if isinstance(entry["id"], int) else hash(entry["id"]))
 
     def by_image(self, ids: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the objects, sorted by image, in each in order of the file; and where those of each image end."""
-        rank_of_number = np.full(len(self.number_of), len(ids), dtype=np.int64)  # last: images that are not there
+        """Indices of the objects sorted by image, in file order within each, and the end of each image's range."""
+        rank_of_number = np.full(len(self.number_of), len(ids), dtype=np.int64)  # last: unknown images
         for rank, image_id in enumerate(ids):
             if image_id in self.number_of:
                 rank_of_number[self.number_of[image_id]] = rank
@@ -242,7 +242,7 @@ class _Objects:
 
 
 def has_no_valid_polygon(segmentation: object) -> bool:
-    """As detectron2 judges it, which leaves such objects out: no segmentation at all is fine."""
+    """detectron2's rule for objects that it skips; no segmentation at all is valid."""
     polygons = segmentation if isinstance(segmentation, list) else []
     return bool(polygons) and not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
 

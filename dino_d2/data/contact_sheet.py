@@ -1,4 +1,4 @@
-"""A picture of what the model is trained on: augmented samples with their objects and their denoising queries."""
+"""Draw what the model is trained on: augmented samples with their objects and denoising queries."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .datasets import class_names
 from .mapper import ImageMapper
 from .records import load_records
 
-PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of a picture, space around it, samples side by side
+PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of an image, space around it, samples side by side
 TITLE, CAPTION, LABEL = 64, 24, 12  # height in pixels
 OBJECT, POSITIVE, NEGATIVE = (1.0, 0.85, 0.0), (0.0, 0.85, 1.0), (1.0, 0.3, 0.6)
 PAPER, INK = (24, 26, 30), (235, 235, 235)
 EXPLANATION = (
     ("objects", OBJECT),
-    ("positive queries, to be restored to their object", POSITIVE),
-    ("negative queries, to be called background", NEGATIVE),
+    ("positive queries, to be denoised", POSITIVE),
+    ("negative queries, to be classified as background", NEGATIVE),
 )
 
 
 def draw_contact_sheet(cfg: CfgNode, denoising: nn.Module, count: int) -> Image.Image:
-    """`count` samples of `DATASETS.TRAIN` (fewer if it is smaller), as training sees them; images with objects only.
+    """Draw up to `count` samples of `DATASETS.TRAIN` as training sees them, of images with objects.
 
-    Of each there are two pictures: the augmented image with its objects, and with one group of denoising queries,
-    drawn with detectron2's random numbers and torch's.
+    Each sample is drawn twice: with its objects, and with one group of denoising queries. Random numbers come from
+    NumPy, as in detectron2, and torch.
 
     Args:
-        cfg: whose data sets are registered (`register_datasets`).
-        denoising: the model's, of `dino_d2.modeling.build.build_denoising`.
+        cfg: its datasets must be registered (`register_datasets`).
+        denoising: the model's, from `dino_d2.modeling.build.build_denoising`.
     """
     records = load_records(cfg.DATASETS.TRAIN, filter_empty=True, needs_annotations=True)
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)]
@@ -83,10 +83,10 @@ def _draw_sample(
 
 
 class _Panel:
-    """detectron2's Visualizer for boxes relative to a picture (height, width, 3), RGB."""
+    """detectron2's Visualizer for boxes relative to an image (height, width, 3), RGB."""
 
     def __init__(self, picture: np.ndarray):
-        self.visualizer = Visualizer(picture, font_size_scale=0.6)  # which also makes thin lines
+        self.visualizer = Visualizer(picture, font_size_scale=0.6)  # also makes lines thin
         self.size = torch.tensor([picture.shape[1], picture.shape[0]]).repeat(2)
 
     def add(self, boxes: Tensor, colour: tuple[float, ...], labels: Sequence[str] = (), line_style: str = "-") -> None:
@@ -94,7 +94,7 @@ class _Panel:
         for box in corners:
             self.visualizer.draw_box(box, alpha=1.0, edge_color=colour, line_style=line_style)
         for box, label in zip(corners, labels, strict=False):
-            above = (box[0], max(box[1] - LABEL, 0))  # small objects would vanish under their label
+            above = (box[0], max(box[1] - LABEL, 0))  # a label must not cover a small object
             self.visualizer.draw_text(label, above, color=colour, horizontal_alignment="left")
 
     def image(self) -> Image.Image:
@@ -102,7 +102,7 @@ class _Panel:
 
 
 def _arrange(samples: Sequence[tuple[str, Image.Image, Image.Image]]) -> Image.Image:
-    """The samples in rows, as high as their highest picture, under a line that explains the colours."""
+    """Arrange the samples in rows, each as tall as its tallest image, below a legend of the colours."""
     rows = [samples[i : i + COLUMNS] for i in range(0, len(samples), COLUMNS)]
     heights = [max(picture.height for _, picture, _ in row) + CAPTION + GAP for row in rows]
     cell = 2 * (PANEL + GAP)

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format, named in the config or given as files."""
+"""Datasets in COCO format, named in the config or given as files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dino_d2.config import load_config
 
 from .coco import CocoRecords, stream_lists
 
-TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of data sets that are given as files
-DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the data sets that detectron2 registers itself
+TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of datasets given as files
+DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the datasets registered by detectron2
 
 
 @dataclass(frozen=True)
 class CocoFiles:
-    """A data set in COCO's format: the annotation file, and the folder that its `file_name`s are relative to."""
+    """A dataset in COCO format: the annotation file, and the folder that its `file_name`s are relative to."""
 
     annotations: Path
     images: Path
@@ -33,11 +33,11 @@ class CocoFiles:
 def register_datasets(cfg: CfgNode) -> None:
     """Register every (name, annotation file, image folder) of `DATASETS.COCO_FORMAT` with detectron2.
 
-    Their records hold boxes alone (:class:`CocoRecords`); so do, from now on, those of detectron2's own COCO sets that
-    the config uses. Registering the same data set again changes nothing.
+    Their records hold only boxes (:class:`CocoRecords`), and so do those of detectron2's COCO datasets in the config
+    afterwards. Registering the same dataset again has no effect.
 
     Raises:
-        ValueError: an entry is no such triple, or its name is taken.
+        ValueError: an entry is not such a triple, or its name is taken.
         FileNotFoundError: the annotation file or the image folder does not exist.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
@@ -46,11 +46,11 @@ def register_datasets(cfg: CfgNode) -> None:
         name, annotations, images = entry
         for path in (annotations, images):
             if not Path(path).exists():
-                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the data set {name!r} does not exist")
+                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the dataset {name!r} does not exist")
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue
-            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another data set; choose a new one")
+            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset; choose a new one")
         DatasetCatalog.register(name, partial(CocoRecords, annotations, images, name))
         MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
         _REGISTERED[name] = (annotations, images)
@@ -65,17 +65,17 @@ _REGISTERED: dict[str, tuple[str, str]] = {}
 def load_config_for_files(
     config_file: str, overrides: Sequence[str], train: CocoFiles | None, val: CocoFiles | None
 ) -> CfgNode:
-    """The config of `dino_d2.load_config`, with the data sets of these files and with their classes.
+    """`dino_d2.load_config`, with these files as datasets and with their classes.
 
-    The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and take the place of
-    `DATASETS.TRAIN` (which stays without `train`) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` come
-    from them, in order of category id, as detectron2 numbers classes; the config file and `overrides` may repeat them
-    but not say otherwise. Without `val` nothing is evaluated. Without either it is `load_config`.
+    The files become entries of `DATASETS.COCO_FORMAT` (see :func:`register_datasets`) and replace `DATASETS.TRAIN` (if
+    `train` is given) and `DATASETS.TEST`. `MODEL.DINO.NUM_CLASSES` and `CLASS_NAMES` are taken from them, in order of
+    category id as in detectron2; the config file and `overrides` may repeat but not contradict them. Without `val`
+    nothing is evaluated. Without both it is `load_config`.
 
     Raises:
         FileNotFoundError: an annotation file or image folder does not exist.
-        ValueError: an annotation file is not COCO's format; the two have different categories, or the config has
-            different classes; `overrides` name other data sets.
+        ValueError: an annotation file is not in COCO format; the files have different categories, or the config has
+            different classes; `overrides` set datasets too.
     """
     given = {TRAIN_NAME: train, VAL_NAME: val}
     given = {name: files for name, files in given.items() if files is not None}
@@ -83,10 +83,10 @@ def load_config_for_files(
         return load_config(config_file, overrides)
     for key in overrides[::2]:
         if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
-            raise ValueError(f"{key} is given beside annotation files, which take its place: leave one of the two out")
+            raise ValueError(f"{key} conflicts with the annotation files, which replace it: give only one of them")
 
     names = _common_class_names(train, val)
-    # As defaults, so that whatever differs afterwards was said by the config file or the overrides.
+    # As defaults, so that any difference afterwards comes from the config file or the overrides.
     classes = ["MODEL.DINO.NUM_CLASSES", len(names), "MODEL.DINO.CLASS_NAMES", names]
     cfg = load_config(config_file, overrides, defaults=classes)
     cfg.MODEL.DINO.CLASS_NAMES = cfg.MODEL.DINO.CLASS_NAMES or names
@@ -97,8 +97,8 @@ def load_config_for_files(
         if ours != theirs:
             source = next(iter(given.values())).annotations
             raise ValueError(
-                f"MODEL.DINO.{key} is {ours} in the config, but the categories of {source} make it {theirs}: "
-                f"leave the key out of the config file and the command, or correct the file"
+                f"MODEL.DINO.{key} is {ours} in the config, but {theirs} according to the categories of {source}: "
+                f"remove the key from the config file and the command, or correct the file"
             )
 
     entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] not in given]
@@ -113,13 +113,13 @@ def load_config_for_files(
 
 
 def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
-    """The "images", "annotations" and "categories" of a file in COCO's format.
+    """The "images", "annotations" and "categories" of a file in COCO format.
 
-    Of their entries only the categories are checked: each has a number of its own and a name, and there is one.
+    Of the entries only categories are checked: there is at least one, and each has a unique id and a name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not COCO's format.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not JSON, or not in COCO format.
     """
     names = ("images", "annotations", "categories")
     content = {name: list(entries) for name, entries in _lists_of(annotations) if name in names}
@@ -131,7 +131,7 @@ def read_coco(annotations: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classes: the config's, else those of its first data set; empty where neither has them."""
+    """Names of the classes: the config's, else those of its first dataset; empty if unknown."""
     if cfg.MODEL.DINO.CLASS_NAMES:
         return list(cfg.MODEL.DINO.CLASS_NAMES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
@@ -142,10 +142,10 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
-    """Compare the classes of the config with those of the data sets, as far as these are known.
+    """Compare the classes of the config with those of the datasets, where known.
 
     Raises:
-        ValueError: their number, their names or the order of the names differ; both sides are named.
+        ValueError: their number, names or order differ; the message gives both.
     """
     number, names = cfg.MODEL.DINO.NUM_CLASSES, list(cfg.MODEL.DINO.CLASS_NAMES)
     for dataset in datasets:
@@ -155,17 +155,17 @@ def check_classes(cfg: CfgNode, datasets: Iterable[str]) -> None:
             continue
         if len(theirs) != number:
             raise ValueError(
-                f"MODEL.DINO.NUM_CLASSES is {number}, but the data set {dataset} has {len(theirs)} categories "
-                f"({_some(theirs)}): set it to {len(theirs)}, or use data that has the model's classes"
+                f"MODEL.DINO.NUM_CLASSES is {number}, but the dataset {dataset} has {len(theirs)} categories "
+                f"({_some(theirs)}): set it to {len(theirs)}, or use data with the model's classes"
             )
         if names and names != list(theirs):
             pairs = enumerate(zip_longest(names, theirs, fillvalue="no class"))
             place, ours, other = next((i, *pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
-                f"MODEL.DINO.CLASS_NAMES and the categories of the data set {dataset} differ: class {place} is "
+                f"MODEL.DINO.CLASS_NAMES and the categories of the dataset {dataset} differ: class {place} is "
                 f"{ours!r} in the config and {other!r} in the data (classes are numbered in order of "
-                f"category id). The config: {_some(names)}. The data: {_some(theirs)}. Correct CLASS_NAMES, or the "
-                f"categories of the file"
+                f"category id). Config: {_some(names)}. Data: {_some(theirs)}. Correct CLASS_NAMES, or the categories "
+                f"of the file"
             )
 
 
@@ -174,7 +174,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _names_in(cfg: CfgNode, dataset: str) -> list[str] | None:
-    """Its classes, without loading it; None if it is not known, empty if its classes are not."""
+    """A dataset's classes, without loading it; None for an unknown dataset, empty if its classes are unknown."""
     entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == dataset]
     if entries:
         return class_names_of(Path(entries[0][1])) if Path(entries[0][1]).is_file() else None
@@ -182,7 +182,7 @@ def _names_in(cfg: CfgNode, dataset: str) -> list[str] | None:
 
 
 def class_names_of(annotations: Path) -> list[str]:
-    """Names of the categories of a file in COCO's format, in order of their ids.
+    """Category names of a file in COCO format, in order of their ids.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_coco`.
@@ -191,7 +191,7 @@ def class_names_of(annotations: Path) -> list[str]:
 
 
 def _file_outline(annotations: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the lists in a file of COCO's format, and of its classes in order of their ids."""
+    """Names of the lists in a file in COCO format, and of its classes in order of their ids."""
     state = annotations.stat() if annotations.is_file() else None
     return _outline(annotations, (state.st_mtime_ns, state.st_size) if state else None)
 
@@ -212,12 +212,12 @@ def _outline(annotations: Path, state: Hashable) -> tuple[tuple[str, ...], tuple
 
 def _lists_of(annotations: Path) -> Iterator[tuple[str, Iterator[Any]]]:
     if not annotations.is_file():
-        raise FileNotFoundError(f"{annotations}: there is no such annotation file")
+        raise FileNotFoundError(f"annotation file {annotations} does not exist")
     return stream_lists(str(annotations))
 
 
 def _not_coco(annotations: Path, name: str) -> ValueError:
-    return ValueError(f'{annotations} is not in COCO\'s format: it has no list of objects named "{name}"')
+    return ValueError(f'{annotations} is not in COCO format: it has no list of objects named "{name}"')
 
 
 def _check_categories(annotations: Path, categories: Sequence[dict[str, Any]]) -> None:
@@ -227,17 +227,17 @@ def _check_categories(annotations: Path, categories: Sequence[dict[str, Any]]) -
         if not isinstance(category, dict):
             raise _not_coco(annotations, "categories")
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
-            raise ValueError(f'{annotations}: the category {category} needs an "id", an integer, and a "name", a text')
-    twice = [number for number, count in Counter(c["id"] for c in categories).items() if count > 1]
-    if twice:
-        raise ValueError(f"{annotations}: several categories have the id {twice[0]}; give each its own")
+            raise ValueError(f'{annotations}: the category {category} needs an integer "id" and a string "name"')
+    repeated = [number for number, count in Counter(c["id"] for c in categories).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{annotations}: several categories have the id {repeated[0]}; give each a different one")
 
 
 def _common_class_names(train: CocoFiles | None, val: CocoFiles | None) -> list[str]:
     data = [files for files in (train, val) if files is not None]
     for files in data:
         if not files.images.is_dir():
-            raise FileNotFoundError(f"{files.images}: there is no such image folder (of {files.annotations})")
+            raise FileNotFoundError(f"image folder {files.images} (of {files.annotations}) does not exist")
     names = class_names_of(data[0].annotations)
     if train and "annotations" not in _file_outline(train.annotations)[0]:
         raise _not_coco(train.annotations, "annotations")
@@ -247,9 +247,9 @@ def _common_class_names(train: CocoFiles | None, val: CocoFiles | None) -> list[
             continue
         differing = sorted(set(names) ^ set(others))
         what = (
-            f"{', '.join(differing)} {'is' if len(differing) == 1 else 'are'} in one of them only"
+            f"only one of them has {', '.join(differing)}"
             if differing
-            else f"by id they are {', '.join(names)} in the one and {', '.join(others)} in the other"
+            else f"in order of id they are {', '.join(names)} in the first and {', '.join(others)} in the second"
         )
         raise ValueError(
             f"{data[0].annotations} and {files.annotations} have different categories: {what}. "

@@ -1,4 +1,4 @@
-"""Reading pictures as detectron2 does, and what it gets wrong or leaves unsaid."""
+"""Read images as detectron2 does, with 16-bit support and clear errors."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
-DEEP_MODES = ("I", "F")  # how PIL's names of pixels with more than 8 bits begin; converting those clips at 255
+DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
 class UnreadableImage(ValueError):
-    """A file that is no picture, or a damaged one."""
+    """A file that is not an image, or is damaged."""
 
 
 def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
-    """A picture as it should be seen: grey, palette, alpha and CMYK converted, turned as its EXIF data say.
+    """Read an image: converts grey, palette, alpha and CMYK, and rotates according to EXIF data.
 
-    Of pixels with 16 bits the upper 8 are taken, as PIL does by itself with colours. Transparency is ignored.
+    16-bit pixels keep their upper 8 bits, as PIL does for colour images. Transparency is ignored.
 
     Args:
-        path: of a file in any format that PIL reads.
+        path: a file in any format that PIL reads.
         image_format: "BGR" or "RGB".
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UnreadableImage: the file is no picture, or is damaged; it is named.
-        ValueError: its pixels have no known range.
-        FileNotFoundError: there is no such file.
+        UnreadableImage: the file is not an image, or is damaged.
+        ValueError: the range of its pixel values is unknown.
+        FileNotFoundError: the file does not exist.
     """
     path = str(path)
     try:
@@ -45,11 +45,11 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{path} cannot be read as a picture: it is in no known format") from error
+        raise UnreadableImage(f"{path} cannot be read as an image: unknown format") from error
     except Exception as error:  # decoders raise all kinds
-        raise UnreadableImage(f"{path} cannot be read as a picture: {error}") from error
+        raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
     if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
         raise ValueError(
-            f"{path} has pixels of unknown range (PIL's mode {mode}): save it with 8 or 16 bits per colour"
+            f"{path} has pixel values of unknown range (PIL mode {mode}): save it with 8 or 16 bits per channel"
         )
     return detection_utils.convert_PIL_to_numpy(Image.fromarray((grey // 256).astype(np.uint8)), image_format)

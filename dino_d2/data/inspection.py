@@ -1,4 +1,4 @@
-"""What is wrong, odd or worth knowing in a data set of COCO's format, before hours of training find it out."""
+"""Find errors and oddities in a dataset in COCO format before training does."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
 from .images import read_image
 
-EXAMPLES = 3  # named of each finding
+EXAMPLES = 3  # per finding
 WIDTHS = [None, None, 34, 38, 40]  # of the table's columns, in characters
-SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # of images; beyond it they are reported
-MARGIN = 1.0  # pixels by which a box may leave its image: rounding
-MANY_OBJECTS = 500  # in one image: then the denoising queries outnumber all others and are worth bounding
+SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # images beyond these are reported
+MARGIN = 1.0  # pixels by which a box may exceed its image, because of rounding
+MANY_OBJECTS = 500  # in one image: then denoising queries outnumber all others and should be limited
 
 Entry = dict[str, Any]  # an image, annotation or category of the file
 
 
 class Severity(Enum):
-    ERROR = "error"  # training would stop, or learn what is wrong
-    WARNING = "warning"  # training runs, but perhaps not on what was meant
+    ERROR = "error"  # training would stop, or learn something wrong
+    WARNING = "warning"  # training runs, but perhaps not as intended
     INFO = "info"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding: what is the case, and what follows from it or is to be done."""
+    """A kind of finding: what was found, and its consequence or remedy."""
 
     severity: Severity
     what: str
@@ -45,7 +45,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is the case `count` times, with a few `examples` of it (names or ids)."""
+    """A kind of finding with its number of occurrences and a few examples (names or ids)."""
 
     kind: Kind
     count: int
@@ -65,60 +65,60 @@ def _info(what: str, advice: str) -> Kind:
 
 
 MISSING_IMAGE = _error("missing images", "file_name is relative to the image folder")
-UNREADABLE_IMAGE = _error("unreadable images", "replace them, or take their entries out")
+UNREADABLE_IMAGE = _error("unreadable images", "replace them, or remove their entries")
 OTHER_SIZE = _error(
-    "images of another size than annotated",
-    "the boxes were drawn on another version of the image, or before it was turned (EXIF)",
+    "images whose size differs from the annotation",
+    "the boxes were drawn on another version of the image, or before EXIF rotation",
 )
 BROKEN_IMAGE_ENTRY = _error(
-    "malformed image entries", "each needs id, file_name, width and height; the last two are integers above 0"
+    "malformed image entries", "each needs id, file_name, width and height; the last two are positive integers"
 )
-REPEATED_IMAGE_ID = _error("image ids used twice", "give each image an id of its own")
+REPEATED_IMAGE_ID = _error("duplicate image ids", "give each image a different id")
 TINY_IMAGE = _warning(
-    f"images with a side below {SMALLEST_SIDE} pixels", "little of them is left in the coarser feature maps"
+    f"images with a side below {SMALLEST_SIDE} pixels", "little of them remains in the coarser feature maps"
 )
 EXTREME_IMAGE = _warning(
-    f"images longer than {LARGEST_SIDE} pixels, or than {LARGEST_ASPECT} times their other side",
-    "resized to what the model sees, their objects nearly vanish: cut them into tiles",
+    f"images longer than {LARGEST_SIDE} pixels or {LARGEST_ASPECT} times their shorter side",
+    "resized to the model's input, their objects nearly vanish: cut them into tiles",
 )
 
 BROKEN_ANNOTATION = _error("annotations without id or image_id", "each needs both")
-REPEATED_ANNOTATION_ID = _error("annotation ids used twice", "give each annotation an id of its own")
-UNKNOWN_CATEGORY = _error("annotations of an unknown category", 'add it to "categories", or take them out')
-NO_BOX = _error("boxes that are not four numbers", "a bbox is [x, y, width, height] in pixels; no NaN, no infinity")
+REPEATED_ANNOTATION_ID = _error("duplicate annotation ids", "give each annotation a different id")
+UNKNOWN_CATEGORY = _error("annotations of an unknown category", 'add it to "categories", or remove them')
+NO_BOX = _error("boxes that are not four numbers", "a bbox is [x, y, width, height] in pixels, without NaN or infinity")
 NEGATIVE_BOX = _error("boxes of negative width or height", "a bbox is [x, y, width, height], not two corners")
-IGNORED = _error('annotations marked "ignore"', 'detectron2 refuses them: mark them "iscrowd", or take them out')
+IGNORED = _error('annotations marked "ignore"', 'detectron2 rejects them: mark them "iscrowd", or remove them')
 UNKNOWN_IMAGE = _warning(
-    "annotations of an unknown image", "left out; are ids texts in one place and numbers in the other?"
+    "annotations of an unknown image", "ignored; are ids strings in one place and numbers in the other?"
 )
 NO_POLYGON = _warning(
-    "objects without a valid polygon", 'left out, box and all: remove "segmentation", or give it three points'
+    "objects without a valid polygon", 'ignored, including their boxes: remove "segmentation", or give it three points'
 )
 NOT_FOR_EVALUATION = _warning(
-    "annotations without area or iscrowd", "training does without them, but evaluation on this file would stop"
+    "annotations without area or iscrowd", "not needed for training, but evaluation on this file would fail"
 )
-CROWD = _info("crowds (iscrowd)", "not trained on; evaluation forgives detections in them")
+CROWD = _info("crowds (iscrowd)", "not trained on; evaluation ignores detections in them")
 
-ZERO_AREA = _warning("boxes of zero area", "left out")
-OUTSIDE = _warning("boxes outside their image", "left out")
-PARTLY_OUTSIDE = _warning("boxes partly outside their image", "cut at its border")
+ZERO_AREA = _warning("boxes of zero area", "ignored")
+OUTSIDE = _warning("boxes outside their image", "ignored")
+PARTLY_OUTSIDE = _warning("boxes partly outside their image", "clipped to the image")
 DUPLICATE = _warning(
-    "duplicated boxes (same image, class, box)", "the model is taught to find the object twice: keep one of them"
+    "duplicate boxes (same image, class, box)", "the model learns to detect the object twice: keep one of them"
 )
 
 NO_OBJECTS = _error("no usable box in the whole file", "there is nothing to learn")
-EMPTY_IMAGE = _info("images without boxes", "trained on, as pictures without objects")
-EMPTY_CATEGORY = _warning("categories without boxes", "nothing can be learned about them")
-REPEATED_NAME = _warning("category names used twice", "they are different classes to the model")
-ID_GAP = _info("gaps in the category ids", "no harm: classes are numbered from 0, in the order of their ids")
+EMPTY_IMAGE = _info("images without boxes", "used for training as background images")
+EMPTY_CATEGORY = _warning("categories without boxes", "the model cannot learn them")
+REPEATED_NAME = _warning("duplicate category names", "the model treats them as different classes")
+ID_GAP = _info("gaps in the category ids", "harmless: classes are numbered from 0 in order of their ids")
 MANY_QUERIES = _warning(
-    f"images of more than {MANY_OBJECTS} objects",
-    "each makes two denoising queries at least: set MODEL.DINO.DN.MAX_QUERIES, say to 400",
+    f"images with more than {MANY_OBJECTS} objects",
+    "each object makes at least two denoising queries: set MODEL.DINO.DN.MAX_QUERIES, say to 400",
 )
 
 
 class _Cases(defaultdict[Kind, list[str]]):
-    """The cases found so far, of each kind."""
+    """The occurrences found so far, by kind."""
 
     def __init__(self) -> None:
         super().__init__(list)
@@ -136,28 +136,28 @@ def as_table(findings: Sequence[Finding]) -> str:
         examples = "\n".join(finding.examples) + ("\n…" if finding.count > len(finding.examples) else "")
         kind = finding.kind
         rows.append([kind.severity.value, finding.count, kind.what, examples, kind.advice])
-    headers = ["", "count", "what", "for example", "what follows"]
+    headers = ["", "count", "what", "examples", "consequence or remedy"]
     return tabulate(rows, headers, tablefmt="simple_grid", maxcolwidths=WIDTHS, disable_numparse=True)
 
 
 def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[Finding]:
-    """Look for everything named above; what is not the case is no finding. Errors come first.
+    """Check a dataset for everything above. Returns the findings, errors first.
 
-    Every image is read, as training reads it.
+    Reads every image as training does.
 
     Args:
-        files: the data set.
-        denoising: the model's, whose capacity is compared with the objects of an image; None: it has none.
+        files: the dataset.
+        denoising: the model's, to compare its limits with the objects per image; None if denoising is off.
 
     Raises:
-        FileNotFoundError, ValueError: the annotation file cannot be read at all (see :func:`read_coco`).
+        FileNotFoundError, ValueError: the annotation file cannot be read (see :func:`read_coco`).
     """
     content = read_coco(files.annotations)
     categories = {entry["id"]: entry["name"] for entry in content["categories"]}
     cases = _Cases()
-    images = _sound_images(content["images"], cases)
+    images = _valid_images(content["images"], cases)
     _check_files(files.images, list(images.values()), cases)
-    objects = _sound_objects(content["annotations"], images, categories, cases)
+    objects = _valid_objects(content["annotations"], images, categories, cases)
     _check_boxes(objects, images, cases)
     _check_categories(objects, categories, cases)
     _check_objects_per_image(objects, images, denoising, cases)
@@ -165,27 +165,27 @@ def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[
 
 
 def training_can_start(findings: Iterable[Finding]) -> bool:
-    """Whether there are no errors among them."""
+    """Whether none of the findings is an error."""
     return all(finding.kind.severity is not Severity.ERROR for finding in findings)
 
 
-def _sound_images(entries: list[Entry], cases: _Cases) -> dict[Hashable, Entry]:
-    """The well-formed images by id."""
-    sound: dict[Hashable, Entry] = {}
+def _valid_images(entries: list[Entry], cases: _Cases) -> dict[Hashable, Entry]:
+    """The valid images by id."""
+    valid: dict[Hashable, Entry] = {}
     for number, entry in enumerate(entries):
         name, width, height = entry.get("file_name"), entry.get("width"), entry.get("height")
         if not (_is_id(entry.get("id")) and isinstance(name, str) and _is_length(width) and _is_length(height)):
             cases[BROKEN_IMAGE_ENTRY].append(name if isinstance(name, str) else f"entry {number}")
             continue
-        if entry["id"] in sound:
+        if entry["id"] in valid:
             cases[REPEATED_IMAGE_ID].append(f"id {entry['id']}")
             continue
-        sound[entry["id"]] = entry
+        valid[entry["id"]] = entry
         if min(width, height) < SMALLEST_SIDE:
             cases[TINY_IMAGE].append(f"{name}: {width} x {height}")
         if max(width, height) > min(LARGEST_SIDE, LARGEST_ASPECT * min(width, height)):
             cases[EXTREME_IMAGE].append(f"{name}: {width} x {height}")
-    return sound
+    return valid
 
 
 def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
@@ -194,11 +194,11 @@ def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
         if not (folder / name).is_file():
             return MISSING_IMAGE, name
         try:
-            height, width = read_image(folder / name, "RGB").shape[:2]  # turned as EXIF says
+            height, width = read_image(folder / name, "RGB").shape[:2]  # after EXIF rotation
         except ValueError as error:
             return UNREADABLE_IMAGE, f"{name}: {error}"
         if (width, height) != (entry["width"], entry["height"]):
-            return OTHER_SIZE, f"{name}: {width} x {height}, annotated {entry['width']} x {entry['height']}"
+            return OTHER_SIZE, f"{name}: {width} x {height} but annotated as {entry['width']} x {entry['height']}"
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -207,11 +207,11 @@ def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
             cases[kind].append(example)
 
 
-def _sound_objects(
+def _valid_objects(
     entries: list[Entry], images: dict[Hashable, Entry], categories: dict[int, str], cases: _Cases
 ) -> list[Entry]:
-    """The annotations that training gets."""
-    sound = []
+    """The annotations used for training."""
+    valid = []
     seen: set[Hashable] = set()
     for number, entry in enumerate(entries):
         if not (_is_id(entry.get("id")) and _is_id(entry.get("image_id"))):
@@ -239,8 +239,8 @@ def _sound_objects(
             if entry.get("iscrowd", 0) != 0:
                 cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
             else:
-                sound.append(entry)
-    return sound
+                valid.append(entry)
+    return valid
 
 
 def _check_boxes(objects: list[Entry], images: dict[Hashable, Entry], cases: _Cases) -> None:
@@ -288,20 +288,20 @@ def _check_objects_per_image(
     if denoising is None:
         return
     one_group = _info(
-        f"images of more than {denoising.number} objects (MODEL.DINO.DN.NUMBER)",
-        "a batch with one of them gets a single group of denoising queries",
+        f"images with more than {denoising.number} objects (MODEL.DINO.DN.NUMBER)",
+        "a batch with one of them has a single group of denoising queries",
     )
     limits = [(denoising.number, one_group)]
     if denoising.max_queries:
         most = denoising.max_queries // denoising.parts
         some_denoised = _info(
-            f"images of more than {most} objects (MODEL.DINO.DN.MAX_QUERIES)",
-            "at each step a random choice of their objects is denoised",
+            f"images with more than {most} objects (MODEL.DINO.DN.MAX_QUERIES)",
+            "each step denoises a random subset of their objects",
         )
         limits.append((most, some_denoised))
     else:
         limits.append((MANY_OBJECTS, MANY_QUERIES))
-    for number, count in counts.most_common():  # the fullest first
+    for number, count in counts.most_common():  # most objects first
         for limit, kind in limits:
             if count > limit:
                 cases[kind].append(f"{images[number]['file_name']}: {count}")

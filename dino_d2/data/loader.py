@@ -1,7 +1,7 @@
-"""The training loader: detectron2's parts, put together so that it can go on at any batch.
+"""A training loader built from detectron2's parts that can resume at any batch.
 
-What a batch holds depends on the seed and on its number alone, not on how many workers load it or what was drawn
-before. Grouping by shape is done on indices, so that going on at batch n loads none of the n pictures before.
+A batch depends only on the seed and its number, not on the number of workers or on earlier random draws. Images are
+grouped by shape from indices alone, so that resuming at batch n loads none of the images before.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .datasets import check_classes
 from .images import UnreadableImage
 from .records import SharedRecords, load_records
 
-DATA = 0  # first number of the keys of the random numbers that augmentation draws
-MOST_UNREADABLE = 10  # pictures in a row: then it is not a single file that is damaged
+DATA = 0  # first key of the random numbers for augmentation
+MOST_UNREADABLE = 10  # images in a row before training stops
 
 logger = logging.getLogger(__name__)
 
 
 class SeededSamples(Dataset):
-    """Samples by (place in the stream, index), mapped with random numbers of their own.
+    """Samples by (position in the stream, index), each mapped with its own random numbers.
 
-    Each comes with the complaints about pictures that could not be read, in whose place it was taken: another one of
-    the same group, and which one depends on the key and the place alone.
+    Each comes with messages about unreadable images that it replaces. A replacement is of the same group and depends
+    only on the key and the position.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class SeededSamples(Dataset):
                     complaints.append(str(error))
                     if len(complaints) == MOST_UNREADABLE:
                         raise ValueError(
-                            f"{MOST_UNREADABLE} pictures in a row cannot be read:\n" + "\n".join(complaints)
+                            f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
                         ) from error
                 index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
 
 
 class GroupedBatches:
-    """Endless batches of (place in the stream, index), from batch number `first` on.
+    """Endless batches of (position in the stream, index), starting with batch number `first`.
 
     Args:
-        indices: of the samples of this process, endless.
-        groups: of each sample; only samples of one group meet in a batch.
+        indices: endless sample indices of this process.
+        groups: group of each sample; a batch holds samples of one group.
     """
 
     def __init__(self, indices: Iterable[int], groups: Sequence[int], batch_size: int, first: int):
@@ -97,8 +97,8 @@ class GroupedBatches:
 class TrainingLoader:
     """Endless batches (lists of mapped samples) for this process.
 
-    `seed` and `first_batch`, the number of the batch that iteration begins with, may be set until then. Pictures that
-    were skipped as unreadable are logged, and counted in `unreadable` and in detectron2's `EventStorage`.
+    `seed` and `first_batch`, the number of the first batch, can be set before iterating. Skipped unreadable images are
+    logged, and counted in `unreadable` and in detectron2's `EventStorage`.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class TrainingLoader:
         Args:
             indices: from a seed to the endless stream of this process.
             batch_size: of this process.
-            group_by_shape: wide pictures with wide ones, tall with tall.
-            skip_unreadable: take another picture in place of one that cannot be read.
+            group_by_shape: wide images with wide ones, tall with tall.
+            skip_unreadable: replace images that cannot be read by others.
         """
         self.records, self.mapper, self.indices = records, mapper, indices
         self.groups = records.wide if group_by_shape else np.zeros(len(records), dtype=bool)
@@ -137,39 +137,39 @@ class TrainingLoader:
         return map(self._count_unreadable, iter(loader))
 
     def _count_unreadable(self, batch: list[tuple[dict[str, Any], list[str]]]) -> list[dict[str, Any]]:
-        complaints = [complaint for _, of_sample in batch for complaint in of_sample]
-        for complaint in complaints:
+        errors = [error for _, of_sample in batch for error in of_sample]
+        for error in errors:
             self.unreadable += 1
-            logger.warning(f"{complaint}; another one takes its place ({self.unreadable} since the start)")
-        if complaints and has_event_storage():
+            logger.warning(f"{error}; using another image instead ({self.unreadable} so far)")
+        if errors and has_event_storage():
             get_event_storage().put_scalar("unreadable_images", self.unreadable, smoothing_hint=False)
         return [sample for sample, _ in batch]
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> TrainingLoader:
-    """As detectron2's `build_detection_train_loader`, for exact resuming. All processes must call it.
+    """Like detectron2's `build_detection_train_loader`, but resumes exactly. All processes must call it.
 
     Args:
-        cfg: whose data sets are registered.
-        mapper: from a record in detectron2's format to an input of the model, as `ImageMapper`; it draws its random
-            numbers from Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` another picture is taken where it
-            raises `UnreadableImage` or `FileNotFoundError`, as `read_image` does.
+        cfg: its datasets must be registered.
+        mapper: maps a record in detectron2's format to a model input, like `ImageMapper`, with random numbers from
+            Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` an image is replaced by another if it raises
+            `UnreadableImage` or `FileNotFoundError`, as `read_image` does.
 
     Raises:
-        ValueError: the batch cannot be shared among the processes, the sampler is one that cannot resume, the classes
-            of a data set are not those of the config, or there is nothing to train on.
+        ValueError: the batch cannot be divided among the processes, the sampler cannot resume, the classes of a
+            dataset and the config differ, or there is no training data.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be divisible by the {processes} processes"
         )
     samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
     _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
     _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
     if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN names no data set to train on")
-    check_classes(cfg, cfg.DATASETS.TEST)  # before hours of training
+        raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
+    check_classes(cfg, cfg.DATASETS.TEST)  # before training for hours
     records = load_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, needs_annotations=True)
     check_classes(cfg, cfg.DATASETS.TRAIN)
 
@@ -194,10 +194,10 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]) -> DataLoader:
-    """As detectron2's `build_detection_test_loader`. All processes must call it.
+    """Like detectron2's `build_detection_test_loader`. All processes must call it.
 
     Raises:
-        ValueError: the classes of the data set are not those of the config.
+        ValueError: the classes of the dataset and the config differ.
     """
     records = load_records([dataset_name], filter_empty=False, needs_annotations=False)
     check_classes(cfg, [dataset_name])

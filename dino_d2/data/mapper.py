@@ -1,4 +1,4 @@
-"""From a record of a data set to an input of the model."""
+"""Map dataset records to model inputs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from .images import read_image
 
 
 class ImageMapper(DatasetMapper):
-    """detectron2's, for boxes alone; what cannot be read or makes no sense is an error that names the picture."""
+    """detectron2's `DatasetMapper` for boxes; errors name the image."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """
         Args:
-            dataset_dict: a record in detectron2's format. It is not changed.
+            dataset_dict: a record in detectron2's format; not modified.
 
         Returns:
-            it with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
+            the record with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
 
         Raises:
-            UnreadableImage: the picture cannot be read.
-            ValueError: it has another size than the record says, or an annotation a box that is not four numbers or a
-                category that is no number.
+            UnreadableImage: the image cannot be read.
+            ValueError: its size differs from the record's, a box is not four numbers, or a category is not an integer.
         """
         record = dict(dataset_dict)
         pixels = read_image(record["file_name"], self.image_format)
@@ -46,10 +45,10 @@ class ImageMapper(DatasetMapper):
 
 
 def check_annotations(record: dict[str, Any]) -> None:
-    """Refuse what would be trained on wrongly or fail without a name.
+    """Reject annotations that would be learned wrongly or fail with an unclear error.
 
     Raises:
-        ValueError: it names the picture, the annotation and the value.
+        ValueError: names the image, the annotation and the value.
     """
     for number, annotation in enumerate(record["annotations"], start=1):
         box, category = annotation.get("bbox"), annotation.get("category_id")
@@ -58,4 +57,4 @@ def check_annotations(record: dict[str, Any]) -> None:
         if not is_list or not all(isinstance(side, Real) and math.isfinite(side) for side in box):
             raise ValueError(f'{where}: "bbox" is {box!r}; it must be a list of four numbers')
         if not isinstance(category, Integral):
-            raise ValueError(f'{where}: "category_id" is {category!r}; it must be a whole number')
+            raise ValueError(f'{where}: "category_id" is {category!r}; it must be an integer')

@@ -1,4 +1,4 @@
-"""The records of data sets, held once for all processes of a node."""
+"""Dataset records in memory shared by all processes of a node."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class SharedRecords(Sequence):
-    """Records in a file that is mapped into memory; those who get it, forked or pickled, see the same memory.
+    """Records in a memory-mapped file; forked and unpickled copies share the memory.
 
-    The file has no name and is gone with the last process that uses it. Each access makes a record anew.
+    The file has no name and disappears with the last process that uses it. Each access creates a new record.
     """
 
     def __init__(self, descriptor: int):
         """
         Args:
-            descriptor: of a file that :func:`_write` made; it is closed when this object goes.
+            descriptor: of a file written by :func:`_write`; closed with this object.
         """
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
@@ -44,7 +44,7 @@ class SharedRecords(Sequence):
         length = int.from_bytes(self.content[-8:], "little")
         begin = len(self.content) - 8 - 9 * length
         self.ends = np.frombuffer(self.content, np.int64, length, begin)
-        self.wide = np.frombuffer(self.content, bool, length, begin + 8 * length)  # pictures wider than high
+        self.wide = np.frombuffer(self.content, bool, length, begin + 8 * length)  # images wider than tall
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -64,44 +64,44 @@ class SharedRecords(Sequence):
 
 
 def share_on_node(records: Iterable[Record]) -> SharedRecords:
-    """Those of the first process of each node, for all its processes; all must call this.
+    """Share the records of the first process of each node with its other processes; all must call this.
 
-    It is also a method for detectron2's `set_default_dataset_from_list_serialize_method`.
+    Can be passed to detectron2's `set_default_dataset_from_list_serialize_method`.
 
     Args:
-        records: read in the first process of the node alone, so a generator saves the others from making them.
+        records: read only in the first process of the node; pass a generator so that the others need not create them.
 
     Raises:
-        RuntimeError: the first process of a node failed (that one raises what happened).
+        RuntimeError: the first process of a node failed (which raises the original error).
     """
     file = tempfile.TemporaryFile(prefix="dino_d2_records_") if comm.get_local_rank() == 0 else None  # noqa: SIM115
-    # By the open file, not by a name: whatever ends a run, nothing is left behind.
+    # Shared through the open file, not a name, so that a killed run leaves nothing behind.
     path = _in_first_of_node(lambda: _write(records, file))
     shared = SharedRecords(os.dup(file.fileno()) if file is not None else os.open(path, os.O_RDONLY))
-    comm.synchronize()  # until then the first process keeps it open
+    comm.synchronize()  # the first process must keep it open until here
     if file is not None:
         file.close()
     return shared
 
 
 def load_records(names: Sequence[str], filter_empty: bool, needs_annotations: bool) -> SharedRecords:
-    """As detectron2's `get_detection_dataset_dicts`, without a list of them; all processes must call this.
+    """Like detectron2's `get_detection_dataset_dicts`, but in shared memory; all processes must call this.
 
-    What loading tells about the data sets (`MetadataCatalog`) is known in all processes then.
+    Also sets the metadata of the datasets (`MetadataCatalog`) in all processes.
 
     Args:
-        names: of data sets in `DatasetCatalog`.
-        filter_empty: leave out pictures without an object that is no crowd.
-        needs_annotations: refuse a file in COCO's format that has no "annotations", as those of images to predict.
+        names: datasets in `DatasetCatalog`.
+        filter_empty: skip images without objects other than crowds.
+        needs_annotations: reject files in COCO format without "annotations", such as those for prediction.
 
     Raises:
-        ValueError: there is no picture, there are no annotations, or the data sets have different classes.
-        KeyError: there is no data set of that name.
+        ValueError: there are no images or annotations, or the datasets have different classes.
+        KeyError: a dataset is not registered.
         RuntimeError: any of these happened in another process.
     """
     records = share_on_node(_loaded(names, filter_empty, needs_annotations))
     if not len(records):
-        raise ValueError(f"{', '.join(names)}: there is no picture{' with an object' if filter_empty else ''} in there")
+        raise ValueError(f"{', '.join(names)}: no images{' with objects' if filter_empty else ''} found")
     for name, metadata in _in_first_of_node(lambda: _describe(records, names)).items():
         known = MetadataCatalog.get(name).as_dict()
         MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key not in known})
@@ -109,28 +109,28 @@ def load_records(names: Sequence[str], filter_empty: bool, needs_annotations: bo
 
 
 def _loaded(names: Sequence[str], filter_empty: bool, needs_annotations: bool) -> Iterator[Record]:
-    left_out = 0
+    skipped = 0
     for name in names:
         dataset = DatasetCatalog.get(name)
         if needs_annotations and isinstance(dataset, CocoRecords) and not dataset.has_annotations:
-            raise ValueError(f'{dataset.json_file} of the data set {name} has no "annotations": nothing to train on')
+            raise ValueError(f'{dataset.json_file} of the dataset {name} has no "annotations" to train on')
         for index in range(len(dataset)):
             record = dataset[index]
             if not filter_empty or _is_usable(record):
                 yield record
             else:
-                left_out += 1
+                skipped += 1
     if filter_empty:
-        logger.info(f"Left out {left_out} pictures without objects")
+        logger.info(f"Skipped {skipped} images without objects")
 
 
 def _is_usable(record: Record) -> bool:
-    """Whether there is an object to train on; who keeps objects elsewhere than in "annotations" knows himself."""
+    """Whether there is an object to train on; True for datasets that do not use "annotations"."""
     return "annotations" not in record or any(entry.get("iscrowd", 0) == 0 for entry in record["annotations"])
 
 
 def _describe(records: SharedRecords, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Print how many objects of each class there are; return what is known of the data sets."""
+    """Print the number of objects per class; return the metadata of the datasets."""
     metadata = {name: MetadataCatalog.get(name).as_dict() for name in names}
     if all("thing_classes" in known for known in metadata.values()) and "annotations" in records[0]:
         check_metadata_consistency("thing_classes", names)
@@ -139,10 +139,10 @@ def _describe(records: SharedRecords, names: Sequence[str]) -> dict[str, dict[st
 
 
 def _write(records: Iterable[Record], file: BinaryIO) -> str:
-    """Write one pickle after another, then where each ends, which are wide, and their number.
+    """Write the pickled records, then their end offsets, which are wide, and their number.
 
     Returns:
-        a path under which the other processes of this user find the open file.
+        a path through which other processes of this user can open the file.
     """
     ends, wide = array("q"), bytearray()
     try:
@@ -158,18 +158,18 @@ def _write(records: Iterable[Record], file: BinaryIO) -> str:
             raise
         folder = tempfile.gettempdir()
         raise OSError(
-            error.errno, f"{folder} has no room for the data's records: set TMPDIR to a larger disk"
+            error.errno, f"{folder} has no space for the dataset records: set TMPDIR to a larger disk"
         ) from error
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _in_first_of_node(work: Callable[[], Any]) -> Any:
-    """What `work` returns in the first process of this node; if it fails in one, all processes fail."""
+    """Run `work` in the first process of each node and return its result; if it fails in one, all processes fail."""
     result, failure = None, None
     if comm.get_local_rank() == 0:
         try:
             result = work()
-        except Exception as error:  # the others must not wait for ever
+        except Exception as error:  # the others must not wait forever
             failure = error
     message = f"{type(failure).__name__}: {failure}" if failure is not None else None
     everywhere = comm.all_gather((result, message))

@@ -1,4 +1,4 @@
-"""Exported models: `OnnxPredictor` runs them and needs neither torch nor detectron2; `export` makes them."""
+"""Exported models: `OnnxPredictor` runs them without torch or detectron2; `export` creates them."""
 
 from .onnx_predictor import OnnxPredictor
 

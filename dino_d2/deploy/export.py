@@ -1,4 +1,4 @@
-"""DINO as a file that runs elsewhere: ONNX of standard operators, or a `torch.export` program."""
+"""Export DINO to ONNX with standard operators, or to a `torch.export` program."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from dino_d2.ops import compiled, ms_deform_attn_fused
 from .check import FULL, HALF, ExportError, Outputs, check_agreement, example_inputs
 from .exportable import ExportableDINO
 from .onnx_predictor import METADATA_KEY
-from .sampling import ms_deform_attn_by_rows
+from .sampling import ms_deform_attn_gather
 
 OPSET = 18
-INT64 = 7  # ONNX's number of the type
+INT64 = 7  # ONNX's code for the type
 INPUTS = ("pixels", "image_sizes", "original_sizes")
 OUTPUTS = ("boxes", "scores", "classes", "tokens")
-TRACED = (2, 101, 139)  # batch, height, width: no size that could be taken for another
+TRACED = (2, 101, 139)  # batch, height, width: all different, also from other sizes
 
 
 def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
-    """Write `model` as ONNX, opset 18; height, width and batch are free.
+    """Export `model` to ONNX, opset 18, with dynamic height, width and batch size.
 
     Args:
-        cfg: of the model; says how its images are prepared, which the file's metadata tell `OnnxPredictor`.
-        path: written only after the file was found to agree with `model`.
-        half: weights and maps in float16.
+        cfg: of the model; its preprocessing settings are stored in the file's metadata for `OnnxPredictor`.
+        path: written only if the file agrees with `model`.
+        half: weights and feature maps in float16.
 
     Returns:
-        how the file was compared, and how near it is.
+        a report on the comparison with the model.
 
     Raises:
-        ExportError: the config asks for what the file would not do, the model cannot be traced, or the results differ.
+        ExportError: the config has unsupported settings, the model cannot be traced, or the results differ.
     """
-    refuse_what_a_file_cannot_do(cfg)
-    exportable = ExportableDINO(model, ms_deform_attn_by_rows, half)
+    check_exportable(cfg)
+    exportable = ExportableDINO(model, ms_deform_attn_gather, half)
     onnx_program = torch.onnx.export(
         trace(exportable),
         input_names=INPUTS,
         output_names=OUTPUTS,
         opset_version=OPSET,
         custom_translation_table={torch.ops.dino_d2.is_duplicate.default: _is_duplicate_in_onnx},
-        optimize=False,  # rules that take longer than all the rest, for what runtimes do themselves
+        optimize=False,  # slow, and runtimes optimise themselves
         verbose=False,
     )
     onnxscript.optimizer.fold_constants(onnx_program.model)
     onnxscript.optimizer.remove_unused_nodes(onnx_program.model)
-    _name_the_free_sizes(onnx_program.model.graph)
+    _name_dynamic_sizes(onnx_program.model.graph)
     onnx_program.model.metadata_props[METADATA_KEY] = json.dumps(
         {
             "input_format": cfg.INPUT.FORMAT,
@@ -74,13 +74,13 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
 
 
 def export_program(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
-    """Write `model` as a `torch.export` program; arguments, result and errors as of :func:`export_onnx`.
+    """Export `model` to a `torch.export` program; arguments, result and errors as in :func:`export_onnx`.
 
-    With the compiled op, where the model uses it: the program then needs `import dino_d2` before it is loaded.
+    Uses the compiled op if the model does; then run `import dino_d2` before loading the program.
     """
-    refuse_what_a_file_cannot_do(cfg)
+    check_exportable(cfg)
     uses_compiled = cfg.MODEL.DINO.OP != "reference" and compiled(model.device.type)
-    op = ms_deform_attn_fused if uses_compiled else ms_deform_attn_by_rows
+    op = ms_deform_attn_fused if uses_compiled else ms_deform_attn_gather
     program = trace(ExportableDINO(model, op, half))
     with _replaced_after_success(path) as temporary:
         torch.export.save(program, temporary)
@@ -88,38 +88,38 @@ def export_program(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
 
 
 def trace(exportable: ExportableDINO) -> ExportedProgram:
-    """The exportable as a graph for images of every size and number.
+    """Trace the model for any image and batch size.
 
     Raises:
-        ExportError: some part of the model, the backbone for one, does not work with sizes that are not known.
+        ExportError: part of the model, such as the backbone, does not support dynamic sizes.
     """
     batch, height, width = TRACED
     device = exportable.model.device
     example = example_inputs(batch, height, width, device)
-    free = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
-    unassuming = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # a size of 1 is nothing special
+    dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    no_specialization = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # do not specialise on size 1
     try:
-        with torch.no_grad(), unassuming:
-            return torch.export.export(exportable, example, dynamic_shapes=free)
+        with torch.no_grad(), no_specialization:
+            return torch.export.export(exportable, example, dynamic_shapes=dynamic)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ExportError(
-            f"The model (backbone: {type(exportable.model.backbone).__name__}) cannot be traced with free image sizes: "
+            f"The model (backbone: {type(exportable.model.backbone).__name__}) cannot be traced with dynamic sizes: "
             f"{error}"
         ) from error
 
 
-def refuse_what_a_file_cannot_do(cfg: CfgNode) -> None:
-    """Raise ExportError for config values that change predictions but would not change those of an exported file."""
+def check_exportable(cfg: CfgNode) -> None:
+    """Raise ExportError for settings that change predictions but are not supported by exported files."""
     if cfg.TEST.AUG.ENABLED:
-        raise ExportError("TEST.AUG.ENABLED: an exported file looks at an image once. Set it to False")
+        raise ExportError("TEST.AUG.ENABLED is not supported in exported files. Set it to False")
     if cfg.TEST.AMP.ENABLED:
         raise ExportError(
-            "TEST.AMP.ENABLED: an exported file has one precision. Set it to False; --half is its float16"
+            "TEST.AMP.ENABLED is not supported in exported files. Set it to False, and use --half for float16"
         )
     if cfg.MODEL.DINO.QUERY_SCORE_THRESHOLD > 0:
         raise ExportError(
-            "MODEL.DINO.QUERY_SCORE_THRESHOLD: an exported file has as many queries for every image. Set it to 0, and "
-            "MODEL.DINO.NUM_QUERIES to the number wanted"
+            "MODEL.DINO.QUERY_SCORE_THRESHOLD is not supported in exported files, which use a fixed number of queries. "
+            "Set it to 0, and choose MODEL.DINO.NUM_QUERIES"
         )
     if len(cfg.MODEL.PIXEL_MEAN) != 3:
         raise ExportError(f"MODEL.PIXEL_MEAN has {len(cfg.MODEL.PIXEL_MEAN)} numbers: only colour images are exported")
@@ -128,9 +128,9 @@ def refuse_what_a_file_cannot_do(cfg: CfgNode) -> None:
 
 
 def load_onnx(path: Path) -> Callable[..., Outputs]:
-    """The file as a function of tensors."""
+    """Load the file as a function of tensors."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; of float16 it says a hundred times that it does not fold constants
+    options.log_severity_level = 3  # errors only; float16 causes many warnings about constant folding
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Outputs:
@@ -141,29 +141,29 @@ def load_onnx(path: Path) -> Callable[..., Outputs]:
 
 
 def load_program(path: Path) -> Callable[..., Outputs]:
-    """A program written by :func:`export_program` as a function of tensors, for one image as for many."""
-    # Its guards would have the batch at least 2: the trace asked whether it is 1 to choose the layout of memory.
+    """Load a program written by :func:`export_program` as a function of tensors, for any batch size."""
+    # Guards would require a batch of at least 2, because tracing tested for 1 to choose the memory layout.
     return torch.export.load(path).module(check_guards=False)
 
 
 def _is_duplicate_in_onnx(boxes, scores, classes, num_classes: int, iou_threshold: float):
-    """`is_duplicate` in ONNX, whose NonMaxSuppression wants the scores of each class: 0 for boxes of another one."""
+    """`is_duplicate` in ONNX, whose NonMaxSuppression needs scores for each class: 0 for boxes of other classes."""
     op = opset18
     all_classes = op.Unsqueeze(op.Range(0, num_classes, 1), [0, 2])
     of_class = op.Equal(op.Unsqueeze(classes, [1]), op.Cast(all_classes, to=INT64))  # (B, K, n)
     scores_of_class = op.Where(of_class, op.Unsqueeze(scores, [1]), op.Constant(value_float=0.0))
     count = op.Shape(scores, start=1)
-    kept = op.NonMaxSuppression(
+    keep = op.NonMaxSuppression(
         boxes, scores_of_class, count,
         op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[0.0]),
     )  # fmt: skip
-    kept = op.Gather(kept, op.Constant(value_ints=[0, 2]), axis=1)  # image and box
-    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(kept, start=0, end=1))
-    return op.Equal(op.ScatterND(op.Mul(scores, 0.0), kept, ones), 0.0)
+    keep = op.Gather(keep, op.Constant(value_ints=[0, 2]), axis=1)  # image and box
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(keep, start=0, end=1))
+    return op.Equal(op.ScatterND(op.Mul(scores, 0.0), keep, ones), 0.0)
 
 
-def _name_the_free_sizes(graph: onnx_ir.Graph) -> None:
-    """Names instead of numbered symbols; sizes in between are the runtime's business."""
+def _name_dynamic_sizes(graph: onnx_ir.Graph) -> None:
+    """Give dynamic input and output sizes names, and drop the shapes of intermediate values."""
     batch, count = "batch", "detections"
     shapes = (
         (batch, 3, "height", "width"), (batch, 2), (batch, 2),
@@ -178,7 +178,7 @@ def _name_the_free_sizes(graph: onnx_ir.Graph) -> None:
 
 @contextmanager
 def _replaced_after_success(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved there if nothing was raised."""
+    """Yield a temporary path, which is moved to `path` if no error is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.unchecked{path.suffix}")
     try:

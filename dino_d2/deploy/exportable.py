@@ -1,4 +1,4 @@
-"""DINO as one function of tensors: what an exported file computes."""
+"""DINO as a function of tensors, for export."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
 
 class ExportableDINO(nn.Module):
-    """A copy of a detector in evaluation, from pixels to boxes of the original images; all queries for every image.
+    """A copy of a detector in evaluation mode, from pixels to boxes in the original images, without query filtering.
 
     Args:
-        model: stays as it is.
-        op: for every deformable attention of the copy; arguments and result of `dino_d2.ops.ms_deform_attn_fused`.
-        half: weights and maps in float16; geometry, scores and what comes out in float32.
+        model: not modified.
+        op: for deformable attention; same arguments and result as `dino_d2.ops.ms_deform_attn_fused`.
+        half: weights and feature maps in float16; geometry, scores and outputs in float32.
     """
 
     def __init__(self, model: DINO, op: Callable[..., Tensor], half: bool = False):
@@ -30,7 +30,7 @@ class ExportableDINO(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.op = op
-        # Not buffers: those that are no part of the state dict would be, and in float32 whatever the weights are.
+        # Not buffers: export would add non-persistent buffers to the state dict, in float32 even for half precision.
         self.mean, self.std = (x.tolist() for x in (model.pixel_mean.flatten(), model.pixel_std.flatten()))
         if half:
             self.model.half()
@@ -39,14 +39,14 @@ class ExportableDINO(nn.Module):
         """
         Args:
             pixels: (B, 3, H, W) uint8, resized images in the channel order of INPUT.FORMAT, padded at the right and
-                bottom with anything.
+                bottom with any values.
             image_sizes: (B, 2) int64, height and width of each without padding.
-            original_sizes: (B, 2) int64, height and width of each before it was resized: what the boxes refer to.
+            original_sizes: (B, 2) int64, height and width before resizing, which the boxes refer to.
 
         Returns:
-            boxes (B, n, 4) x1, y1, x2, y2 in pixels of the original images, inside them; scores (B, n), best first;
-            classes (B, n) int64. A score of 0: this is no detection but a duplicate or a box without area. And
-            tokens (B, Q) int64, which tokens the queries come from: whoever compares two runtimes needs to know.
+            boxes (B, n, 4) x1, y1, x2, y2 in pixels of the original images, clipped to them; scores (B, n), highest
+            first, 0 for duplicates and boxes without area, which are no detections; classes (B, n) int64; tokens (B, Q)
+            int64, the tokens that the queries were selected from, for comparing runtimes.
         """
         model = self.model
         padding_mask = padding_of(image_sizes, *pixels.shape[-2:])
@@ -56,7 +56,7 @@ class ExportableDINO(nn.Module):
             memory = model.encode(images, padding_mask)
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]
-        best = predictions.best(model.inference.max_detections)
+        best = predictions.topk(model.inference.max_detections)
         size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
         boxes = cxcywh_to_xyxy(best.boxes) * size
         inside = torch.minimum(boxes.clamp(min=0), size)
@@ -69,9 +69,9 @@ class ExportableDINO(nn.Module):
 
 @torch.library.custom_op("dino_d2::is_duplicate", mutates_args=())
 def is_duplicate(boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou_threshold: float) -> Tensor:
-    """Which boxes overlap with a better one of their class and image by more than `iou_threshold`.
+    """Whether each box overlaps a higher-scoring one of its class and image by more than `iou_threshold`.
 
-    An operator of its own, because what it is made of here cannot be traced; `export` says it in ONNX.
+    A custom operator because its implementation cannot be traced; `export` translates it to ONNX.
 
     Args:
         boxes: (B, n, 4) x1, y1, x2, y2.

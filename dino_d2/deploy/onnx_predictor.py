@@ -1,4 +1,4 @@
-"""Prediction with a file made by `tools/export.py`: onnxruntime and NumPy, nothing else."""
+"""Predict with an ONNX file written by `tools/export.py`, using only onnxruntime and NumPy."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ import onnxruntime
 
 from dino_d2.detections import DEFAULT_THRESHOLD, Detections
 
-METADATA_KEY = "dino_d2"  # of the JSON in the file's metadata
-PRECISION_BITS = 22  # of the weights when pixels of 8 bits are resized, as in Pillow
+METADATA_KEY = "dino_d2"  # key of the JSON in the file's metadata
+PRECISION_BITS = 22  # of the weights for resizing 8-bit pixels, as in Pillow
 
 
 class OnnxPredictor:
-    """Finds what detectron2's `DefaultPredictor` finds with the model that was exported.
+    """Gives the detections of detectron2's `DefaultPredictor` with the exported model.
 
     Args:
-        path: of the ONNX file.
-        providers: of onnxruntime, tried in this order.
-        session_options: of onnxruntime: threads and the like.
+        path: ONNX file.
+        providers: onnxruntime execution providers, in order of preference.
+        session_options: for onnxruntime, such as the number of threads.
 
     Attributes:
-        session: onnxruntime's, whose inputs `prepare` makes.
+        session: the onnxruntime session; `prepare` makes its inputs.
         class_names: of all classes, or empty.
-        input_format: "RGB" or "BGR", what the session takes.
-        threshold: of the score, which came with the weights (see :class:`dino_d2.Detector`); 0.3 where none came. It is
-            not applied: `predict(image).above(predict.threshold)` is what `Detector` shows.
-        min_size, max_size: to which images are resized: the shorter side, the most for the longer one; 0: they are not.
+        input_format: channel order of the session's input, "RGB" or "BGR".
+        threshold: score threshold stored with the weights (see :class:`dino_d2.Detector`), else 0.3. It is not applied:
+            `predict(image).above(predict.threshold)` is what `Detector` shows.
+        min_size, max_size: size of the shorter side after resizing, and limit for the longer one; min_size 0: no
+            resizing.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it was not made by `tools/export.py`.
+        FileNotFoundError: the file does not exist.
+        ValueError: it was not written by `tools/export.py`.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class OnnxPredictor:
         session_options: onnxruntime.SessionOptions | None = None,
     ):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: there is no such file")
+            raise FileNotFoundError(f"{path} does not exist")
         self.session = onnxruntime.InferenceSession(str(path), session_options, list(providers))
         metadata = self.session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
-            raise ValueError(f"{path} does not say how its images are prepared: it was not made by tools/export.py")
+            raise ValueError(f"{path} has no preprocessing settings: it was not written by tools/export.py")
         settings = json.loads(metadata[METADATA_KEY])
         self.class_names = tuple(settings["class_names"])
         self.input_format: str = settings["input_format"]
@@ -60,22 +61,22 @@ class OnnxPredictor:
     def __call__(self, image: np.ndarray) -> Detections:
         """
         Args:
-            image: (H, W, 3) uint8, BGR whatever the model takes, as from `cv2.imread`.
+            image: (H, W, 3) uint8, always in BGR, as from `cv2.imread`.
 
         Raises:
-            ValueError: an image of another shape or type.
+            ValueError: the image has another shape or type.
         """
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """As many images at once, of any sizes; they are padded to the largest."""
+        """Predict several images of any sizes at once, padded to the largest."""
         found = self.session.run(["boxes", "scores", "classes"], self.prepare(images))
         return [self._detections(image, *arrays) for image, *arrays in zip(images, *found, strict=True)]
 
     def prepare(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs of the session for images as in `__call__`: resized, in its channel order, padded."""
+        """Make the session's inputs from images as in `__call__`: resize, reorder channels and pad."""
         if not len(images):
-            raise ValueError("there is no image to predict")
+            raise ValueError("no images given")
         for image in images:
             _check(image)
         resized = [resize(image, *self._size(*image.shape[:2])) for image in images]
@@ -93,15 +94,15 @@ class OnnxPredictor:
         return shortest_edge_size(height, width, self.min_size, self.max_size)
 
     def _detections(self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> Detections:
-        there = scores > 0  # the others are duplicates, or boxes without area
+        keep = scores > 0  # the others are duplicates, or boxes without area
         rgb = image[:, :, ::-1]
-        return Detections(boxes[there], scores[there], classes[there], self.class_names, image.shape[:2], rgb)
+        return Detections(boxes[keep], scores[keep], classes[keep], self.class_names, image.shape[:2], rgb)
 
 
 def shortest_edge_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width whose shorter side is `min_size`, or less where the longer one would be above `max_size`."""
+    """Height and width with the shorter side `min_size`, or less to limit the longer one to `max_size`."""
     scale = min_size / min(height, width)
-    # One product for each side and each step, like detectron2: another order is another rounding.
+    # Same order of operations as in detectron2, because rounding depends on it.
     new_height, new_width = (min_size, scale * width) if height < width else (scale * height, min_size)
     longest = max(new_height, new_width)
     if longest > max_size:
@@ -111,10 +112,10 @@ def shortest_edge_size(height: int, width: int, min_size: int, max_size: int) ->
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, channels) uint8 -> (height, width, channels), bit for bit what Pillow's bilinear filter makes of it.
+    """Resize (H, W, channels) uint8 to (height, width, channels), bit for bit like Pillow's bilinear filter.
 
-    Width first, then height. Since version 13 Pillow takes the height first where that saves it work, as when it
-    shrinks pictures much higher than wide; of those some pixels differ by one, the rounding in between.
+    Resizes the width first. Since version 13 Pillow starts with the height if that is faster, as when shrinking images
+    much taller than wide; some of their pixels differ by one, because of intermediate rounding.
     """
     if width != image.shape[1]:
         image = _resize_lines(image.transpose(1, 0, 2), width).transpose(1, 0, 2)
@@ -124,10 +125,10 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_lines(image: np.ndarray, size: int) -> np.ndarray:
-    """Along the first axis: every line of the result is a weighted sum of neighbouring lines.
+    """Resize along the first axis: every output line is a weighted sum of neighbouring input lines.
 
-    A triangle as wide as a line of the result, where that is wider than one of the image, so that nothing is skipped;
-    weights are integers of `PRECISION_BITS`, sums are rounded once.
+    The filter is a triangle that widens when shrinking (antialiasing). Weights are integers of `PRECISION_BITS`; sums
+    are rounded once.
     """
     length = image.shape[0]
     scale = length / size
@@ -139,7 +140,7 @@ def _resize_lines(image: np.ndarray, size: int) -> np.ndarray:
     weight = np.maximum(1 - np.abs((line - centre[:, None] + 0.5) * (1 / reach)), 0)
     weight[line >= last[:, None]] = 0
     total = np.zeros(size)
-    for tap in weight.T:  # in this order: a sum in pairs would round otherwise
+    for tap in weight.T:  # sequential: pairwise summation would round differently
         total += tap
     weight = (weight * (1 / total)[:, None] * (1 << PRECISION_BITS) + 0.5).astype(np.int32)
     line = np.minimum(line, length - 1)
@@ -155,4 +156,4 @@ def _check(image: np.ndarray) -> None:
         described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"an image must be a uint8 array (height, width, 3) in BGR order, got {described}")
     if not image.size:
-        raise ValueError(f"an image has no pixels: {image.shape}")
+        raise ValueError(f"the image is empty: {image.shape}")

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention made of operators that every runtime has."""
+"""Multi-scale deformable attention from standard operators, for export."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from dino_d2.ops import attention_weights_of
 
 
-def ms_deform_attn_by_rows(
+def ms_deform_attn_gather(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     reference: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """What `ms_deform_attn_fused` computes, by looking rows up in a table; sizes may be symbols of a trace.
+    """`ms_deform_attn_fused` with table lookups; sizes may be symbolic.
 
-    `grid_sample` would work out every location once per channel. Here a location is looked up once: a row of the table
-    holds all channels of a pixel and of its right neighbour, two rows are the four pixels of a bilinear sample. A
-    border of zeros stands for everything outside the level.
+    `grid_sample` would compute every location once per channel. Here each row of the table holds all channels of a
+    pixel and its right neighbour, so that two lookups give the four pixels of a bilinear sample. A border of zeros
+    represents everything outside the level.
 
-    Arguments and result are those of :func:`dino_d2.ops.ms_deform_attn_fused`; not meant for training.
+    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`; not for training.
     """
     batch, _, heads, channels = value.shape
     queries, points = sampling_offsets.shape[1], sampling_offsets.shape[-2]
@@ -46,7 +46,7 @@ def ms_deform_attn_by_rows(
             [upper * (1 - to_right), upper * to_right, lower * (1 - to_right), lower * to_right], dim=-1
         ).flatten(-2)
 
-        per_line = width + 1  # pairs of neighbours in a line with its border
+        per_line = width + 1  # pairs of neighbours in a line with border
         row = ((image * (height + 2) + top.long() + 1) * per_line + left.long() + 1) * heads + head
         rows = torch.stack([row, row + per_line * heads], dim=-1)
         pixels = F.embedding(rows, table).reshape(batch, queries, heads, 4 * points, channels)
@@ -55,7 +55,7 @@ def ms_deform_attn_by_rows(
 
 
 def _pixels(reference: Tensor, offsets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Locations x and y of one level in pixels, 0 = centre of the first one, at most one pixel outside.
+    """Locations x and y on one level in pixels, 0 = centre of the first pixel, clamped to one pixel outside.
 
     Args:
         reference: (B, Q, 1, 1, 2 or 4) in [0, 1].

@@ -1,4 +1,4 @@
-"""What detectron2's engine lacks for DINO."""
+"""Training: extends detectron2's engine for DINO."""
 
 from .optimizer import build_optimizer
 from .trainer import DINOTrainer

@@ -1,4 +1,4 @@
-"""How many photographs a device can be trained on at once."""
+"""Find the largest batch that fits a device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dino_d2.autocast import autocast, autocast_of_config
 
 from .optimizer import build_optimizer
 
-ON_CPU = 2  # memory does not end there, it becomes slow
-HEADROOM = 1.1  # of the longer side: memory is fragmented after hours, and several processes hold copies of gradients
+ON_CPU = 2  # running out of memory there means swapping, not an error
+HEADROOM = 1.1  # factor for the longer side: memory fragments over time, and distributed training copies gradients
 
 
-def largest_part(share: int, fits: Callable[[int], bool]) -> int:
-    """The most photographs at once, a divisor of `share`, by doubling until they do not fit; 0: not even one does."""
+def largest_divisor(share: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `share` that fits, found by doubling; 0 if not even one image fits."""
     fitting, tried = 0, 1
     while fits(tried):
         fitting = tried
@@ -31,13 +31,13 @@ def largest_part(share: int, fits: Callable[[int], bool]) -> int:
     return next((size for size in range(fitting, 0, -1) if share % size == 0), 0)
 
 
-def photographs_at_once(cfg: CfgNode, share: int, most_objects: int) -> int:
-    """The largest part of the `share` of a process that its device has memory for; on a CPU at most `ON_CPU`.
+def largest_batch(cfg: CfgNode, share: int, most_objects: int) -> int:
+    """The largest batch, a divisor of a process's `share`, that fits into device memory; at most `ON_CPU` on a CPU.
 
-    Steps are made with random photographs of the largest size that training has, with the most objects.
+    Tries training steps on random images of the largest training size with the most objects.
 
     Raises:
-        ValueError: not even one photograph fits.
+        ValueError: not even one image fits.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cpu":
@@ -53,24 +53,24 @@ def photographs_at_once(cfg: CfgNode, share: int, most_objects: int) -> int:
         release(device)  # not before the exception is gone, which holds the model
         return fitted
 
-    size = largest_part(share, fits)
+    size = largest_divisor(share, fits)
     if size == 0:
         raise ValueError(
-            f"one photograph of {height} x {width} pixels with {most_objects} objects needs more memory than the "
-            "device has: smaller INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, or MODEL.DINO.CHECKPOINT.ENCODER True"
+            f"one image of {height} x {width} pixels with {most_objects} objects does not fit into device memory: "
+            "reduce INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, or set MODEL.DINO.CHECKPOINT.ENCODER True"
         )
     return size
 
 
 def largest_size(cfg: CfgNode) -> tuple[int, int]:
-    """Height and width; photographs are padded to the largest of their batch, which is wide or tall."""
+    """Height and width of the largest padded image; without grouping, wide and tall images share a batch."""
     longest = cfg.INPUT.MAX_SIZE_TRAIN
     shortest = min(max(cfg.INPUT.MIN_SIZE_TRAIN), longest) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else longest
     return shortest, math.ceil(longest * HEADROOM)
 
 
 def example(height: int, width: int, objects: int) -> dict:
-    """A photograph of noise with so many objects, as an input of the model."""
+    """A model input: a noise image with the given number of objects."""
     corners = torch.rand(objects, 2) * torch.tensor([width / 2, height / 2])
     boxes = Boxes(torch.cat([corners, corners + torch.tensor([width / 4, height / 4])], dim=1))
     instances = Instances((height, width), gt_boxes=boxes, gt_classes=torch.zeros(objects, dtype=torch.int64))
@@ -78,7 +78,7 @@ def example(height: int, width: int, objects: int) -> dict:
 
 
 def make_steps(cfg: CfgNode, batch: list[dict]) -> None:
-    """Two training steps of a new model: the second has the state of the optimizer in memory."""
+    """Make two training steps of a new model; during the second the optimizer state is in memory."""
     model: nn.Module = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     for _ in range(2):
@@ -90,6 +90,6 @@ def make_steps(cfg: CfgNode, batch: list[dict]) -> None:
 
 
 def release(device: torch.device) -> None:
-    """What a step has left behind, for the next trial and for the training."""
+    """Free the memory of a trial."""
     gc.collect()
     torch.get_device_module(device).empty_cache()

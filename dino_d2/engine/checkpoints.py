@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: detectron2's hooks, with what a resumed run must know."""
+"""Which checkpoints to keep: detectron2's hooks, made resumable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERED = re.compile(r"model_(\d{7})\.pth")
 
 
 class RecentCheckpoints(hooks.PeriodicCheckpointer):
-    """detectron2's; with `max_to_keep` it also removes those that a resumed run has made before."""
+    """detectron2's `PeriodicCheckpointer`; `max_to_keep` also counts checkpoints from before a resume."""
 
     def before_train(self) -> None:
         super().before_train()
@@ -33,15 +33,15 @@ class RecentCheckpoints(hooks.PeriodicCheckpointer):
 
 
 class BestWeights(hooks.BestCheckpointer):
-    """Keeps the weights that were best in `metric` so far as `model_best.pth`: {"model", "iteration", metric: value}.
+    """Saves the weights with the best `metric` as `model_best.pth`: {"model", "iteration", metric: value}.
 
-    Neither `last_checkpoint` nor the state of the run changes. A resumed run takes up the best value so far.
+    Does not change `last_checkpoint` or the training state. A resumed run continues with the best value so far.
 
     Args:
-        eval_period: of the evaluations, in iterations.
-        model: whose weights are evaluated under that metric.
-        output_dir: where the file lies.
-        metric: its name in metrics.json, such as bbox/AP or ema/bbox/AP; more is better.
+        eval_period: iterations between evaluations.
+        model: the model that the metric is measured with.
+        output_dir: folder of the file.
+        metric: its name in metrics.json, such as bbox/AP or ema/bbox/AP; higher is better.
     """
 
     def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str):
@@ -58,7 +58,7 @@ class BestWeights(hooks.BestCheckpointer):
 
 @dataclass(frozen=True)
 class _WeightsFile:
-    """As much of a checkpointer as detectron2's hook asks for."""
+    """The part of a checkpointer that detectron2's hook uses."""
 
     model: nn.Module
     output_dir: str

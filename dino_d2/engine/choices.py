@@ -1,6 +1,6 @@
-"""From what a user says (a folder, weights, epochs, a batch) to a config: every choice is a KEY VALUE that is shown.
+"""Derive config values from command-line options (folder, weights, epochs, batch size), and print them as KEY VALUE.
 
-Nothing here trains. What is chosen goes over the recipe and under the user's own KEY VALUEs.
+They override the recipe and are overridden by the user's own KEY VALUEs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from dino_d2.modeling.build import build_denoising
 from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
 
-from .batch_size import photographs_at_once
+from .batch_size import largest_batch
 from .run_folder import EVALUATION, check_run_folder, holds_run
 
-FEW_PHOTOS = Path(__file__).with_name("few_photos.yaml")  # the settings that `--data` lays over any recipe
-EPOCHS = 24  # of `--data`
-EVALUATIONS = 12  # in a run, no more than one an epoch
-DECAY = (5, 6)  # the learning rate drops after this share of the run, as in the recipes of 24 and 36 epochs
-DATA = "data"  # folder in OUTPUT_DIR of annotations that had to be written
+FEW_PHOTOS = Path(__file__).with_name("few_photos.yaml")  # settings that `--data` applies on top of any recipe
+EPOCHS = 24  # default with `--data`
+EVALUATIONS = 12  # per run, at most one per epoch
+DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
+DATA = "data"  # folder in OUTPUT_DIR for converted annotations
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A config value and why it is that."""
+    """A config value and the reason for it."""
 
     key: str
     value: Any
@@ -52,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Run:
-    """What `load_config_for_files` is called with. train, val: None where the config names the data sets."""
+    """Arguments of `load_config_for_files`. train, val: None if the config names the datasets."""
 
     config_file: str
     overrides: tuple[Any, ...]
@@ -64,10 +64,10 @@ class Run:
 
 
 def choose(args: Namespace) -> Run:
-    """What the options of `tools/train_net.py` stand for. To be called in the main process; it prints its choices.
+    """Translate the options of `tools/train_net.py` and print the chosen values. Call it in the main process only.
 
     Raises:
-        OSError, ValueError, ImportError: of what the user gave; nothing of a run is overwritten.
+        OSError, ValueError, ImportError: invalid options or data; no existing run is overwritten.
     """
     config_file, choices = _model(args)
     if args.output:
@@ -86,7 +86,7 @@ def choose(args: Namespace) -> Run:
 
 
 def few_photos() -> list[tuple[str, Any]]:
-    """KEY and VALUE of the settings for fine-tuning on few photographs."""
+    """KEY and VALUE of the settings for fine-tuning on few images."""
 
     def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
@@ -99,13 +99,13 @@ def few_photos() -> list[tuple[str, Any]]:
 
 
 def schedule(images: int, batch: int, epochs: int, warmup: int) -> list[Choice]:
-    """Length, decay and evaluations of a run.
+    """Length, learning rate decay and evaluation period of a run.
 
     Args:
-        images: to train on.
-        batch: images of a step, of all processes.
-        epochs: in each of which every image is seen once, rounded up to whole steps.
-        warmup: iterations that the config has for it.
+        images: number of training images.
+        batch: images per step, over all processes.
+        epochs: each rounded up to whole steps.
+        warmup: the config's warmup iterations.
     """
     epoch = math.ceil(images / batch)
     length = epochs * epoch
@@ -113,32 +113,32 @@ def schedule(images: int, batch: int, epochs: int, warmup: int) -> list[Choice]:
     drop = length * DECAY[0] // DECAY[1]
     each = "every epoch" if every == 1 else f"every {every} epochs"
     choices = [
-        Choice("SOLVER.MAX_ITER", length, f"{epochs} epochs of {epoch}: {images} images, {batch} a step"),
-        Choice("SOLVER.STEPS", (drop,) if drop else (), f"after {DECAY[0]} of {DECAY[1]} parts"),
+        Choice("SOLVER.MAX_ITER", length, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"),
+        Choice("SOLVER.STEPS", (drop,) if drop else (), f"after {DECAY[0]}/{DECAY[1]} of the run"),
         Choice("TEST.EVAL_PERIOD", every * epoch, each),
         Choice("SOLVER.CHECKPOINT_PERIOD", every * epoch, each),
     ]
     if warmup > epoch:
-        choices.append(Choice("SOLVER.WARMUP_ITERS", epoch, "an epoch"))
+        choices.append(Choice("SOLVER.WARMUP_ITERS", epoch, "one epoch"))
     return choices
 
 
 def batch_choices(cfg: CfgNode, batch: int) -> list[Choice]:
-    """The rule for the learning rate: linear in the batch, from the pair that the config has."""
+    """Scale the learning rate linearly with the batch size, relative to the config's values."""
     if batch == cfg.SOLVER.IMS_PER_BATCH:
         return []
     rate = cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.IMS_PER_BATCH
-    reason = f"linear in the batch: {cfg.SOLVER.BASE_LR:g} is for {cfg.SOLVER.IMS_PER_BATCH}"
+    reason = f"scaled with the batch size: {cfg.SOLVER.BASE_LR:g} is for {cfg.SOLVER.IMS_PER_BATCH}"
     return [Choice("SOLVER.IMS_PER_BATCH", batch, ""), Choice("SOLVER.BASE_LR", float(f"{rate:.4g}"), reason)]
 
 
 def _model(args: Namespace) -> tuple[str, list[Choice]]:
-    """The config file, and what the weights need over it."""
+    """The config file, and the settings that the weights need."""
     if not args.weights:
         return args.config_file, []
     found = find_pretrained(args.weights, args.config_file)
     settings = zip(found.settings[::2], found.settings[1::2], strict=True)
-    choices = [Choice(key, value, f"what {args.weights} needs") for key, value in settings]
+    choices = [Choice(key, value, f"needed by {args.weights}") for key, value in settings]
     return found.config_file, [*choices, Choice("MODEL.WEIGHTS", found.weights, "--weights")]
 
 
@@ -169,7 +169,7 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     register_datasets(cfg)
     if args.data and not _goes_on(args, cfg):
         _inspect(cfg, run.train, run.val)
-    choices = [*_weights_are_whole(cfg, args), *_batch(cfg, args), *(_device(cfg) if args.data else [])]
+    choices = [*_no_timm_download(cfg, args), *_batch(cfg, args), *(_device(cfg) if args.data else [])]
     epochs = args.epochs or (EPOCHS if args.data else 0)
     if epochs:
         batch = next((x.value for x in choices if x.key == "SOLVER.IMS_PER_BATCH"), cfg.SOLVER.IMS_PER_BATCH)
@@ -178,7 +178,7 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
 
 
 def _classes(found: FoundDataset) -> list[Choice]:
-    """As overrides, since the config of the weights may have other ones."""
+    """The classes as overrides, because the config of the weights may have others."""
     names = class_names_of(found.train.annotations)
     return [
         Choice("MODEL.DINO.NUM_CLASSES", len(names), "the categories of the data"),
@@ -189,7 +189,7 @@ def _classes(found: FoundDataset) -> list[Choice]:
 def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
     """
     Raises:
-        ValueError: there are errors; all findings are printed before.
+        ValueError: the data has errors; all findings have been printed.
     """
     denoising = build_denoising(cfg)
     faulty = []
@@ -203,20 +203,20 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
         raise ValueError(f"training cannot start: correct the errors above in {' and '.join(faulty)}")
 
 
-def _weights_are_whole(cfg: CfgNode, args: Namespace) -> list[Choice]:
+def _no_timm_download(cfg: CfgNode, args: Namespace) -> list[Choice]:
     if not (args.weights and cfg.MODEL.TIMM.PRETRAINED):
         return []
-    return [Choice("MODEL.TIMM.PRETRAINED", False, "the weights have the backbone's")]
+    return [Choice("MODEL.TIMM.PRETRAINED", False, "--weights includes the backbone")]
 
 
 def _device(cfg: CfgNode) -> list[Choice]:
     if cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED:
         return []
-    return [Choice("SOLVER.AMP.ENABLED", False, "on a CPU it saves nothing")]
+    return [Choice("SOLVER.AMP.ENABLED", False, "no benefit on a CPU")]
 
 
 def _batch(cfg: CfgNode, args: Namespace) -> list[Choice]:
-    """What a step is made of: the batch, the learning rate that goes with it, and the parts it is worked on in."""
+    """The batch size, the matching learning rate, and the number of accumulation steps."""
     asked = args.batch_size or ("auto" if args.data else None)
     if asked is None:
         return []
@@ -230,9 +230,11 @@ def _batch(cfg: CfgNode, args: Namespace) -> list[Choice]:
     share = batch // processes
     trial = cfg.clone()
     trial.MODEL.TIMM.PRETRAINED = False
-    size = photographs_at_once(trial, share, _most_objects(cfg))
-    where = "a CPU is given" if cfg.MODEL.DEVICE == "cpu" else "there is memory for"
-    reason = f"{where} {size} at once, {batch} make a step" + (f" of {processes} processes" if processes > 1 else "")
+    size = largest_batch(trial, share, _most_objects(cfg))
+    where = "CPU" if cfg.MODEL.DEVICE == "cpu" else "memory"
+    reason = f"{size} images at a time ({where}), {batch} per step" + (
+        f" over {processes} processes" if processes > 1 else ""
+    )
     return [*choices, Choice("SOLVER.ACCUMULATION_STEPS", share // size, reason)]
 
 
@@ -249,8 +251,8 @@ def _flat(choices: Sequence[Choice]) -> list[Any]:
 
 
 def _show(choices: Sequence[Choice], overrides: Sequence[str]) -> None:
-    """The last of each key, without those that the user gives otherwise."""
+    """Print the last choice for each key, except those that the user overrides."""
     last = {choice.key: choice for choice in choices if choice.key not in overrides[::2]}
     if last:
-        print("Chosen, as KEY VALUE (your own at the end of the command win):")
+        print("Chosen settings (KEY VALUE; override any of them at the end of the command):")
         print("\n".join(map(str, last.values())), flush=True)

@@ -1,4 +1,4 @@
-"""The end of a run that does not become better."""
+"""Stop training when it no longer improves."""
 
 from __future__ import annotations
 
@@ -9,43 +9,42 @@ from fvcore.common.checkpoint import Checkpointer
 from .checkpoints import BestWeights
 
 
-class TrainingIsOver(BaseException):
-    """Leaves detectron2's loop, which reports every `Exception` as a failure."""
+class StopTraining(BaseException):
+    """Leaves detectron2's training loop, which reports every `Exception` as a failure."""
 
 
 class EarlyStopping(HookBase):
-    """Ends training when that many evaluations in a row were not better than the best, in all processes at once.
+    """Stops training in all processes after a number of evaluations without improvement.
 
-    A run that was ended so is over when it is resumed: `model_best.pth` says when it was best. It goes on if more
-    evaluations are allowed than before.
+    A stopped run stops again at once when resumed, because `model_best.pth` records the best iteration, unless
+    `evaluations` was increased.
 
     Args:
-        evaluations: without a better one, at least 1.
-        period: of the evaluations, in iterations.
-        best: what knows of the best evaluation, and is told of one before this hook; None in other processes than the
-            main one.
-        checkpointer: which writes `model_final.pth` when the run ends.
+        evaluations: number without improvement, at least 1.
+        period: iterations between evaluations.
+        best: hook that tracks the best evaluation and runs before this one; None except in the main process.
+        checkpointer: writes `model_final.pth` at the end.
     """
 
     def __init__(self, evaluations: int, period: int, best: BestWeights | None, checkpointer: Checkpointer):
         self.evaluations, self.period, self.best, self.checkpointer = evaluations, period, best, checkpointer
 
     def before_train(self) -> None:
-        if self._is_over(self.trainer.start_iter):
-            raise TrainingIsOver
+        if self._should_stop(self.trainer.start_iter):
+            raise StopTraining
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done % self.period or done >= self.trainer.max_iter or not self._is_over(done):
+        if done % self.period or done >= self.trainer.max_iter or not self._should_stop(done):
             return
         if comm.is_main_process():
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
-        raise TrainingIsOver
+        raise StopTraining
 
-    def _is_over(self, done: int) -> bool:
-        """After `done` iterations, as the main process says."""
-        over = False
+    def _should_stop(self, done: int) -> bool:
+        """Whether to stop after `done` iterations, decided by the main process."""
+        stop = False
         if self.best is not None:
             best = 0 if self.best.best_iter is None else self.best.best_iter + 1
-            over = (done - best) // self.period >= self.evaluations
-        return any(comm.all_gather(over))
+            stop = (done - best) // self.period >= self.evaluations
+        return any(comm.all_gather(stop))

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, kept, evaluated and saved beside them."""
+"""Exponential moving average of the weights, evaluated and saved alongside them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FINAL = "model_final_ema.pth"
 
 
 class EMA(HookBase):
-    """After each step, average = decay * average + (1 - decay) * weights; buffers are copied.
+    """Updates the average after each step: average = decay * average + (1 - decay) * weights. Buffers are copied.
 
-    The average is part of the trainer's state; when training ends, its weights are saved as `model_final_ema.pth`.
+    The average is part of the trainer's state; at the end of training it is saved as `model_final_ema.pth`.
     """
 
     def __init__(self, model: nn.Module, decay: float, output_dir: str):
-        """`model`: what is trained, without the wrapper of data parallelism."""
+        """`model`: the trained model, not wrapped for data parallelism."""
         self.source = model
         self.average = AveragedModel(model).eval()
         self.move = get_ema_multi_avg_fn(decay)
@@ -28,12 +28,12 @@ class EMA(HookBase):
 
     @property
     def model(self) -> nn.Module:
-        """A model with the averaged weights, to be evaluated."""
+        """The model with averaged weights, for evaluation."""
         return self.average.module
 
     @torch.no_grad()
     def after_step(self) -> None:
-        # As AveragedModel.update_parameters does, which sends its count to the device each time and waits for it.
+        # Like AveragedModel.update_parameters, which synchronises with the device at every step.
         averages, weights = list(self.model.parameters()), list(self.source.parameters())
         if self.average.n_averaged == 0:  # on the host
             torch._foreach_copy_(averages, weights)

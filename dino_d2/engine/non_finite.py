@@ -1,4 +1,4 @@
-"""What to know of a step whose loss is infinite or not a number, written down before anything is lost."""
+"""Report on a training step with an infinite or NaN loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_d2.meta_arch import DINO
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
-    """All tensors in nested sequences, dicts and dataclasses."""
+    """Yield all tensors in nested sequences, dicts and dataclasses."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, dict):
@@ -33,21 +33,21 @@ def is_finite(x: Any) -> bool:
 
 
 def first_non_finite_module(model: DINO, batch: list[dict]) -> str | None:
-    """Run the model on the batch once more and name the first module that puts out something that is not finite.
+    """Run the model on the batch again and return the name of the first module with a non-finite output.
 
-    Without the criterion, which counts boxes over all processes and would wait for them.
-    Boxes of proposals that cannot be chosen are infinite on purpose; they never leave the module that makes them.
+    Skips the criterion, which would wait for other processes to count boxes. Invalid proposals have infinite boxes on
+    purpose; these never leave their module.
     """
     found: list[str] = []
 
-    def note(name: str):
+    def record(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             if not found and not is_finite(output):
                 found.append(name)
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
             model.training_outputs(batch)
@@ -60,7 +60,7 @@ def first_non_finite_module(model: DINO, batch: list[dict]) -> str | None:
 def write_report(
     folder: str, iteration: int, rank: int, model: DINO, batch: list[dict], losses: dict[str, Tensor]
 ) -> Path:
-    """`non_finite_ITERATION_RANK.json`: images, losses, the first module and parameter that are not finite."""
+    """Write `non_finite_ITERATION_RANK.json`: images, losses, first non-finite module and parameter."""
     parameter = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
     report = {
         "iteration": iteration,

@@ -1,4 +1,4 @@
-"""AdamW as DINO is trained with it; detectron2 builds SGD only."""
+"""DINO's AdamW; detectron2 builds only SGD."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CLIP_WHOLE_MODEL = "full_model"
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the backbone's own learning rate and the clipping of `SOLVER.CLIP_GRADIENTS`.
+    """AdamW with a separate learning rate for the backbone and the clipping of `SOLVER.CLIP_GRADIENTS`.
 
-    `CLIP_TYPE: full_model` scales all gradients together (:class:`ClippedAdamW`); detectron2's types, `value` and
-    `norm`, work on each parameter by itself.
+    `CLIP_TYPE: full_model` clips the total norm of all gradients (:class:`ClippedAdamW`); detectron2's types `value`
+    and `norm` clip each parameter separately.
     """
     s = cfg.SOLVER
 
@@ -41,11 +41,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """Fused AdamW whose steps see gradients of at most a total norm.
+    """Fused AdamW that clips the total gradient norm before each step.
 
     Args:
         params, lr: see AdamW.
-        max_norm: of all gradients together.
+        max_norm: limit on the norm of all gradients together.
         norm_type: 2 for the Euclidean norm.
     """
 
@@ -55,10 +55,10 @@ class ClippedAdamW(torch.optim.AdamW):
         self._norm: Tensor | None = None
 
     def clip(self) -> Tensor:
-        """Clip what the next step sees, once: `step` does it if nobody has. A gradient scaler must have unscaled it.
+        """Clip the gradients for the next step; `step` calls this if it has not been called. Unscale them first.
 
         Returns:
-            () the total norm before, on the gradients' device; infinite or NaN where a gradient is.
+            () the total norm before clipping, on the gradients' device; not finite if a gradient is not.
         """
         if self._norm is None:
             parameters = [p for group in self.param_groups for p in group["params"]]
@@ -71,5 +71,5 @@ class ClippedAdamW(torch.optim.AdamW):
         super().step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._norm = None  # of gradients that no step was made with
+        self._norm = None  # gradients discarded without a step
         super().zero_grad(set_to_none)

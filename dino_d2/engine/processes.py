@@ -1,4 +1,4 @@
-"""Processes that work together: how they start, and that they start at the same place."""
+"""Start distributed processes and check that they agree."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from detectron2.engine import DEFAULT_TIMEOUT, launch
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 
-TIMEOUT = DEFAULT_TIMEOUT  # that processes wait for one another; the main one evaluates alone meanwhile
+TIMEOUT = DEFAULT_TIMEOUT  # of collectives; the other processes wait while the main one evaluates
 
 
 def run_in_every_process(main: Callable[[Namespace], Any], args: Namespace) -> None:
-    """`main(args)` in the processes that torchrun started, else in those that detectron2 starts.
+    """Run `main(args)` in the processes started by torchrun, else in processes launched by detectron2.
 
     Args:
         args: with the options of detectron2's `default_argument_parser`.
@@ -28,7 +28,7 @@ def run_in_every_process(main: Callable[[Namespace], Any], args: Namespace) -> N
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), timeout=TIMEOUT)
 
 
-@record  # so that torchrun's report has the error of the process that failed first
+@record  # lets torchrun report the first error
 def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> None:
     device = torch.device("cpu")
     if torch.accelerator.is_available():
@@ -39,31 +39,31 @@ def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> No
     dist.init_process_group(backend, timeout=TIMEOUT, store=_store(processes), rank=rank, world_size=processes)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     main(args)
-    # Not after an error: the others may wait for this process, which would wait for them. Its end ends them.
+    # Not after an error: it would wait for processes that wait for this one. Exiting ends them.
     dist.destroy_process_group()
 
 
 def _store(processes: int) -> dist.Store:
-    """Where processes find one another.
+    """The rendezvous store.
 
-    torchrun keeps one through all its restarts, in which processes would find the addresses of those that died, and
-    wait for them: on one machine each start has a part of its own. Agents of several machines count their restarts
-    each by itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new one.
+    torchrun reuses its store across restarts, where processes would find and wait for the addresses of dead ones. So
+    on one machine each restart uses its own prefix. Agents on several machines count restarts separately; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new store.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_server = os.environ["RANK"] == "0" and not kept_by_torchrun
+    uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = os.environ["RANK"] == "0" and not uses_agent_store
     store = dist.TCPStore(host, port, processes, is_server, timeout=TIMEOUT)
-    if kept_by_torchrun and os.environ["GROUP_WORLD_SIZE"] == "1":
+    if uses_agent_store and os.environ["GROUP_WORLD_SIZE"] == "1":
         return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
 
 
 def check_same_start(facts: Mapping[str, object]) -> None:
-    """Compare what every process is about to do.
+    """Check that all processes have the same `facts`.
 
     Raises:
-        RuntimeError: in every process, if two of them differ; it names the first two and what differs.
+        RuntimeError: in every process, if two differ; it names the first two and the differences.
     """
     everyone = comm.all_gather(dict(facts))
     for rank, theirs in enumerate(everyone):
@@ -71,7 +71,7 @@ def check_same_start(facts: Mapping[str, object]) -> None:
         if keys:
             lines = [f"{key}: {everyone[0].get(key)} in process 0, {theirs.get(key)} in {rank}" for key in sorted(keys)]
             raise RuntimeError(
-                "the processes would not do the same, so none starts:\n  " + "\n  ".join(lines) + "\n"
-                "Every machine needs the same config and, to go on with a run, the checkpoint: let OUTPUT_DIR lie on a "
-                "file system that all of them share, or copy it to each"
+                "the processes disagree, so training does not start:\n  " + "\n  ".join(lines) + "\n"
+                "Every machine needs the same config and, to resume a run, the checkpoint: put OUTPUT_DIR on a shared "
+                "file system, or copy it to each machine"
             )

@@ -1,4 +1,4 @@
-"""What every process of `tools/train_net.py` does."""
+"""The main function of each process of `tools/train_net.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import find_config_file
 from dino_d2.data import register_datasets
-from dino_d2.report.photographs import own_photographs, report_on_photographs
+from dino_d2.report.own_dataset import own_dataset, report_on_own_dataset
 from dino_d2_cli import user_errors
 
 from .checkpoints import BEST
@@ -25,12 +25,13 @@ from .trainer import DINOTrainer
 
 
 def train_or_evaluate(args: Namespace) -> dict | None:
-    """
+    """Train or evaluate.
+
     Args:
         args: of `tools/train_net.py`.
 
     Returns:
-        The metrics of the (last) evaluation; None without one, and in every process but the main one.
+        The metrics of the (last) evaluation; None without one, and in all processes but the main one.
     """
     with user_errors():
         cfg = set_up(args)
@@ -45,16 +46,16 @@ def train_or_evaluate(args: Namespace) -> dict | None:
     if args.eval_only:
         return DINOTrainer.test(cfg, model)
     results = trainer.train()
-    if not own_photographs(cfg):
+    if not own_dataset(cfg):
         return results
     results = of_best_weights(trainer, results)
     if comm.is_main_process() and results:
-        report_on_photographs(cfg, results)
+        report_on_own_dataset(cfg, results)
     return results
 
 
 def set_up(args: Namespace) -> CfgNode:
-    """The frozen config of a run, its data sets registered, its folder and logs made."""
+    """Register the datasets, set up folder and logs, and return the frozen config."""
     chosen = comm.all_gather(choose(args) if comm.is_main_process() else None)[0]
     cfg = chosen.config()
     register_datasets(cfg)
@@ -74,8 +75,8 @@ def load_for_evaluation(cfg: CfgNode, resume: bool) -> nn.Module:
 
 
 def of_best_weights(trainer: DINOTrainer, results: dict | None) -> dict | None:
-    """Results of the weights that were kept as the best: those of the last evaluation, or of one more, for which they
-    are loaded. All processes must call it."""
+    """Results of the best weights: those of the last evaluation, or else they are loaded and evaluated again. All
+    processes must call this."""
     cfg, last = trainer.cfg, trainer.iter
     path = os.path.join(cfg.OUTPUT_DIR, f"{BEST}.pth")
     if not (cfg.SOLVER.BEST_METRIC and PathManager.isfile(path)):
@@ -83,7 +84,7 @@ def of_best_weights(trainer: DINOTrainer, results: dict | None) -> dict | None:
     best = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)["iteration"]
     if best >= last and not cfg.SOLVER.BEST_METRIC.startswith("ema/"):
         return results
-    logging.getLogger(__name__).info("Evaluating the best weights, of iteration %d", best)
+    logging.getLogger(__name__).info("Evaluating the best weights, from iteration %d", best)
     model = trainer.checkpointer.model
     DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(path)
     return DINOTrainer.test(cfg, model)

@@ -1,4 +1,4 @@
-"""One training step: parts of a batch, mixed precision, and what happens when a loss is not finite."""
+"""A training step: gradient accumulation, mixed precision, and handling of non-finite losses."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ from dino_d2.randomness import seed_from
 from .non_finite import is_finite, write_report
 from .optimizer import ClippedAdamW
 
-STEPS = 1  # first number of the keys of the random numbers that a step draws (dino_d2.data.loader has DATA)
+STEPS = 1  # first key of the random numbers of training steps (DATA in dino_d2.data.loader for augmentation)
 ON_NON_FINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """parts: how many forward and backward passes a batch is worked on in. autocast: float16, bfloat16 or, without
-    mixed precision, None. on_non_finite: "stop", or "skip" the step. output_dir: where a report of such a step goes."""
+    """Settings of a training step.
+
+    parts: number of forward and backward passes per batch (gradient accumulation).
+    autocast: float16 or bfloat16; None without mixed precision.
+    on_non_finite: "stop", or "skip" the step.
+    output_dir: folder for reports on non-finite losses."""
 
     parts: int
     autocast: str | None
@@ -53,7 +57,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of one step of all processes. losses: means. grad_norm: None without clipping. data_time: the longest wait."""
+    """Metrics of one step over all processes. losses: means. grad_norm: None without clipping. data_time: maximum."""
 
     losses: dict[str, float]
     grad_norm: float | None
@@ -64,20 +68,20 @@ class Metrics:
         return sum(self.losses.values())
 
     def write(self, storage: EventStorage, iteration: int) -> None:
-        """Under detectron2's names. The infinite norm of a float16 step that overflowed is left out of all means."""
+        """Store under detectron2's names. Infinite gradient norms, from float16 overflow, are skipped."""
         storage.put_scalars(cur_iter=iteration, data_time=self.data_time, total_loss=self.total_loss, **self.losses)
         if self.grad_norm is not None and math.isfinite(self.grad_norm):
             storage.put_scalar("grad_norm", self.grad_norm, cur_iter=iteration)
 
 
 class StepTrainer(SimpleTrainer):
-    """`SimpleTrainer` with parts, autocast on any device, and steps that can be repeated exactly.
+    """`SimpleTrainer` with gradient accumulation, autocast on any device, and reproducible steps.
 
-    Every step seeds its random numbers from `seed`, the process and the iteration. float16 losses are scaled, so that
-    small gradients survive; the scale is part of the state.
+    Every step seeds its random numbers from `seed`, the rank and the iteration. float16 losses are scaled to preserve
+    small gradients; the scale is part of the state.
 
-    A step waits for its device twice: for the matcher's costs and, before the optimizer's step, for the losses, with
-    which the gradients' norm travels; for these, several processes exchange one small tensor.
+    A step synchronises with the device twice: for the matcher's costs and, before the optimizer step, for losses and
+    gradient norm, for which processes exchange one small tensor.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class StepTrainer(SimpleTrainer):
         losses = self._accumulate(batch)
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
-        # Before the losses are known to be finite, so that both are read at once; if they are not, no step is made.
+        # Clip before checking the losses, to read both with one transfer; non-finite losses skip the step.
         norm = self.optimizer.clip() if isinstance(self.optimizer, ClippedAdamW) else None
         metrics = self._read(losses, norm, data_time)
         if math.isfinite(metrics.total_loss):
@@ -116,22 +120,22 @@ class StepTrainer(SimpleTrainer):
         seed_from(self.seed, STEPS, comm.get_rank(), self.iter)
 
     def _accumulate(self, batch: list[dict]) -> dict[str, Tensor]:
-        """Gradients of the whole batch, part by part; the losses of the whole batch, detached."""
+        """Accumulate the gradients of the batch part by part; return the losses of the whole batch, detached."""
         parts = split(batch, self.settings.parts)
-        shares = shares_of_boxes(parts, self.device) if len(parts) > 1 else [1.0]
+        weights = loss_weights(parts, self.device) if len(parts) > 1 else [1.0]
         losses: dict[str, Tensor] = {}
-        for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
-            waits = isinstance(self.model, DistributedDataParallel) and number + 1 < len(parts)
-            with self.model.no_sync() if waits else nullcontext():  # gradients meet once, with the last part
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            delays_sync = isinstance(self.model, DistributedDataParallel) and number + 1 < len(parts)
+            with self.model.no_sync() if delays_sync else nullcontext():  # all-reduce only with the last part
                 with autocast(self.device.type, self.settings.autocast):
-                    of_part = {name: loss * share for name, loss in self.model(part).items()}
+                    of_part = {name: loss * weight for name, loss in self.model(part).items()}
                 self.grad_scaler.scale(sum(of_part.values())).backward()
             for name, loss in of_part.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
         return losses
 
     def _read(self, losses: dict[str, Tensor], norm: Tensor | None, data_time: float) -> Metrics:
-        """The losses, means over all processes, so that these agree on whether they are finite; all in one transfer."""
+        """Average the losses over all processes, so that all agree on whether they are finite, with one transfer."""
         processes = comm.get_world_size()
         values = torch.stack(list(losses.values()))
         if processes > 1:
@@ -147,20 +151,20 @@ class StepTrainer(SimpleTrainer):
         )
 
     def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
-        """Of this process alone: none may wait for another that fails in the middle of its own."""
+        """Report on this process only: processes must not wait for one that fails."""
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        self._seed()  # so that the same numbers are drawn again
+        self._seed()  # repeat the same random numbers
         with autocast(self.device.type, self.settings.autocast):
             path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses)
-        message = f"the loss of iteration {self.iter} is not finite; images, losses and the first module: {path}"
+        message = f"the loss of iteration {self.iter} is not finite; see {path} for images, losses and the first module"
         advice = (
-            "Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or go on from an earlier checkpoint (--resume-from)"
+            "Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or resume from an earlier checkpoint (--resume-from)"
         )
         if self.settings.on_non_finite == "stop":
             raise FloatingPointError(f"{message}. {advice}")
         if not is_finite(list(model.parameters())):
-            raise FloatingPointError(f"{message}. The weights are not finite, skipping cannot help. {advice}")
-        logging.getLogger(__name__).warning("%s; the step is skipped", message)
+            raise FloatingPointError(f"{message}. Skipping does not help: the weights are not finite either. {advice}")
+        logging.getLogger(__name__).warning("%s; skipping the step", message)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
@@ -171,15 +175,15 @@ class StepTrainer(SimpleTrainer):
 
 
 def split(batch: list[dict], parts: int) -> list[list[dict]]:
-    """`parts` parts of the same size, whose images know how many objects the fullest image of the batch has: it
-    decides on the groups of denoising queries.
+    """Split a batch into `parts` of equal size. Inputs also get the largest number of objects in the whole batch, which
+    determines the groups of denoising queries.
 
     Raises:
-        ValueError: the batch has no such parts.
+        ValueError: the batch size is not divisible by `parts`.
     """
     if len(batch) % parts:
         raise ValueError(
-            f"SOLVER.ACCUMULATION_STEPS is {parts}, but the {len(batch)} images of a process cannot be parted evenly"
+            f"SOLVER.ACCUMULATION_STEPS is {parts}; it must divide the {len(batch)} images of each process"
         )
     if parts == 1:
         return [batch]
@@ -189,8 +193,8 @@ def split(batch: list[dict], parts: int) -> list[list[dict]]:
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
-def shares_of_boxes(parts: list[list[dict]], device: torch.device) -> list[Tensor]:
-    """What the losses of each part count in the batch: a part divides by its own number of boxes, not the batch's."""
+def loss_weights(parts: list[list[dict]], device: torch.device) -> list[Tensor]:
+    """Weight of each part's losses, which are divided by the part's number of boxes instead of the batch's."""
     counts = [sum(len(x["instances"]) for x in part) for part in parts]
-    whole = boxes_per_process(sum(counts), torch.zeros((), dtype=torch.float64, device=device))
-    return [boxes_per_process(count, whole) / whole for count in counts]
+    total = boxes_per_process(sum(counts), torch.zeros((), dtype=torch.float64, device=device))
+    return [boxes_per_process(count, total) / total for count in counts]

@@ -1,4 +1,4 @@
-"""detectron2's DefaultTrainer with DINO's optimizer, data, steps and averages."""
+"""detectron2's `DefaultTrainer` with DINO's optimizer, data, training step and EMA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dino_d2.data import (
 from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 
 from .checkpoints import BestWeights, RecentCheckpoints
-from .early_stopping import EarlyStopping, TrainingIsOver
+from .early_stopping import EarlyStopping, StopTraining
 from .ema import EMA
 from .optimizer import build_optimizer
 from .processes import check_same_start
@@ -40,22 +40,22 @@ from .writers import ProgressPrinter, WandbWriter
 
 
 class DINOTrainer(DefaultTrainer):
-    """Everything that is not named here is detectron2's.
+    """`DefaultTrainer` for DINO.
 
-    A resumed run goes on exactly: the iteration decides which images come next and which random numbers are drawn.
+    Resuming is exact: images and random numbers depend only on the seed and the iteration.
     """
 
     def __init__(self, cfg: CfgNode):
-        # Not DefaultTrainer's, which knows neither processes without GPUs nor this step; the order is its own.
+        # DefaultTrainer.__init__ supports neither distributed CPU training nor StepTrainer; same order as there.
         TrainerBase.__init__(self)
         for name in ("detectron2", "dino_d2"):
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set it up
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # not set up yet
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        check_classes(cfg, cfg.DATASETS.TRAIN)  # whoever made the loader; their names are known now
+        check_classes(cfg, cfg.DATASETS.TRAIN)  # again, for custom loaders; class names are known now
         device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         self._trainer = StepTrainer(
             create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids),
@@ -73,7 +73,7 @@ class DINOTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's, with the average of the weights and the choice of what is kept."""
+        """detectron2's hooks, with EMA, checkpoint retention and early stopping."""
         solver, period = self.cfg.SOLVER, self.cfg.TEST.EVAL_PERIOD
         built: list[HookBase | None] = [self.ema]  # first: the checkpointer saves it
         for hook in super().build_hooks():
@@ -89,25 +89,25 @@ class DINOTrainer(DefaultTrainer):
                     built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
             else:
                 built.append(hook)
-        if solver.EARLY_STOPPING and period > 0:  # last: it may leave the loop
+        if solver.EARLY_STOPPING and period > 0:  # last: it may stop training
             if not solver.BEST_METRIC:
-                raise ValueError("SOLVER.EARLY_STOPPING needs to know what is better: SOLVER.BEST_METRIC bbox/AP")
+                raise ValueError("SOLVER.EARLY_STOPPING needs SOLVER.BEST_METRIC, such as bbox/AP")
             best = next((hook for hook in built if isinstance(hook, BestWeights)), None)
             built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer))
         return built
 
     def _model_of_metric(self) -> nn.Module:
-        """Whose weights SOLVER.BEST_METRIC is measured with."""
+        """The model that SOLVER.BEST_METRIC is measured with."""
         if not self.cfg.SOLVER.BEST_METRIC.startswith("ema/"):
             return self.checkpointer.model
         if self.ema is None:
             raise ValueError(
-                f"SOLVER.BEST_METRIC is {self.cfg.SOLVER.BEST_METRIC}, but there is no average: SOLVER.EMA.ENABLED True"
+                f"SOLVER.BEST_METRIC is {self.cfg.SOLVER.BEST_METRIC}, which needs SOLVER.EMA.ENABLED True"
             )
         return self.ema.model
 
     def evaluate(self) -> dict[str, Any]:
-        """Results of the weights, and of their average under "ema"."""
+        """Evaluate the weights and, under "ema", their moving average."""
         results = dict(self.test(self.cfg, self.model))
         if self.ema is not None:
             cfg = self.cfg.clone()
@@ -120,46 +120,46 @@ class DINOTrainer(DefaultTrainer):
         return results
 
     def resume_from(self, checkpoint: str) -> None:
-        """Go on from that file instead of the last one.
+        """Resume from this checkpoint instead of the last one.
 
         Raises:
-            ValueError: it holds weights alone.
+            ValueError: it holds only weights.
         """
         self.checkpointer.load(checkpoint)
         self.start_iter = self.iter + 1
 
     def train(self) -> dict[str, Any] | None:
-        """detectron2's. It returns early with `SOLVER.EARLY_STOPPING`.
+        """Train until `SOLVER.MAX_ITER` or early stopping.
 
         Returns:
-            The results of the last evaluation, in the main process; None if there was none.
+            The results of the last evaluation in the main process; None without one.
 
         Raises:
-            RuntimeError: the processes would start at different iterations, or with different configs or seeds.
+            RuntimeError: the processes have different start iterations, configs or seeds.
         """
         check_same_start({"iteration": self.start_iter, "seed": self.seed, **settings_of_training(self.cfg)})
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.seed, self.data_loader.first_batch = self.seed, self.start_iter
         else:
             logging.getLogger(__name__).warning(
-                "The training loader is a %s: a resumed run will not go on with the images that would have been next. "
-                "dino_d2.data.build_train_loader(cfg, mapper) makes a loader that does",
+                "The training loader is a %s, so a resumed run will not continue with the next images in order. "
+                "Use dino_d2.data.build_train_loader(cfg, mapper) for exact resuming",
                 type(self.data_loader).__name__,
             )
         try:
             super().train()
-        except TrainingIsOver:
+        except StopTraining:
             logging.getLogger(__name__).info(
-                "Training is over: %d evaluations were not better than the best (SOLVER.EARLY_STOPPING)",
+                "Stopping early: no improvement in %d evaluations (SOLVER.EARLY_STOPPING)",
                 self.cfg.SOLVER.EARLY_STOPPING,
             )
-            if not hasattr(self, "_last_eval_results"):  # a run that is resumed when it is over is evaluated
+            if not hasattr(self, "_last_eval_results"):  # resumed after it had stopped
                 self.evaluate()
         return getattr(self, "_last_eval_results", None)
 
     @property
     def seed(self) -> int:
-        """Of all random numbers of the run: `cfg.SEED`, or drawn where that is negative; kept in checkpoints."""
+        """Seed of the run: `cfg.SEED`, or random if that is negative; saved in checkpoints."""
         return self._trainer.seed
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,14 +184,14 @@ class DINOTrainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name, mapper)
 
     def build_writers(self) -> list[EventWriter]:
-        """A line for people first: it records what the others write."""
+        """detectron2's writers, with `ProgressPrinter` first because it records values that the others write."""
         _, *others = super().build_writers()
         line = ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH, self.model, self.optimizer)
         return [line, *others, *([WandbWriter(self.cfg)] if self.cfg.WANDB_PROJECT else [])]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's, LVIS's or Pascal VOC's, by the data set's `evaluator_type`."""
+        """The evaluator of COCO, LVIS or Pascal VOC, according to the dataset's `evaluator_type`."""
         folder = os.path.join(cfg.OUTPUT_DIR, EVALUATION, dataset_name)
         return build_evaluator(dataset_name, APSettings.of_config(cfg), folder)
 
@@ -199,7 +199,7 @@ class DINOTrainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """detectron2's; with `TEST.QUERY_METRICS` the default evaluators measure the queries too."""
+        """As in detectron2; with `TEST.QUERY_METRICS` the default evaluators also measure the queries."""
         if cfg.TEST.QUERY_METRICS and evaluators is None:
             settings = APSettings.of_config(cfg)
             evaluators = [

@@ -1,4 +1,4 @@
-"""What one sees of a training run: a readable line on the console, and Weights & Biases on request."""
+"""Training output: a readable console line, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOSS_KINDS = {"loss_ce": "class", "loss_bbox": "box", "loss_giou": "giou"}
 
 
 def loss_group(name: str) -> str | None:
-    """The group of a loss that the criterion names so; None: `name` is no single loss.
+    """The group of a loss, by its name in the criterion; None if `name` is not a loss.
 
-    Matched queries of all decoder layers make "class", "box" (L1) and "giou"; their denoising part is "denoising",
-    the proposals are "encoder". Losses of other names are groups of their own. The groups add up to the total.
+    Matched queries of all decoder layers form "class", "box" (L1) and "giou"; denoising queries form "denoising",
+    proposals "encoder". Any other loss is its own group. The groups add up to the total loss.
     """
     if not name.startswith("loss"):
         return None
@@ -33,7 +33,7 @@ def loss_group(name: str) -> str | None:
 
 
 def grouped_losses(values: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """(name, value) of any scalars -> the sum of each group of losses."""
+    """Sum the losses among (name, value) scalars by group."""
     groups: dict[str, float] = defaultdict(float)
     for name, value in values:
         group = loss_group(name)
@@ -43,7 +43,7 @@ def grouped_losses(values: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def learning_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The highest learning rate of the backbone, `lr_backbone`, and of the rest, `lr_rest`, as far as they train."""
+    """Highest learning rates of the trained parameters: `lr_backbone`, and `lr_rest` for all others."""
     backbone = {id(p) for name, p in model.named_parameters() if "backbone." in name}
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
@@ -53,15 +53,16 @@ def learning_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """One line where detectron2's printer lists every loss of every layer; metrics.json and TensorBoard have those.
+    """Prints one line with grouped losses, where detectron2 prints every loss of every layer.
 
-    Everything but the learning rates is the mean over the latest `window_size` iterations. It also records
-    `lr_backbone`, `lr_rest` and `images_per_second`, so it must come before the writers that are to have them.
+    Values other than learning rates are means over the last `window_size` iterations. Also records `lr_backbone`,
+    `lr_rest` and `images_per_second`, so it must come before the writers that write them. metrics.json and TensorBoard
+    have every loss.
 
     Args:
-        max_iter: of the run, for the time that is left.
-        images_per_step: of all processes together.
-        model, optimizer: whose learning rates are shown.
+        max_iter: of the run, to estimate the remaining time.
+        images_per_step: over all processes.
+        model, optimizer: to get the learning rates.
         window_size: in iterations.
     """
 
@@ -80,7 +81,7 @@ class ProgressPrinter(CommonMetricPrinter):
     def write(self) -> None:
         storage = get_event_storage()
         if storage.iter == self._max_iter:
-            return  # after training there is nothing new
+            return  # called once more after training
 
         mean = {
             name: history.avg(storage.count_samples(name, self._window_size))
@@ -96,7 +97,7 @@ class ProgressPrinter(CommonMetricPrinter):
         if "grad_norm" in mean:
             parts.append(f"grad norm {mean['grad_norm']:.3g}")
         parts.append("lr " + ", ".join(f"{rate:.3g} ({part.removeprefix('lr_')})" for part, rate in rates.items()))
-        if "time" in mean:  # detectron2 leaves the first iterations out
+        if "time" in mean:  # detectron2 skips the first iterations
             speed = self._images_per_step / mean["time"]
             storage.put_scalar("images_per_second", speed, smoothing_hint=False)
             parts.append(f"{mean['time']:.3g} s/iter ({mean.get('data_time', 0):.2g} for data), {speed:.3g} images/s")
@@ -108,17 +109,17 @@ class ProgressPrinter(CommonMetricPrinter):
 
 
 def _peak_memory() -> float:
-    """Bytes: of the GPU that is used, else of this process."""
+    """Peak memory in bytes, of the GPU or else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class WandbWriter(EventWriter):
-    """All scalars, smoothed as in metrics.json, to a run of Weights & Biases.
+    """Logs all scalars, smoothed as in metrics.json, to Weights & Biases.
 
     Args:
-        cfg: `WANDB_PROJECT` is where the run belongs, the last part of `OUTPUT_DIR` is its name; all of it is stored.
+        cfg: gives the project (`WANDB_PROJECT`) and the run's name (last part of `OUTPUT_DIR`); stored with the run.
 
     Raises:
         ImportError: wandb is not installed.
@@ -129,8 +130,8 @@ class WandbWriter(EventWriter):
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise ImportError(
-                f"WANDB_PROJECT is {cfg.WANDB_PROJECT!r}, but wandb is not installed: pip install wandb, or leave "
-                "the key empty"
+                f"WANDB_PROJECT is {cfg.WANDB_PROJECT!r}, but wandb is not installed: pip install wandb, or set "
+                "the key to ''"
             ) from error
         name = Path(cfg.OUTPUT_DIR).resolve().name
         self._run = wandb.init(project=cfg.WANDB_PROJECT, name=name, dir=cfg.OUTPUT_DIR, config={"config": cfg.dump()})

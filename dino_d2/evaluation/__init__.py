@@ -1,4 +1,4 @@
-"""Average precision by detectron2's evaluators, and what the paper measures beside it."""
+"""Average precision with detectron2's evaluators, and the paper's other metrics."""
 
 from .atd import average_top_k_distance
 from .build import build_evaluator

@@ -1,4 +1,4 @@
-"""The evaluator that a data set asks for."""
+"""Build the evaluator for a dataset."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ EVALUATORS: dict[str, Build] = {
 
 
 def evaluator_type(dataset_name: str) -> str:
-    """What the data set was registered with; "coco" if nothing was said."""
+    """The dataset's `evaluator_type`; "coco" if it has none."""
     return MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
 
 
 def build_evaluator(dataset_name: str, settings: APSettings, output_dir: str) -> DatasetEvaluator:
-    """Chosen as detectron2's tools/train_net.py does, by the `evaluator_type` of the data set.
+    """Choose the evaluator by the dataset's `evaluator_type`, as detectron2's tools/train_net.py does.
 
     Args:
         dataset_name: registered with detectron2.
-        settings: of COCO's and LVIS's AP; Pascal VOC's has none.
-        output_dir: where detections are written to, and the data set in COCO's format if it is not in it.
+        settings: for COCO and LVIS; not used for Pascal VOC.
+        output_dir: folder for detections, and for the dataset converted to COCO format if necessary.
 
     Raises:
-        ValueError: there is no evaluator for that type.
+        ValueError: no evaluator for that type.
     """
     kind = evaluator_type(dataset_name)
     if kind not in EVALUATORS:
         raise ValueError(
-            f"The data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no evaluator of boxes here "
-            f"(there are {', '.join(EVALUATORS)}): override DINOTrainer.build_evaluator, or leave the data set out of "
-            "DATASETS.TEST"
+            f"The dataset {dataset_name!r} has evaluator_type {kind!r}, which is not supported (supported: "
+            f"{', '.join(EVALUATORS)}): override DINOTrainer.build_evaluator, or remove the dataset from DATASETS.TEST"
         )
     return EVALUATORS[kind](dataset_name, settings, output_dir)

@@ -1,4 +1,4 @@
-"""COCO's average precision by hotcoco, wherever its numbers are pycocotools' to the bit."""
+"""COCO AP with hotcoco where its results equal those of pycocotools exactly."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .settings import APSettings, hotcoco_is_installed
 logger = logging.getLogger(__name__)
 
 ANNOTATION_FIELDS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}
-COUNTS = (1, 10)  # of detections, at which COCO measures recall beside that of APSettings.max_dets
+COUNTS = (1, 10)  # further detection limits at which COCO reports recall, besides APSettings.max_dets
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """detectron2's, which says which program computes and takes the faster one if it is equal.
+    """detectron2's evaluator that uses hotcoco if it is exactly equal to pycocotools, and logs which one is used.
 
-    hotcoco matches boxes and accumulates precision and recall; the metrics are then taken from those arrays by the
-    same lines of detectron2 as from pycocotools' arrays. Masks and keypoints are left to pycocotools.
+    hotcoco matches boxes and accumulates precision and recall; detectron2's code derives the metrics from these arrays
+    as from pycocotools'. Masks and keypoints always use pycocotools.
 
     Beside AP stand "F1", the highest at IoU 0.5 in percent, and "score_threshold", in [0, 1], which gives it
     (:func:`best_f1`).
 
     Args:
         dataset_name: registered with detectron2.
-        settings: backend and the number of detections that count.
+        settings: backend and maximum number of detections.
         tasks, distributed, output_dir: see :class:`detectron2.evaluation.COCOEvaluator`.
     """
 
@@ -57,11 +57,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             distributed,
             output_dir,
             max_dets_per_image=self._settings.max_dets,
-            use_fast_impl=False,  # detectron2's own C++, unofficial by its own words and missing in most builds
+            use_fast_impl=False,  # detectron2's C++ version, unofficial and missing in most builds
         )
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
-        """See :meth:`detectron2.evaluation.COCOEvaluator._eval_predictions`; it fills `self._results`."""
+        """Fill `self._results`; see :meth:`detectron2.evaluation.COCOEvaluator._eval_predictions`."""
         detections = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
         if not self._do_evaluation or not detections:
             super()._eval_predictions(predictions, img_ids)
@@ -70,11 +70,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         reason = self._why_pycocotools(tasks, detections)
         if reason:
             version = importlib.metadata.version("pycocotools")
-            logger.info("AP of %s is computed by pycocotools %s: %s", self._metadata.name, version, reason)
+            logger.info("Computing AP of %s with pycocotools %s: %s", self._metadata.name, version, reason)
             super()._eval_predictions(predictions, img_ids)
             return
         version = importlib.metadata.version("hotcoco")
-        logger.info("AP of %s is computed by hotcoco %s", self._metadata.name, version)
+        logger.info("Computing AP of %s with hotcoco %s", self._metadata.name, version)
         self._to_dataset_categories(detections)
         if self._output_dir:
             with PathManager.open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
@@ -97,17 +97,17 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return results | {"F1": 100 * f1, "score_threshold": threshold}
 
     def _why_pycocotools(self, tasks: Iterable[str], detections: Sequence[dict[str, Any]]) -> str:
-        """Empty if hotcoco can and may do it."""
+        """The reason to use pycocotools; empty if hotcoco can be used."""
         if self._settings.backend == "pycocotools":
-            return "TEST.COCO_BACKEND asks for it"
+            return "selected by TEST.COCO_BACKEND"
         if set(tasks) != {"bbox"}:
-            return "masks and keypoints are not left to hotcoco"
+            return "hotcoco is used only for boxes"
         if not hotcoco_is_installed():
-            return "hotcoco, which is faster, is not installed"
+            return "hotcoco (faster) is not installed"
         return difference(self._coco_api.dataset, detections, self._settings.max_dets)
 
     def _to_dataset_categories(self, detections: Iterable[dict[str, Any]]) -> None:
-        """From classes counted from 0 to the ids of the annotation file, in place."""
+        """Convert classes counted from 0 to category ids of the annotation file, in place."""
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping is None:
             return
@@ -116,7 +116,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             if detection["category_id"] not in dataset_ids:
                 raise ValueError(
                     f"A prediction has class {detection['category_id']}, but {self._metadata.name!r} has "
-                    f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                    f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the dataset must agree"
                 )
             detection["category_id"] = dataset_ids[detection["category_id"]]
 
@@ -124,18 +124,18 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 def evaluate_boxes(
     dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int, img_ids: list[int] | None = None
 ) -> COCOevalMaxDets:
-    """Boxes by hotcoco, as pycocotools would give them back: with `stats` and `eval`, where the :class:`Matches` are.
+    """Evaluate boxes with hotcoco; returns `stats` and `eval` as pycocotools does, with the :class:`Matches` in `eval`.
 
     Args:
-        dataset: in COCO's format, without any `difference`.
-        detections: at least one, in COCO's result format.
-        max_dets: how many of an image and class count.
-        img_ids: the images to evaluate on. None: all.
+        dataset: in COCO format, without a :func:`difference`.
+        detections: at least one, in COCO's results format.
+        max_dets: maximum number of detections per image and class.
+        img_ids: images to evaluate; None: all.
     """
-    import hotcoco  # late: who trains without evaluating never needs it
+    import hotcoco  # imported late: not needed without evaluation
 
     annotations = dataset["annotations"]
-    # Columns, not the dictionaries: masks, captions and the like are not read, so nothing in them can be wrong.
+    # Arrays instead of dictionaries: hotcoco then ignores masks, captions and other fields that may be invalid.
     ground_truth = hotcoco.COCO.from_arrays(
         [{"id": image["id"]} for image in dataset["images"]],
         [{"id": category["id"], "name": str(category.get("name", ""))} for category in dataset["categories"]],
@@ -163,22 +163,22 @@ def evaluate_boxes(
 
 
 def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int) -> str:
-    """Why hotcoco would not give pycocotools' numbers, or empty: then it does, to the bit."""
+    """Why hotcoco's results would differ from pycocotools'; empty if they are exactly equal."""
     annotations = dataset["annotations"]
     if max_dets < max(COUNTS):
-        return f"hotcoco differs where fewer than {max(COUNTS)} detections count"
+        return f"hotcoco differs with a limit below {max(COUNTS)} detections"
     if any(not x.keys() >= ANNOTATION_FIELDS for x in annotations):
         return f"annotations lack one of {', '.join(sorted(ANNOTATION_FIELDS))}"
     image_ids = {image["id"] for image in dataset["images"]}
     ids = [*image_ids, *(x["id"] for x in dataset["categories"])]
     ids += [x[key] for x in annotations for key in ("id", "image_id", "category_id")]
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in ids):
-        return "hotcoco takes no ids but whole numbers from 0"
+        return "hotcoco needs non-negative integer ids"
     annotation_ids = {x["id"] for x in annotations}
     if 0 in annotation_ids or len(annotation_ids) < len(annotations):
-        return "annotations have the id 0 or share one, which pycocotools counts as never found"
+        return "annotations have duplicate ids or the id 0, which pycocotools never counts as found"
     if not {x["image_id"] for x in detections} <= image_ids:
-        return "there are detections of images that the data set does not have"
+        return "there are detections for images that are not in the dataset"
     sizes = sum(x["area"] + sum(x["bbox"]) for x in annotations)
     if not math.isfinite(sizes + sum(x["score"] + sum(x["bbox"]) for x in detections)):
         return "annotations or detections are infinite or NaN"

@@ -1,4 +1,4 @@
-"""LVIS's average precision without the package `lvis`."""
+"""LVIS AP without the package `lvis`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .settings import APSettings, require_hotcoco
 
 logger = logging.getLogger(__name__)
 
-MAX_DETS = 300  # of an image, of all classes together; LVIS's own
+MAX_DETS = 300  # per image, over all classes; LVIS's limit
 
 
 class LVISEvaluator(evaluation.LVISEvaluator):
-    """detectron2's, with hotcoco's evaluation; `APSettings.backend` is COCO's and has no say here.
+    """detectron2's evaluator with hotcoco; `APSettings.backend` is ignored.
 
     Args:
         dataset_name: registered with detectron2, with the metadata "json_file".
-        settings: LVIS counts 300 detections of an image, or `settings.max_dets` if they are more.
+        settings: `max_dets` is used if it is larger than LVIS's 300 detections per image.
         tasks, distributed, output_dir: see :class:`detectron2.evaluation.LVISEvaluator`.
 
     Raises:
@@ -38,13 +38,13 @@ class LVISEvaluator(evaluation.LVISEvaluator):
         distributed: bool = True,
         output_dir: str | None = None,
     ):
-        require_hotcoco(f"LVIS's AP of {dataset_name!r}")
+        require_hotcoco(f"LVIS AP of {dataset_name!r}")
         max_dets = max(MAX_DETS, (settings or APSettings()).max_dets)
         with in_place_of_lvis():
             super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         version = importlib.metadata.version("hotcoco")
-        logger.info("LVIS's AP of %s is computed by hotcoco %s", self._metadata.name, version)
+        logger.info("Computing LVIS AP of %s with hotcoco %s", self._metadata.name, version)
         with in_place_of_lvis():
             super()._eval_predictions(predictions)

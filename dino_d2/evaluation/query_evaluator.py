@@ -1,4 +1,4 @@
-"""What the paper says of DINO's queries, measured on a data set: anchors, duplicates, and AP layer by layer."""
+"""The paper's query metrics on a dataset: anchor distances, duplicates, and AP per decoder layer."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .settings import APSettings
 
 logger = logging.getLogger(__name__)
 
-DUPLICATE_IOU = 0.5  # COCO's loosest overlap that counts as found
-SMALL_AREA = 32**2  # pixels; COCO's limit of small objects
+DUPLICATE_IOU = 0.5  # COCO's lowest IoU threshold
+SMALL_AREA = 32**2  # pixels; COCO's upper limit for small objects
 
 
 @dataclass
 class _Batch:
-    """What the results need of one batch, on the host.
+    """Data of one batch for the results, on the CPU.
 
     boxes, anchors: (M, 4) matched pairs, cx, cy, w, h in [0, 1].
-    areas: (M,) of those objects in pixels.
+    areas: (M,) areas of those objects in pixels.
     image_ids: of the B images.
     objects: of each image, with `gt_boxes` and `gt_classes`.
-    detections: of each layer, B Instances.
+    detections: B Instances for each layer.
     """
 
     boxes: Tensor
@@ -52,22 +52,21 @@ class _Batch:
 
 
 class QueryEvaluator(DatasetEvaluator):
-    """Measures what AP does not say; docs/evaluation.md explains the numbers.
+    """Measures query metrics beyond AP; docs/evaluation.md explains them.
 
-    Objects are those of the registered data set, without crowds and boxes without area. It watches the decoder by
-    a hook from `reset` to `evaluate` and changes nothing that the model computes.
+    Objects are those of the registered dataset, without crowds and empty boxes. A hook on the decoder, active from
+    `reset` to `evaluate`, records its outputs without changing them.
 
     Args:
-        dataset_name: registered with detectron2. If neither in COCO's nor in another known format it needs a
-            `COCOEvaluator` made before this evaluator: that one writes the annotation file which the AP of the layers
-            is measured by.
-        model: the DINO that is evaluated, or its DistributedDataParallel.
-        k: of the average top-k distance; the paper's is 100.
-        settings: of the AP of the layers.
+        dataset_name: registered with detectron2. If it has no annotation file in a known format, create a
+            `COCOEvaluator` first: that writes the annotation file for the AP of the layers.
+        model: the evaluated DINO, or its DistributedDataParallel.
+        k: for the average top-k distance; 100 in the paper.
+        settings: for the AP of the layers.
 
     Raises:
-        TypeError: the model has no decoder to watch.
-        ValueError: an image of the data set has no "image_id", or the model augments its images.
+        TypeError: the model has no decoder.
+        ValueError: an image of the dataset has no "image_id", or the model uses test-time augmentation.
     """
 
     def __init__(
@@ -80,18 +79,18 @@ class QueryEvaluator(DatasetEvaluator):
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         if not hasattr(self._model, "decoder"):
             raise TypeError(
-                f"{type(self._model).__name__} has no decoder whose queries could be measured: "
-                "set TEST.QUERY_METRICS to False for models other than DINO"
+                f"{type(self._model).__name__} has no decoder: set TEST.QUERY_METRICS to False for models other than "
+                "DINO"
             )
         if self._model.inference.test_time_augmentation is not None:
             raise ValueError(
-                "TEST.QUERY_METRICS measures the queries of one pass, TEST.AUG.ENABLED makes several: switch one off"
+                "TEST.QUERY_METRICS measures a single pass, TEST.AUG.ENABLED makes several: disable one of them"
             )
         self._dataset_name = dataset_name
         self._k = k
         self._recorder = DecoderRecorder(self._model.decoder)
         self._objects = {_image_id(record): _boxes_and_classes(record) for record in DatasetCatalog.get(dataset_name)}
-        # One for all layers, one after the other; the batches are gathered before.
+        # Reused for one layer after the other; batches are already gathered.
         self._layer_evaluator = _layer_evaluator(dataset_name, settings)
         self._batches: list[_Batch] = []
 
@@ -100,8 +99,8 @@ class QueryEvaluator(DatasetEvaluator):
         self._recorder.attach()
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Instances]]) -> None:
-        """See :meth:`DatasetEvaluator.process`; the model's latest call must have been on `inputs`."""
-        queries, layers = self._recorder.take()
+        """See :meth:`DatasetEvaluator.process`; the model's last call must have been on `inputs`."""
+        queries, layers = self._recorder.pop()
         last = layers[-1]
         objects = [self._objects_in(x, num_classes=last.logits.shape[-1]) for x in inputs]
 
@@ -125,11 +124,12 @@ class QueryEvaluator(DatasetEvaluator):
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """
+        """Compute the metrics over all processes.
+
         Returns:
-            {"queries": {"ATD100", "ATD100s", "duplicates", "AP_layer1", … "AP_layerN"}} of all processes in the main
-            one, {} in the others. The APs are COCO's or LVIS's, as the data set asks; they are missing where it has no
-            annotations or asks for another evaluation.
+            {"queries": {"ATD100", "ATD100s", "duplicates", "AP_layer1", … "AP_layerN"}} in the main process, {} in the
+            others. The APs are COCO's or LVIS's according to the dataset; missing for other datasets or without
+            annotations.
         """
         self._recorder.detach()
         comm.synchronize()
@@ -169,14 +169,14 @@ class QueryEvaluator(DatasetEvaluator):
         image_id = _image_id(x)
         if image_id not in self._objects:
             raise ValueError(
-                f"Image {image_id} is not in the data set {self._dataset_name!r}: the evaluator and the loader must be "
-                "made for the same one"
+                f"Image {image_id} is not in the dataset {self._dataset_name!r}: evaluator and loader must use the "
+                "same dataset"
             )
         boxes, classes = self._objects[image_id]
         if len(classes) and int(classes.max()) >= num_classes:
             raise ValueError(
                 f"Image {image_id} of {self._dataset_name!r} has an object of class {int(classes.max())}, but the "
-                f"model predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the data set must agree"
+                f"model predicts {num_classes} classes: MODEL.DINO.NUM_CLASSES and the dataset must agree"
             )
         objects = Instances((x["height"], x["width"]), gt_boxes=boxes.clone(), gt_classes=classes)
         objects.gt_boxes.clip(objects.image_size)
@@ -184,9 +184,9 @@ class QueryEvaluator(DatasetEvaluator):
 
 
 def predictions_per_object(predictions: Instances, objects: Instances) -> Tensor:
-    """How many predictions each object has: of its class, with IoU of at least 0.5.
+    """Number of predictions on each object: of the same class, with IoU of at least 0.5.
 
-    A prediction counts for one object, the one of its class that it overlaps most.
+    Each prediction counts for one object, the one of its class with the largest IoU.
 
     Args:
         predictions: m, with `pred_boxes` and `pred_classes`.
@@ -222,27 +222,24 @@ def _duplicates(predictions: Sequence[Instances], objects: Sequence[Instances]) 
 
 
 def _layer_evaluator(dataset_name: str, settings: APSettings | None) -> DatasetEvaluator | None:
-    """What measures the AP of the layers in the main process alone."""
+    """Evaluator for the AP of the layers, in the main process only."""
     kind = evaluator_type(dataset_name)
     makers = {"coco": COCOEvaluator, "lvis": LVISEvaluator}
     if kind not in makers:
-        logger.warning("%s has evaluator_type %s: the AP of each layer is measured for coco and lvis alone and is left "
-                       "out", dataset_name, kind)  # fmt: skip
+        logger.warning("%s has evaluator_type %s: AP per layer needs coco or lvis, skipping it", dataset_name, kind)
         return None
     return makers[kind](dataset_name, settings, tasks=("bbox",), distributed=False)
 
 
 def _image_id(record: dict[str, Any]) -> int | str:
-    """What names an image: in the data set, in the model's inputs, and in COCO's evaluation."""
+    """The id of an image in the dataset, the model's inputs and COCO's evaluation."""
     if "image_id" not in record:
-        raise ValueError(
-            f"{record.get('file_name', 'An image')} has no image_id: the data set must give each image one"
-        )
+        raise ValueError(f"{record.get('file_name', 'An image')} has no image_id: the dataset must give each image one")
     return record["image_id"]
 
 
 def _boxes_and_classes(record: dict[str, Any]) -> tuple[Boxes, Tensor]:
-    """Objects of one image of the data set, boxes x1, y1, x2, y2 in pixels, without crowds."""
+    """The objects of a record without crowds; boxes x1, y1, x2, y2 in pixels."""
     objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
     boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
     return Boxes(boxes), torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the decoder is given and what it says, taken by a hook: the model's code knows nothing of it."""
+"""Record the decoder's inputs and outputs with a hook, without changes to the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dino_d2.structures import Predictions, Queries
 
 
 class DecoderRecorder:
-    """Keeps the queries and the predictions of the decoder's latest pass.
+    """Records the queries and predictions of the decoder's last forward pass.
 
-    The hook stays from `attach` to `detach`, or as long as the recorder lives: one that is forgotten in between,
-    by an evaluation that ends in an error, leaves no hook behind.
+    The hook is active from `attach` to `detach`. It is also removed with the recorder, for instance after an error.
 
     Args:
-        decoder: takes the queries first, as :class:`DINODecoder` does.
+        decoder: takes the queries as its first argument, like :class:`DINODecoder`.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -25,9 +24,9 @@ class DecoderRecorder:
         self._remove_hook: weakref.finalize | None = None
 
     def attach(self) -> None:
-        """Record from now on. Attaching again changes nothing but forgets what was recorded."""
+        """Start recording. Discards earlier records."""
         self.detach()
-        latest = self._latest  # the hook holds the list, not the recorder, which could never be forgotten otherwise
+        latest = self._latest  # the hook must not reference the recorder, which could not be garbage-collected then
 
         def record(decoder: nn.Module, inputs: tuple, output: list[Predictions]) -> None:
             latest[:] = [(inputs[0], output)]
@@ -36,20 +35,20 @@ class DecoderRecorder:
         self._remove_hook = weakref.finalize(self, handle.remove)
 
     def detach(self) -> None:
-        """Remove the hook, if there is one, and forget what was recorded."""
+        """Remove the hook, if any, and discard the records."""
         if self._remove_hook is not None:
             self._remove_hook()
         self._latest.clear()
 
-    def take(self) -> tuple[Queries, list[Predictions]]:
-        """The queries that the latest pass began with and the predictions of each layer, first to last; only once.
+    def pop(self) -> tuple[Queries, list[Predictions]]:
+        """Return and discard the initial queries and the predictions of each layer, first to last.
 
         Raises:
-            RuntimeError: the decoder has not run since the last `take`.
+            RuntimeError: the decoder has not run since the last `pop`.
         """
         if not self._latest:
             raise RuntimeError(
-                "The decoder has not run since it was last asked for: the evaluator must be given the very model that "
-                "is evaluated, and reset() must come before the first image"
+                "The decoder has not run since the last pop(): give the evaluator the evaluated model, and call "
+                "reset() before the first image"
             )
         return self._latest.pop()

@@ -1,4 +1,4 @@
-"""How average precision is computed."""
+"""Settings for average precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def hotcoco_is_installed() -> bool:
 def require_hotcoco(purpose: str) -> None:
     """
     Raises:
-        ImportError: hotcoco is not installed. The message names `purpose`.
+        ImportError: hotcoco is not installed; the message names `purpose`.
     """
     if not hotcoco_is_installed():
         raise ImportError(f'{purpose} needs hotcoco, which is not installed: pip install "hotcoco>=1.3,<2"')
@@ -25,12 +25,14 @@ def require_hotcoco(purpose: str) -> None:
 
 @dataclass(frozen=True)
 class APSettings:
-    """backend: of COCO's AP; "auto" is hotcoco where it is installed and equal to pycocotools. max_dets: how many
-    detections of an image and class count, those with the highest scores; COCO's own number is 100.
+    """Settings for average precision.
+
+    backend: for COCO AP; "auto" is hotcoco if it is installed and equal to pycocotools.
+    max_dets: highest-scoring detections per image and class that count; 100 in COCO.
 
     Raises:
-        ValueError: a backend that does not exist, or no detections that count.
-        ImportError: hotcoco is asked for and not installed.
+        ValueError: an unknown backend, or max_dets below 1.
+        ImportError: hotcoco is selected but not installed.
     """
 
     backend: str = "auto"

@@ -22,7 +22,7 @@ from dino_d2.modeling.backbone.frozen_norm import fold_frozen_norms
 from dino_d2.modeling.criterion import SetCriterion
 from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
-from dino_d2.modeling.layers import call
+from dino_d2.modeling.layers import maybe_checkpoint
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.modeling.query_selection import filter_by_score
 from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class InferenceSettings:
-    """How evaluation goes.
+    """Settings for inference.
 
     max_detections: per image.
-    query_score_threshold: queries of tokens that score less are left out, so that images have as many as they need,
-        `query_selection.num_queries` at most; 0: all have as many. Of the model's own scores, which depend on its
-        class loss.
-    nms_threshold: IoU above which the worse of two detections of one class is dropped; 1 keeps all.
-    autocast: name of the dtype of products and convolutions, None: that of the weights.
-    test_time_augmentation: for each image; None: every image is looked at once.
+    query_score_threshold: drop queries from tokens that score less, so that each image has as many queries as it needs,
+        at most `query_selection.num_queries`; 0: the same number for all images. In units of the model's own scores,
+        which depend on its class loss.
+    nms_threshold: IoU threshold of per-class NMS; 1: no NMS.
+    autocast: name of the autocast dtype; None: no mixed precision.
+    test_time_augmentation: None: a single pass per image.
     """
 
     max_detections: int
@@ -64,17 +64,17 @@ class InferenceSettings:
 
 @META_ARCH_REGISTRY.register()
 class DINO(nn.Module):
-    """Images in; weighted losses (training) or Instances (evaluation) out.
+    """The DINO detector: takes images, returns weighted losses (training) or Instances (evaluation).
 
     Args:
-        backbone: its maps named `in_features`, finest first, are what the neck takes.
+        backbone: its feature maps named `in_features`, finest first, are the neck's inputs.
         neck, encoder, query_selection, decoder: applied in this order.
-        denoising: makes the denoising queries; used in training only.
-        criterion: makes the losses.
+        denoising: makes denoising queries; used only in training.
+        criterion: computes the losses.
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
-        recompute_backbone: keep no activations of it, make them again in the backward pass.
-        inference: how evaluation goes.
-        assumptions: what weights must agree with; saved and checked with them.
+        recompute_backbone: use activation checkpointing for the backbone.
+        inference: settings for evaluation.
+        assumptions: saved with the weights, and compared when weights are loaded.
     """
 
     @configurable
@@ -97,7 +97,7 @@ class DINO(nn.Module):
     ):
         super().__init__()
         fold_frozen_norms(backbone)
-        self.backbone = backbone.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        self.backbone = backbone.to(memory_format=torch.channels_last)  # fastest for convolutions
         self.in_features = tuple(in_features)
         self.neck = neck.to(memory_format=torch.channels_last)
         self.encoder = encoder
@@ -136,10 +136,10 @@ class DINO(nn.Module):
         return self.assumptions.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare what the weights assume with what this model is, and take over their score threshold.
+        """Check that the weights' assumptions match this model, and take over their score threshold.
 
         Raises:
-            ValueError: they contradict each other; each line names a config key.
+            ValueError: they differ; each line of the message names a config key.
         """
         theirs = Assumptions.from_tensor(state)
         lines = self.assumptions.contradictions(theirs)
@@ -162,19 +162,20 @@ class DINO(nn.Module):
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """
         Args:
-            batched_inputs: detectron2's format. "image": (3, H, W) in the range of `pixel_mean`; "instances" with
-                `gt_boxes` and `gt_classes` in training, and "most_objects" of an image if they are part of a larger
-                batch; "height", "width" of the wanted result (else the image's).
+            batched_inputs: in detectron2's format. "image": (3, H, W) in the range of `pixel_mean`. In training
+                "instances" with `gt_boxes` and `gt_classes`, and "most_objects", the maximum per image over a larger
+                batch that these are part of. In evaluation the "height" and "width" of the output (default: the
+                image's).
 
         Returns:
-            In training the losses, whose sum is the objective. Else, per image, {"instances": Instances} with
-            `pred_boxes`, `scores`, `pred_classes`, best first.
+            In training the losses, whose sum is the objective. Otherwise {"instances": Instances} for each image, with
+            `pred_boxes`, `scores`, `pred_classes`, highest score first.
         """
         if self.training or self.inference.test_time_augmentation is None:
-            return self.one_pass(batched_inputs)
-        return [self.inference.test_time_augmentation(self.one_pass, x) for x in batched_inputs]
+            return self.forward_once(batched_inputs)
+        return [self.inference.test_time_augmentation(self.forward_once, x) for x in batched_inputs]
 
-    def one_pass(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+    def forward_once(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """`forward` without test-time augmentation."""
         if self.training:
             return self.criterion(*self.training_outputs(batched_inputs))
@@ -186,42 +187,43 @@ class DINO(nn.Module):
     def training_outputs(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> tuple[list[Predictions], Predictions | None, DenoisingQueries, list[Targets]]:
-        """What the criterion takes: predictions of every layer and of the proposals, denoising queries, targets."""
+        """Inputs of the criterion: predictions of every layer, proposals, denoising queries, targets."""
         images, padding_mask = self.preprocess_image(batched_inputs)
         memory = self.encode(images.tensor, padding_mask)
         selection = self.query_selection(memory)
         targets = self.prepare_targets(batched_inputs)
         denoising = self.denoising(targets, max(x.get("most_objects", 0) for x in batched_inputs))
-        queries = denoising.followed_by(selection.queries)
+        queries = denoising.concatenated_with(selection.queries)
         mask = denoising.attention_mask(selection.queries.content.shape[1])
         return self.decoder(queries, memory, mask), selection.proposals, denoising, targets
 
     def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
-        """Normalised images (B, 3, H, W) and their padding (B, H, W), True on it or None -> refined tokens."""
+        """Compute the encoder's tokens from normalised images (B, 3, H, W) and `padding_mask` (B, H, W), True on
+        padding; None if no image is padded."""
         images = images.contiguous(memory_format=torch.channels_last)
-        features = call(self.backbone, images, recompute=self.recompute_backbone)
+        features = maybe_checkpoint(self.backbone, images, recompute=self.recompute_backbone)
         return self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
 
     def predict(self, images: Tensor, padding_mask: Tensor | None) -> Predictions:
-        """The last layer's predictions, without denoising; arguments as in :meth:`encode`."""
+        """Predictions of the last layer, without denoising; arguments as in :meth:`encode`."""
         memory = self.encode(images, padding_mask)
         selection = self.query_selection(memory)
         if self.inference.query_score_threshold == 0:
             return self.decoder(selection.queries, memory)[-1]
-        queries, own = filter_by_score(selection, self.inference.query_score_threshold)
-        # An image must find what it finds alone, though another in its batch has more queries: nobody looks at those.
-        blocked = ~own[:, None].expand(-1, own.shape[1], -1)
+        queries, valid = filter_by_score(selection, self.inference.query_score_threshold)
+        # Mask filler queries, so that the detections of an image do not depend on the others in its batch.
+        blocked = ~valid[:, None].expand(-1, valid.shape[1], -1)
         mask = blocked.repeat_interleave(self.decoder.layers[0].self_attn.num_heads, dim=0)
-        return self.decoder(queries, memory, mask)[-1].only(own)
+        return self.decoder(queries, memory, mask)[-1].masked(valid)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[ImageList, Tensor | None]:
-        """Normalise, pad at the right and bottom to a common size, and mark the padding: (B, H, W), True on it.
-        None where no image is padded.
+        """Normalise, pad at the right and bottom to a common size, and return the padding mask (B, H, W), True on
+        padding; None if no image is padded.
 
-        Every image takes the memory of one that is as high as the highest and as wide as the widest of the batch.
+        Every image uses the memory of one as tall as the tallest and as wide as the widest in the batch.
 
         Raises:
-            ValueError: an image with another number of channels than `pixel_mean`.
+            ValueError: the number of channels of an image and `pixel_mean` differ.
         """
         channels = len(self.pixel_mean)
         for x in batched_inputs:
@@ -229,7 +231,7 @@ class DINO(nn.Module):
                 name, shape = x.get("file_name", "an image"), tuple(x["image"].shape)
                 raise ValueError(
                     f"{name} has the shape {shape}; it must be ({channels}, height, width). dino_d2.data.read_image "
-                    "reads grey and transparent pictures so"
+                    "converts grey and transparent images"
                 )
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         batch = ImageList.from_tensors([(image - self.pixel_mean) / self.pixel_std for image in images])
@@ -239,22 +241,22 @@ class DINO(nn.Module):
         return batch, padding_of(sizes, *batch.tensor.shape[-2:])
 
     def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Targets]:
-        """The objects of each image, boxes relative to it.
+        """The ground truth of each image, with boxes relative to it.
 
         Raises:
-            ValueError: an image without "instances", or a class that the model does not have.
+            ValueError: an image without "instances", or a class index out of range.
         """
         num_classes = self.decoder.num_classes
         labels, boxes = [], []
         for x in batched_inputs:
             name = x.get("file_name", "an image")
             if "instances" not in x:
-                raise ValueError(f'{name} has no "instances": in training every input needs them, empty ones too')
+                raise ValueError(f'{name} has no "instances": training inputs need them, even without objects')
             classes, corners = x["instances"].gt_classes, x["instances"].gt_boxes.tensor.to(self.pixel_mean.dtype)
             if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
                 raise ValueError(
-                    f"{name} has objects of class {int(classes.max())} (lowest {int(classes.min())}), but "
-                    f"MODEL.DINO.NUM_CLASSES is {num_classes}: classes count from 0 to {num_classes - 1}"
+                    f"{name} has classes from {int(classes.min())} to {int(classes.max())}, but "
+                    f"MODEL.DINO.NUM_CLASSES is {num_classes}: classes must be 0 to {num_classes - 1}"
                 )
             height, width = x["image"].shape[-2:]
             labels.append(classes)
@@ -269,9 +271,9 @@ class DINO(nn.Module):
         batched_inputs: Sequence[dict[str, Any]],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Instances]]:
-        """The best (query, class) pairs of each image as Instances of the wanted size."""
+        """The highest-scoring (query, class) pairs of each image as Instances of the output size."""
         results = []
-        best = predictions.best(self.inference.max_detections)
+        best = predictions.topk(self.inference.max_detections)
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
@@ -283,13 +285,13 @@ class DINO(nn.Module):
             instances.pred_classes = classes
             if self.inference.nms_threshold < 1:
                 instances = instances[batched_nms(boxes, scores, classes, self.inference.nms_threshold)]
-            wanted = (x.get("height", height), x.get("width", width))
-            results.append({"instances": detector_postprocess(instances, *wanted)})
+            output_size = (x.get("height", height), x.get("width", width))
+            results.append({"instances": detector_postprocess(instances, *output_size)})
         return results
 
 
 def padding_of(sizes: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width) bool, True outside the image: `sizes` (B, 2) are the images' heights and widths."""
+    """Padding mask (B, height, width) bool, True on padding, for images of heights and widths `sizes` (B, 2)."""
     below = torch.arange(height, device=sizes.device)[:, None] >= sizes[:, 0, None, None]
     right = torch.arange(width, device=sizes.device) >= sizes[:, 1, None, None]
     return below | right

@@ -1,8 +1,8 @@
-"""Published DINO weights by name: detectron2's `model_zoo`, for this detector.
+"""Published DINO weights by name, like detectron2's `model_zoo`.
 
     model = model_zoo.get("dino_r50_4scale_12ep", trained=True)
 
-`MODEL.WEIGHTS dino://NAME` is the same weights for everything that takes a config.
+With a config, `MODEL.WEIGHTS dino://NAME` loads the same weights.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ register()
 
 
 def get_config_file(name: str) -> str:
-    """The path of the recipe of published weights, or of the recipe of that name. See :func:`get_config`.
+    """The path of the recipe for published weights, or of the recipe of that name. See :func:`get_config`.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     name = name.removesuffix(".yaml")
     return find_config_file(entries()[name].recipe if name in entries() else name)
 
 
 def get_checkpoint_url(name: str) -> str:
-    """What `MODEL.WEIGHTS` has to be for published weights.
+    """The value of `MODEL.WEIGHTS` for published weights.
 
     Raises:
-        ValueError: none are published by that name.
+        ValueError: no weights are published under that name.
     """
     return PREFIX + find(name).name
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """The config that published weights of that name go with, else the recipe of that name.
+    """The config of the published weights of that name, else the recipe of that name.
 
-    Published weights need settings that the faithful recipe of the same name does not have; they are applied.
+    Includes settings that the published weights need and the faithful recipe of the same name lacks.
 
     Args:
-        trained: let `MODEL.WEIGHTS` be the published weights; otherwise it is the recipe's, a backbone's.
+        trained: set `MODEL.WEIGHTS` to the published weights; otherwise it stays the recipe's, a backbone.
 
     Raises:
         FileNotFoundError: there is no recipe of that name.
-        ValueError: `trained`, and no weights are published by that name.
+        ValueError: `trained`, and no weights are published under that name.
     """
     settings = settings_of(name)
     if trained:  # timm need not fetch a backbone's weights then
@@ -61,17 +61,17 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
 
 def settings_of(name: str) -> list:
-    """KEY, VALUE, … that go over the recipe of published weights; none where there are no such weights."""
+    """KEY, VALUE, … that override the recipe for published weights; empty if there are no such weights."""
     entry = entries().get(name.removesuffix(".yaml"))
     return list(entry.settings) if entry else []
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """The model, in training mode as detectron2's.
+    """Build the model and load its weights. It is in training mode, as in detectron2's model zoo.
 
     Args:
-        trained: with the published weights; otherwise with the recipe's, those of a backbone.
-        device: in place of the config's.
+        trained: load the published weights; otherwise the recipe's, a backbone.
+        device: overrides the config's.
     """
     cfg = get_config(name, trained)
     if device is not None:

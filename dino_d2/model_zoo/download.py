@@ -1,4 +1,4 @@
-"""A file from the web: in one piece, whole or not at all, going on where an earlier attempt stopped."""
+"""Download a file completely or not at all, resuming earlier attempts."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ATTEMPTS = 5  # in a row that bring nothing new, before it is given up
-TIMEOUT = 30  # seconds without a byte
+ATTEMPTS = 5  # in a row without progress before giving up
+TIMEOUT = 30  # seconds without data
 CHUNK = 1 << 20
-RECORD = "sha256.json"  # in the folder: URL -> digest of what was first loaded from it
+RECORD = "sha256.json"  # in the folder: maps each URL to the digest of its first download
 
 
 class DownloadError(OSError):
-    """What could not be had, and what can be done about it."""
+    """A download failed; the message says what to do."""
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Write what `url` holds to `path`.
+    """Download `url` to `path`, resuming a partial download.
 
-    A part that an earlier attempt left is gone on with. The caller sees to it that there is one attempt at a time.
+    The caller must ensure that only one process downloads at a time.
 
     Args:
-        sha256: what the file's digest begins with; empty: not known, then the first download's is recorded in the
-            folder of `path`, and later ones must have the same.
+        sha256: first digits of the file's digest; empty if unknown: the digest of the first download is recorded in
+            the folder of `path`, and later downloads must match it.
 
     Raises:
-        DownloadError: the server cannot be reached or has no such file, the disk is full, or the file is another one.
+        DownloadError: the server cannot be reached or lacks the file, the disk is full, or the digest differs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    in_vain = 0
+    failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -46,20 +46,20 @@ def download(url: str, path: Path, sha256: str) -> None:
             raise DownloadError(f"{url}: the server says {error.code} {error.reason}") from error
         except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
             now = part.stat().st_size if part.exists() else 0
-            in_vain = 0 if now > before else in_vain + 1
-            if in_vain == ATTEMPTS or not now:
-                kept = f"; {now / 1e6:.0f} MB are kept, and the next attempt goes on from there" if now else ""
-                raise DownloadError(f"{url} could not be loaded: {error}{kept}") from error
+            failures = 0 if now > before else failures + 1
+            if failures == ATTEMPTS or not now:
+                resumable = f"; {now / 1e6:.0f} MB are kept, and the next attempt resumes there" if now else ""
+                raise DownloadError(f"could not download {url}: {error}{resumable}") from error
         except OSError as error:
             free = shutil.disk_usage(part.parent).free / 1e6
-            raise DownloadError(f"{part} could not be written ({free:.0f} MB are free there): {error}") from error
+            raise DownloadError(f"could not write {part} ({free:.0f} MB free there): {error}") from error
     digest = file_digest(part)
     expected = sha256 or _recorded(path.parent).get(url, "")
     if not digest.startswith(expected):
         part.unlink()
         raise DownloadError(
-            f"{url} is another file than it was: its SHA-256 is {digest}, it should begin with {expected}. "
-            "It was removed" + ("" if sha256 else f"; if the publisher has replaced it, remove {path.parent / RECORD}")
+            f"{url} has changed: its SHA-256 is {digest}, expected {expected}…. The download was deleted"
+            + ("" if sha256 else f"; if the publisher has replaced the file, delete {path.parent / RECORD}")
         )
     _record(path.parent, url, digest)
     part.replace(path)
@@ -74,28 +74,28 @@ def file_digest(path: Path) -> str:
 
 
 def _append(url: str, part: Path) -> None:
-    """Load what is missing; `ConnectionError` if the server closes before the end."""
+    """Download the missing bytes; `ConnectionError` if the server closes before the end."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is missing, or the part is of another file
+        if error.code == 416 and have:  # the part is complete, or of another file
             if error.headers.get("Content-Range") == f"bytes */{have}":
                 return
             part.unlink()
-            raise ConnectionError(f"a part of {have} bytes does not fit the server's file") from error
+            raise ConnectionError(f"the partial download of {have} bytes does not match the server's file") from error
         raise
     with response:
-        goes_on = response.status == 206
-        have = have if goes_on else 0  # a server that cannot go on sends everything
+        resumes = response.status == 206
+        have = have if resumes else 0  # a server that cannot resume sends everything
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         free = shutil.disk_usage(part.parent).free
         if total and total - have > free:
             raise OSError(f"{(total - have) / 1e6:.0f} MB are needed")
         with (
-            part.open("ab" if goes_on else "wb") as file,
+            part.open("ab" if resumes else "wb") as file,
             tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name.removesuffix(".part")) as bar,
         ):
             while chunk := response.read(CHUNK):

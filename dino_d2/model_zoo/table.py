@@ -1,4 +1,4 @@
-"""What is published: zoo.yaml, read."""
+"""The published checkpoints listed in zoo.yaml."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import yaml
 
-MIRROR = "DINO_D2_ZOO_URL"  # takes the place of the publishers' addresses
+MIRROR = "DINO_D2_ZOO_URL"  # environment variable: a mirror that replaces the publishers' URLs
 
 
 @dataclass(frozen=True)
 class Entry:
     """A published checkpoint.
 
-    name: ours. recipe: the config it goes with, when `settings` (KEY, VALUE, KEY, VALUE …) are laid over it.
-    publisher, licence, backbone, pretraining: as the publisher says.
-    ap: of COCO val2017, percent, as the publisher says; not measured here.
-    base_url, file: where it lies.
-    sha256: of the file, the first digits; empty where they are not published.
-    parameters: millions. gflops: of one image of 800 x 1333 pixels (tools/analyze.py).
+    name: in this zoo. recipe: its config, overridden by `settings` (KEY, VALUE, KEY, VALUE …).
+    publisher, licence, backbone, pretraining: as stated by the publisher.
+    ap: box AP on COCO val2017 in percent, as reported by the publisher; not measured here.
+    base_url, file: its address.
+    sha256: first digits of the file's digest; empty if not published.
+    parameters: in millions. gflops: for one image of 800 x 1333 pixels (tools/analyze.py).
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All of them by name, in the order of the table."""
+    """All entries by name, in the order of zoo.yaml."""
     content = yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text())
     found = {}
     for publisher, of_publisher in content["publishers"].items():
@@ -73,14 +73,15 @@ def entries() -> dict[str, Entry]:
 
 
 def find(name: str) -> Entry:
-    """
+    """The entry of that name.
+
     Raises:
-        ValueError: no weights of that name are published.
+        ValueError: no weights are published under that name.
     """
     name = name.removesuffix(".yaml")
     entry = entries().get(name)
     if entry is None:
         near = difflib.get_close_matches(name, entries(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`dino-d2 zoo` lists them"
-        raise ValueError(f"no weights are published by the name {name}; {hint}")
+        raise ValueError(f"no weights are published under the name {name}; {hint}")
     return entry

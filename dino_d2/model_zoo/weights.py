@@ -1,4 +1,4 @@
-"""Published weights on this machine: loaded once, converted once, then read from the cache."""
+"""Download and convert published weights once, then read them from the cache."""
 
 from __future__ import annotations
 
@@ -23,56 +23,56 @@ from .table import Entry, find
 
 PREFIX = "dino://"
 CACHE = "DINO_D2_CACHE"  # environment variable
-CONVERSION = "converted-1"  # the number rises when the same file is to be converted otherwise
+CONVERSION = "converted-1"  # increase the number when the conversion changes
 
 
 def cache_folder() -> Path:
-    """`DINO_D2_CACHE`, by default "dino_d2" beside detectron2's cache."""
+    """The folder `DINO_D2_CACHE`, by default "dino_d2" beside detectron2's cache."""
     given = os.environ.get(CACHE)
     return Path(given) if given else Path(get_cache_dir()).parent / "dino_d2"
 
 
 def cached_file(entry: Entry) -> Path:
-    """Where the converted weights lie, or will."""
+    """Path of the converted weights, whether or not it exists."""
     return cache_folder() / CONVERSION / f"{entry.name}.pth"
 
 
 def published_file(entry: Entry) -> Path:
-    """Where the publisher's file is looked for before it is loaded: put it there by hand where there is no network."""
+    """Path of the publisher's file. If it exists it is not downloaded: put it there by hand without a network."""
     return cache_folder() / "published" / entry.name / Path(entry.file).name
 
 
 def local_weights(name: str) -> str:
-    """The path of converted weights, which are loaded and converted first if they are not there.
+    """The path of the converted weights, downloading and converting them if necessary.
 
     Raises:
-        ValueError: there are no such weights, or their file is not what it should be.
-        DownloadError: they cannot be had.
+        ValueError: no weights of that name, or their file is not the published one.
+        DownloadError: the download failed.
     """
     entry = find(name)
     converted = cached_file(entry)
     if converted.exists():
         return str(converted)
-    with file_lock(str(converted)):  # of two processes one loads
+    with file_lock(str(converted)):  # only one process downloads
         if not converted.exists():
             published = published_file(entry)
             by_hand = published.exists()
             if not by_hand:
-                _load(entry, published)
+                _download(entry, published)
             _convert(entry, published, converted)
             if not by_hand:
                 published.unlink()
     return str(converted)
 
 
-def _load(entry: Entry, published: Path) -> None:
-    logging.getLogger(__name__).info("loading %s (published by %s) from %s", entry.name, entry.publisher, entry.url)
+def _download(entry: Entry, published: Path) -> None:
+    logging.getLogger(__name__).info("downloading %s (published by %s) from %s", entry.name, entry.publisher, entry.url)
     try:
         download(entry.url, published, entry.sha256)
     except DownloadError as error:
         raise DownloadError(
-            f"{error}\nWhere there is no network: put {Path(entry.file).name} from {entry.url} at {published}; "
-            "DINO_D2_ZOO_URL is the address of a mirror, if you have one"
+            f"{error}\nWithout a network, download {Path(entry.file).name} from {entry.url} elsewhere and copy it to "
+            f"{published}, or set DINO_D2_ZOO_URL to a mirror"
         ) from error
 
 
@@ -81,19 +81,19 @@ def _convert(entry: Entry, published: Path, converted: Path) -> None:
     try:
         conversion = to_ours(read_published(published), "auto", build_model(cfg))
     except ValueError as error:
-        raise ValueError(f"{published} is not what was published as {entry.name}: {error}") from error
+        raise ValueError(f"{published} is not the file published as {entry.name}: {error}") from error
     state = conversion.state
-    assumed = replace(Assumptions.from_tensor(state[EXTRA_STATE]), zoo_name=entry.name)
-    write_checkpoint({"model": state | {EXTRA_STATE: assumed.to_tensor()}}, converted.parent, converted.name)
+    assumptions = replace(Assumptions.from_tensor(state[EXTRA_STATE]), zoo_name=entry.name)
+    write_checkpoint({"model": state | {EXTRA_STATE: assumptions.to_tensor()}}, converted.parent, converted.name)
 
 
 def config_of(entry: Entry, overrides: list[Any]) -> CfgNode:
-    """The config that the weights go with, without weights."""
+    """The config of the weights, with `MODEL.WEIGHTS` empty."""
     return load_config(find_config_file(entry.recipe), [*entry.settings, "MODEL.WEIGHTS", "", *overrides])
 
 
 class ZooHandler(PathHandler):
-    """`dino://NAME` for everything that reads weights by iopath, as detectron2 does."""
+    """Resolves `dino://NAME` for everything that reads weights through iopath, as detectron2 does."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]

@@ -1,6 +1,6 @@
-"""How decoder layer i's box becomes a prediction and the anchor of layer i + 1 (paper section 3.5).
+"""Box refinement: how the box of decoder layer i becomes its prediction and the anchor of layer i + 1 (section 3.5).
 
-Lifted into another DETR, this file needs nothing but `geometry`.
+To reuse this file in another DETR, copy `geometry` too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dino_d2.geometry import inverse_sigmoid
 class Refinement(NamedTuple):
     """Boxes (B, Q, 4) cx, cy, w, h in [0, 1].
 
-    prediction: of this layer.
-    anchor: what the next layer attends around; carries no gradient.
-    reference: the same boxes with their gradient, which the next layer's prediction may start from.
+    prediction: this layer's prediction.
+    anchor: what the next layer attends around; detached.
+    reference: the same boxes with gradient, which the next layer's prediction can start from.
     """
 
     prediction: Tensor
@@ -26,19 +26,19 @@ class Refinement(NamedTuple):
 
 
 def look_forward_twice(anchor: Tensor, reference: Tensor, delta: Tensor, normed_delta: Tensor) -> Refinement:
-    """The prediction starts from the reference: its loss also reaches the layer before (figure 6b).
+    """Predict from the reference, so that the loss also trains the previous layer (figure 6b).
 
     Args:
-        anchor, reference: (B, Q, 4), from the layer before.
-        delta: (B, Q, 4), what the box head says of this layer's output, in logit space.
-        normed_delta: the same of the LayerNormed output.
+        anchor, reference: (B, Q, 4), from the previous layer.
+        delta: (B, Q, 4), output of the box head for this layer, in logit space.
+        normed_delta: the same for the normalised (LayerNorm) output.
     """
     refined = (delta + inverse_sigmoid(anchor)).sigmoid()
     return Refinement((normed_delta + inverse_sigmoid(reference)).sigmoid(), refined.detach(), refined)
 
 
 def look_forward_once(anchor: Tensor, reference: Tensor, delta: Tensor, normed_delta: Tensor) -> Refinement:
-    """The prediction starts from the anchor: its loss stays in this layer (figure 6a; Deformable DETR)."""
+    """Predict from the anchor, so that the loss trains only this layer (figure 6a; Deformable DETR)."""
     refined = (delta + inverse_sigmoid(anchor)).sigmoid().detach()
     return Refinement((normed_delta + inverse_sigmoid(anchor)).sigmoid(), refined, refined)
 

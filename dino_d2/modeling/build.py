@@ -1,4 +1,4 @@
-"""The door: the parts of DINO from a detectron2 config. Behind it nobody sees `cfg`."""
+"""Build the parts of DINO from a detectron2 config. The parts themselves do not use `cfg`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CLASS_LOSSES = {  # MODEL.DINO.LOSS.CLASS
 
 
 def check_counts(cfg: CfgNode) -> None:
-    """Raise ValueError where the config has none of something that every detector has."""
+    """Raise ValueError if one of the `COUNTS` in the config is below 1."""
     for key in COUNTS:
         count = attrgetter(key)(cfg.MODEL.DINO)
         if count < 1:
@@ -72,8 +72,8 @@ def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:
 def _interleaved_block(cfg: CfgNode) -> InterleavedBlock:
     c = cfg.MODEL.DINO
     if c.NUM_FEATURE_LEVELS < 2:
-        raise ValueError("MODEL.DINO.ENCODER interleaved needs a finest level and coarser ones, but "
-                         f"MODEL.DINO.NUM_FEATURE_LEVELS is {c.NUM_FEATURE_LEVELS}; one level: deformable")  # fmt: skip
+        raise ValueError("MODEL.DINO.ENCODER interleaved needs at least two levels, but MODEL.DINO.NUM_FEATURE_LEVELS "
+                         f"is {c.NUM_FEATURE_LEVELS}; use deformable for one level")  # fmt: skip
     coarse = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.INTERLEAVED.COARSE_UPDATES)]
     return InterleavedBlock(coarse, _encoder_layer(cfg, c.INTERLEAVED.FINEST_FEEDFORWARD))
 
@@ -94,7 +94,7 @@ def query_score_threshold(cfg: CfgNode) -> float:
     c = cfg.MODEL.DINO
     key, threshold = "MODEL.DINO.QUERY_SCORE_THRESHOLD", c.QUERY_SCORE_THRESHOLD
     if not 0 <= threshold < 1:
-        raise ValueError(f"{key} is {threshold}; it must be at least 0, which is off, and below 1")
+        raise ValueError(f"{key} is {threshold}; it must be in [0, 1); 0 disables it")
     if threshold and c.QUERY_SELECTION == "static":
         raise ValueError(f"{key} is {threshold}, but MODEL.DINO.QUERY_SELECTION static scores no tokens; set it to 0")
     return threshold
@@ -167,7 +167,7 @@ def _ffn(cfg: CfgNode, hidden_dim: int) -> FeedForward:
 
 
 def _xavier(modules: Sequence[nn.Module]) -> None:
-    """Xavier for every matrix of the transformer, then the deformable attention's own initialisation."""
+    """Xavier initialisation for all matrices, then the deformable attention's own initialisation."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.dim() > 1:

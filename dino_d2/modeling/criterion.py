@@ -1,4 +1,4 @@
-"""From predictions and targets to the weighted losses."""
+"""Compute the weighted losses from predictions and targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .matcher import HungarianMatcher
 
 @dataclass
 class LossWeights:
-    """Weights of the losses, the same at every layer; the sum of the weighted losses is the objective.
+    """Loss weights, the same for every layer; the objective is the sum of the weighted losses.
 
     denoising_classification: class loss weight of the denoising queries; None: `classification`.
     """
@@ -34,10 +34,10 @@ class LossWeights:
 
 
 class SetCriterion:
-    """Losses of the proposals, of every decoder layer and of its denoising part.
+    """Losses of the proposals and of every decoder layer's matching and denoising queries.
 
-    Names: `loss_ce`, `loss_bbox`, `loss_giou` for the last layer; `_0`, `_1`, … for the earlier ones, `_dn`
-    (`_dn_0`, …) for the denoising part, `_interm` for the proposals.
+    Names as in the official code: `loss_ce`, `loss_bbox`, `loss_giou` for the last layer; suffix `_0`, `_1`, … for
+    earlier layers, `_dn` (`_dn_0`, …) for denoising queries, `_interm` for the proposals.
     """
 
     def __init__(self, matcher: HungarianMatcher, weights: LossWeights, class_loss: ClassLoss = focal_loss):
@@ -54,10 +54,13 @@ class SetCriterion:
     ) -> dict[str, Tensor]:
         """
         Args:
-            layers: of each decoder layer, for the denoising queries followed by the matching queries.
-            proposals: of the encoder; None where queries are learned.
-            denoising: what is known of the denoising queries.
-            targets: of each image.
+            layers: predictions of each decoder layer, denoising queries before matching queries.
+            proposals: predictions of the encoder; None for learned queries.
+            denoising: the denoising queries and their matches.
+            targets: one per image.
+
+        Returns:
+            the weighted losses by name.
         """
         labels = torch.cat([t.labels for t in targets])
         boxes = torch.cat([t.boxes for t in targets])
@@ -116,7 +119,7 @@ def _sum(losses: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def boxes_per_process(count: int, like: Tensor) -> Tensor:
-    """Number of boxes of an average process, at least 1."""
+    """Number of boxes averaged over processes, at least 1."""
     total = like.new_full((), count)
     if comm.get_world_size() > 1:
         dist.all_reduce(total)

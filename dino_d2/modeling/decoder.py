@@ -1,4 +1,4 @@
-"""The decoder: queries look at each other, then at the memory, and say class and box after every layer."""
+"""The decoder: self-attention, cross-attention to the memory, and class and box predictions after every layer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dino_d2.structures import Memory, Predictions, Queries
 
 from .box_refinement import Refinement
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import MLP, FeedForward, box_head, call
+from .layers import MLP, FeedForward, box_head, maybe_checkpoint
 from .position_encoding import anchor_embedding
 
-PRIOR_PROBABILITY = 0.01  # of any class before training (focal loss, arXiv 1708.02002, section 4.1)
+PRIOR_PROBABILITY = 0.01  # initial probability of each class (focal loss, arXiv 1708.02002, section 4.1)
 
 
 def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
-    """Class logits that start at `PRIOR_PROBABILITY`."""
+    """Linear class head, initialised to predict `PRIOR_PROBABILITY`."""
     head = nn.Linear(embed_dim, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     return head
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention, feed-forward; norms after the residuals."""
+    """Self-attention, deformable cross-attention, feed-forward; post-norm."""
 
     def __init__(self, self_attention: nn.MultiheadAttention, cross_attention: MultiScaleDeformableAttention,
                  ffn: FeedForward):  # fmt: skip
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         Args:
             content, position: (B, Q, C).
             reference: (B, Q, L, 4), the anchors in [0, 1] of each padded level.
-            attention_mask: (Q, Q) or (B * heads, Q, Q) bool, True = blocked; None: everybody sees everybody.
+            attention_mask: (Q, Q) or (B * heads, Q, Q) bool, True = blocked; None: no mask.
         """
         query = content + position
         attended, _ = self.self_attn(query, query, content, attn_mask=attention_mask, need_weights=False)
@@ -57,15 +57,15 @@ class DecoderLayer(nn.Module):
 
 
 class DINODecoder(nn.Module):
-    """Decoder layers with iterative box refinement, and the heads that speak for them.
+    """Decoder layers with iterative box refinement and prediction heads.
 
     Args:
         layers: applied in turn.
         embed_dim: C.
         num_classes: K.
         refine: `look_forward_twice` or `look_forward_once`.
-        share_heads: one class and one box head for all layers, as published; else one of each per layer.
-        recompute: keep no activations of a layer, make them again in the backward pass.
+        share_heads: share the class and box head between layers, as published; else one of each per layer.
+        recompute: use activation checkpointing, layer by layer.
     """
 
     def __init__(
@@ -88,16 +88,17 @@ class DINODecoder(nn.Module):
         self.refine, self.recompute = refine, recompute
 
     def forward(self, queries: Queries, memory: Memory, attention_mask: Tensor | None = None) -> list[Predictions]:
-        """The predictions of every layer, first to last. `attention_mask`: see :class:`DecoderLayer`."""
+        """Predictions of every layer, first to last. `attention_mask`: see :class:`DecoderLayer`."""
         content, anchor, reference = queries.content, queries.anchors, queries.anchors
         level_scale = torch.cat([memory.valid_ratios, memory.valid_ratios], dim=-1)[:, None]  # (B, 1, L, 4)
         predictions = []
         for i, layer in enumerate(self.layers):
             anchor_on_levels = anchor[:, :, None] * level_scale
             position = self.query_position(anchor_embedding(anchor_on_levels[:, :, 0], content.shape[-1] // 2))
-            content = call(layer, content, position, anchor_on_levels, memory, attention_mask, recompute=self.recompute)
+            inputs = (content, position, anchor_on_levels, memory, attention_mask)
+            content = maybe_checkpoint(layer, *inputs, recompute=self.recompute)
             normed = self.norm(content)
-            head = i % len(self.box_heads)  # a shared head is the only one
+            head = i % len(self.box_heads)  # 0 for shared heads
             delta, normed_delta = self.box_heads[head](torch.stack([content, normed])).unbind()
             boxes, anchor, reference = self.refine(anchor, reference, delta, normed_delta)
             predictions.append(Predictions(self.class_heads[head](normed), boxes))

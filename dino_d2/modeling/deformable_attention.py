@@ -13,13 +13,13 @@ from dino_d2.structures import Memory
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Each query samples `num_points` places of every level, for every head.
+    """Each head of each query samples `num_points` locations per level.
 
     Args:
         embed_dim: C, a multiple of `num_heads`.
         num_levels: L.
         num_points: samples per head and level.
-        op: `ms_deform_attn_fused` of `dino_d2.ops`, or its reference.
+        op: `dino_d2.ops.ms_deform_attn_fused`, or its reference.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Heads look in `num_heads` directions, point p at distance p + 1, all equally weighted."""
+        """Point the heads in `num_heads` directions, with point p at distance p + 1 and equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -61,9 +61,9 @@ class MultiScaleDeformableAttention(nn.Module):
     def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """
         Args:
-            query: (B, Q, C), position included.
+            query: (B, Q, C), with position embedding.
             reference: (B, Q, L, 2) points, or (B, Q, L, 4) boxes cx, cy, w, h; in [0, 1] of the padded level.
-            memory: what is sampled; its padded tokens count as zero.
+            memory: the sampled tokens; padding counts as zero.
 
         Returns:
             (B, Q, C).

@@ -1,6 +1,6 @@
-"""Contrastive denoising: noised objects as extra queries whose answer is known (paper section 3.3).
+"""Contrastive denoising: noised objects as extra queries with known targets (paper section 3.3).
 
-Lifted into another DETR, this file needs nothing but `geometry` and `structures`.
+To reuse this file in another DETR, copy `geometry` and `structures` too.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from dino_d2.structures import DenoisingQueries, Pairs, Targets
 
 
 def noise_labels(labels: Tensor, num_classes: int, ratio: float) -> Tensor:
-    """Replace labels, with HALF of the probability `ratio`, by a class drawn at random (maybe the same one)."""
+    """Replace labels by random classes (possibly the same) with HALF the probability `ratio`."""
     replaced = torch.rand(labels.shape, device=labels.device) < ratio * 0.5
     return torch.where(replaced, torch.randint_like(labels, num_classes), labels)
 
 
-def noise_boxes(boxes: Tensor, scale: float, least: Tensor, reorder: bool) -> Tensor:
-    """Move both corners of each box, each coordinate by itself, and clamp the result to the image.
+def noise_boxes(boxes: Tensor, scale: float, minimum: Tensor, reorder: bool) -> Tensor:
+    """Move both corners of each box, each coordinate independently, and clamp them to the image.
 
-    A coordinate moves by `scale * u` half sides, u uniform in [least, least + 1), to either side. Below 1
-    the box keeps overlapping its object; from 1 on it need not, and corners may change places: on either axis
-    whenever they move towards each other, so 7 of 16 negatives (at scale 1) have a width or height below 0.
+    A coordinate moves by `scale * u` half sides in either direction, u uniform in [minimum, minimum + 1). Below 1 the
+    box still overlaps its object; from 1 on it may not, and corners can swap: on either axis whenever they move
+    towards each other, so 7 of 16 negatives (at scale 1) have a negative width or height.
 
     Args:
         boxes: (..., 4) cx, cy, w, h in [0, 1].
-        scale: lambda_1 of the paper.
-        least: broadcasts to (..., 4); 0 for positives, 1 for negatives.
-        reorder: put corners that changed places back in order; the published program leaves them.
+        scale: lambda_1 in the paper.
+        minimum: broadcasts to (..., 4); 0 for positives, 1 for negatives.
+        reorder: swap corners back; the official code does not.
     """
     half = boxes[..., 2:] / 2
-    amount = torch.rand_like(boxes) + least
+    amount = torch.rand_like(boxes) + minimum
     side = torch.randint_like(boxes, 2) * 2 - 1
     corners = cxcywh_to_xyxy(boxes) + side * amount * scale * torch.cat([half, half], dim=-1)
     if reorder:
@@ -43,20 +43,20 @@ def noise_boxes(boxes: Tensor, scale: float, least: Tensor, reorder: bool) -> Te
 
 
 class PlainDenoising(nn.Module):
-    """Groups of noised objects to be restored (DN-DETR, arXiv 2203.01305).
+    """Groups of noised objects to be denoised (DN-DETR, arXiv 2203.01305).
 
-    A group holds one slot per object of the fullest image, for each of its `parts`: positives, and with
-    :class:`ContrastiveDenoising` negatives behind them. Slots that an image does not fill have zero content
-    and the box (0.5, 0.5, 0.5, 0.5); their group sees them and the loss counts them as background.
+    A group has one slot per object of the image with the most objects, for each of its `parts`: positives, and with
+    :class:`ContrastiveDenoising` negatives after them. Unused slots have zero content and the box (0.5, 0.5, 0.5, 0.5);
+    they are visible to their group and count as background in the loss.
 
     Args:
-        num_classes: K. The embedding has one row more, never used, as released weights have it.
+        num_classes: K. The embedding has one more row, unused, for compatibility with released weights.
         embed_dim: C.
-        number: about how many positives an image gets: max(1, number // most objects) groups.
+        number: approximate number of positives per image: max(1, number // most objects) groups.
         label_noise_ratio: see :func:`noise_labels`.
         box_noise_scale, reorder_negatives: see :func:`noise_boxes`.
-        max_queries: bound on the denoising queries of an image (0: none). Above it there are fewer groups,
-            then only a random choice of objects is denoised.
+        max_queries: limit on denoising queries per image (0: no limit). To meet it the number of groups is reduced
+            first; then only a random subset of objects is denoised.
     """
 
     parts = 1
@@ -73,7 +73,7 @@ class PlainDenoising(nn.Module):
     ):
         super().__init__()
         if number < 1:
-            raise ValueError("MODEL.DINO.DN.NUMBER must be at least 1; MODEL.DINO.DN.TYPE none switches denoising off")
+            raise ValueError("MODEL.DINO.DN.NUMBER must be at least 1; MODEL.DINO.DN.TYPE none disables denoising")
         if 0 < max_queries < self.parts:
             raise ValueError(f"MODEL.DINO.DN.MAX_QUERIES must be 0 or at least {self.parts}, got {max_queries}")
         self.num_classes, self.number, self.max_queries = num_classes, number, max_queries
@@ -82,7 +82,7 @@ class PlainDenoising(nn.Module):
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim)
 
     def forward(self, targets: Sequence[Targets], most_objects: int = 0) -> DenoisingQueries:
-        """`most_objects`: of an image in other parts of the batch, which have as many groups and slots."""
+        """Make denoising queries. `most_objects`: maximum per image over all parts of an accumulated batch."""
         device = self.label_embed.weight.device
         most = max([most_objects, *(len(t) for t in targets)])
         slots = min(most, self.max_queries // self.parts) if self.max_queries else most
@@ -95,9 +95,9 @@ class PlainDenoising(nn.Module):
         labels = torch.cat([t.labels for t in targets])[target].expand(groups, self.parts, -1)
         boxes = torch.cat([t.boxes for t in targets])[target].expand(groups, self.parts, -1, -1)
         # Part p of a group moves its boxes by p to p + 1 half sides.
-        least = torch.arange(self.parts, device=device).view(-1, 1, 1)
+        minimum = torch.arange(self.parts, device=device).view(-1, 1, 1)
         content = self.label_embed(noise_labels(labels, self.num_classes, self.label_noise_ratio))
-        anchors = noise_boxes(boxes, self.box_noise_scale, least, self.reorder_negatives)
+        anchors = noise_boxes(boxes, self.box_noise_scale, minimum, self.reorder_negatives)
         anchors = inverse_sigmoid(anchors).sigmoid()
 
         group = torch.arange(groups, device=device).view(-1, 1, 1)
@@ -115,13 +115,13 @@ class PlainDenoising(nn.Module):
 
 
 class ContrastiveDenoising(PlainDenoising):
-    """Each group also holds negatives: boxes moved by 1 to 2 half sides, to be called background."""
+    """Groups also have negatives: boxes moved by 1 to 2 half sides, with background as target."""
 
     parts = 2
 
 
 class NoDenoising(nn.Module):
-    """No denoising queries at all."""
+    """Makes no denoising queries."""
 
     def __init__(self, embed_dim: int):
         super().__init__()
@@ -140,11 +140,11 @@ class NoDenoising(nn.Module):
 
 
 def _objects(targets: Sequence[Targets], slots: int) -> Tensor:
-    """Image, slot and batch-wide number (3, M) of every object that gets a slot; too many: a random choice of them."""
+    """Image, slot and batch-wide index (3, M) of each object; a random subset where there are too few slots."""
     objects = []
     first = 0
     for i, t in enumerate(targets):
-        kept = torch.arange(len(t)) if len(t) <= slots else torch.randperm(len(t))[:slots]
-        objects.append(torch.stack([torch.full_like(kept, i), torch.arange(len(kept)), first + kept]))
+        index = torch.arange(len(t)) if len(t) <= slots else torch.randperm(len(t))[:slots]
+        objects.append(torch.stack([torch.full_like(index, i), torch.arange(len(index)), first + index]))
         first += len(t)
     return torch.cat(objects, dim=1)

@@ -1,4 +1,4 @@
-"""The deformable encoder: feature maps in, refined tokens out."""
+"""The deformable encoder: from feature maps to refined tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dino_d2.constants import constant
 from dino_d2.structures import Memory, map_sizes
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import FeedForward, call
+from .layers import FeedForward, maybe_checkpoint
 from .position_encoding import pixel_embedding
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then the feed-forward block; norms after the residuals."""
+    """Deformable self-attention over all levels, then feed-forward; post-norm."""
 
     def __init__(self, attention: MultiScaleDeformableAttention, ffn: FeedForward):
         super().__init__()
@@ -31,7 +31,7 @@ class EncoderLayer(nn.Module):
         return replace(memory, tokens=self.update(memory.tokens, position, reference, memory))
 
     def update(self, tokens: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """What becomes of some of the tokens (B, Q, C); position (B, Q, C) and reference (B, Q, L, 2) are theirs."""
+        """Update a subset of tokens (B, Q, C), with their position (B, Q, C) and reference (B, Q, L, 2)."""
         attended = self.self_attn(tokens + position, reference, memory)
         return self.ffn(self.self_attn_norm(tokens + self.dropout(attended)))
 
@@ -43,8 +43,8 @@ class DeformableEncoder(nn.Module):
         layers: (memory, position, reference) -> memory, applied in turn.
         embed_dim: C.
         num_levels: L.
-        temperature, offset: of the sine embedding of the pixels.
-        recompute: keep no activations of a layer, make them again in the backward pass.
+        temperature, offset: of the sine position embedding.
+        recompute: use activation checkpointing, layer by layer.
     """
 
     def __init__(
@@ -65,35 +65,35 @@ class DeformableEncoder(nn.Module):
         """
         Args:
             features: L maps (B, C, h, w).
-            padding_mask: (B, H, W) bool over the padded images, True on padding; None: no image is padded.
+            padding_mask: (B, H, W) bool, True on padding; None: no image is padded.
         """
-        memory, position = self.lay_out(features, padding_mask)
+        memory, position = self.flatten(features, padding_mask)
         return self.refine(memory, position, memory.token_centres()[:, :, None] * memory.valid_ratios[:, None])
 
     def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
         """Apply the layers; position (B, N, C), reference (B, N, L, 2)."""
         for layer in self.layers:
-            memory = call(layer, memory, position, reference, recompute=self.recompute)
+            memory = maybe_checkpoint(layer, memory, position, reference, recompute=self.recompute)
         return memory
 
-    def lay_out(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
-        """The maps as tokens, and the embedding of each token's position and level, (B, N, C)."""
-        dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry is never below float32
+    def flatten(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
+        """Flatten the maps to tokens; also returns the position and level embedding of each token, (B, N, C)."""
+        dtype = torch.promote_types(self.level_embed.dtype, torch.float32)  # geometry needs at least float32
         batch, channels = features[0].shape[:2]
         device = features[0].device
         shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
         if padding_mask is None:
-            on_tokens, valid_sizes = None, map_sizes(shapes, dtype, device).expand(batch, -1, -1)
+            token_mask, valid_sizes = None, map_sizes(shapes, dtype, device).expand(batch, -1, -1)
             position = position_on_map(shapes, channels, self.temperature, self.offset, dtype, device)[None]
         else:
             masks = [_resize_mask(padding_mask, shape) for shape in shapes]
-            on_tokens = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+            token_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
             valid_sizes = torch.stack([_valid_size(mask, dtype) for mask in masks], dim=1)
             position = _embed(masks, channels, self.temperature, self.offset, dtype)
         sizes = [height * width for height, width in shapes]
         levels = zip(position.split(sizes, dim=1), self.level_embed, strict=True)
         position = torch.cat([level + embed for level, embed in levels], dim=1)
-        return Memory(_flatten(features), on_tokens, shapes, valid_sizes), position.expand(batch, -1, -1)
+        return Memory(_flatten(features), token_mask, shapes, valid_sizes), position.expand(batch, -1, -1)
 
 
 @constant
@@ -105,7 +105,7 @@ def position_on_map(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Sine embedding of every pixel of L maps without padding: (N, channels). See :func:`pixel_embedding`."""
+    """Sine embedding of every pixel of L unpadded maps, (N, channels). See :func:`pixel_embedding`."""
     masks = [torch.zeros(1, *shape, dtype=torch.bool, device=device) for shape in spatial_shapes]
     return _embed(masks, channels, temperature, offset, dtype)[0]
 
@@ -119,7 +119,7 @@ def _flatten(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """`F.interpolate` of mode nearest, written out: ONNX rounds the positions otherwise, and lets padding in."""
+    """`F.interpolate(mode="nearest")`, written out because ONNX rounds differently and would include padding."""
     rows, columns = (_nearest(*sizes, mask.device) for sizes in zip(mask.shape[-2:], size, strict=True))
     return mask.index_select(1, rows).index_select(2, columns)
 
@@ -130,6 +130,6 @@ def _nearest(size: int, new_size: int, device: torch.device) -> Tensor:
 
 
 def _valid_size(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 2): unpadded columns and rows."""
+    """Number of unpadded columns and rows, (B, 2)."""
     inside = ~mask
     return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], dim=-1).to(dtype)

@@ -1,4 +1,4 @@
-"""Coarse levels often, the finest level rarely: three quarters of the tokens are its (Lite DETR, arXiv 2303.07335)."""
+"""Update the finest level, three quarters of all tokens, less often than the others (Lite DETR, arXiv 2303.07335)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .encoder import EncoderLayer
 
 
 class InterleavedBlock(nn.Module):
-    """Several updates of the tokens of the coarse levels, then one of those of the finest; each sees all levels.
+    """Several updates of the coarse levels, then one of the finest; each attends to all levels.
 
-    A layer of :class:`DeformableEncoder`, in the place of :class:`EncoderLayer`.
+    Used as a layer of :class:`DeformableEncoder` instead of :class:`EncoderLayer`.
 
     Args:
         coarse: applied in turn to the tokens of all levels but the finest.

@@ -1,4 +1,4 @@
-"""The two small blocks that several modules are made of, and how a function is called to take less memory."""
+"""Building blocks shared by several modules, and helpers that save memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Rows that are worked on at a time: their hidden channels (2048 of float32: 16 MB) fit the caches of a CPU.
-ROWS_AT_A_TIME = 2048
+# Rows per chunk: their hidden channels (2048 float32 values each: 16 MB) fit into CPU caches.
+CHUNK_ROWS = 2048
 
 
 class MLP(nn.Module):
-    """`num_layers` linear layers with ReLU between them: (..., input_dim) -> (..., output_dim)."""
+    """`num_layers` linear layers with ReLU in between: (..., input_dim) -> (..., output_dim)."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with ReLU, residual and LayerNorm after it: (..., embed_dim) -> the same."""
+    """Two linear layers with ReLU, then residual and LayerNorm: (..., embed_dim) -> (..., embed_dim)."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, dropout: float):
         super().__init__()
@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_rows(self._forward, x)
+        return apply_in_chunks(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         hidden = self.dropout(relu(self.linear1(x)))
@@ -47,35 +47,34 @@ class FeedForward(nn.Module):
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU, in place where no gradient is wanted (the product of a linear layer is a view: a gradient would pay)."""
+    """ReLU, in place without gradients (the output of a linear layer is a view, which makes in-place autograd slow)."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def box_head(embed_dim: int) -> MLP:
-    """Three layers to the 4 logit-space numbers of a box; starts as "do not move"."""
+    """Three-layer MLP that predicts the 4 logit-space offsets of a box, initialised to 0."""
     head = MLP(embed_dim, embed_dim, 4, num_layers=3)
     nn.init.zeros_(head.layers[-1].weight)
     nn.init.zeros_(head.layers[-1].bias)
     return head
 
 
-def call(module: nn.Module, *inputs: Any, recompute: bool) -> Any:
-    """`module(*inputs)`; with `recompute` its activations are not kept but made again in the backward pass."""
+def maybe_checkpoint(module: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """`module(*inputs)`, with activation checkpointing if `recompute` is True."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
 
 
-def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)` for a function that treats each row of `x` (..., C) by itself and keeps the shape.
+def apply_in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)` for a function that handles each row of `x` (..., C) independently and keeps the shape.
 
-    On a CPU that keeps no activations it is given some rows at a time, so that what it makes on the way stays in the
-    caches instead of being written to memory and read again.
+    On a CPU without gradients it is applied to chunks of rows, so that intermediate results stay in the caches.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     rows = x.flatten(0, -2)
     result = torch.empty_like(rows)
-    for part, place in zip(rows.split(ROWS_AT_A_TIME), result.split(ROWS_AT_A_TIME), strict=True):
-        place.copy_(function(part))
+    for chunk, output in zip(rows.split(CHUNK_ROWS), result.split(CHUNK_ROWS), strict=True):
+        output.copy_(function(chunk))
     return result.view(x.shape)

@@ -1,4 +1,4 @@
-"""The three losses of DETR-like detectors, unweighted and not yet divided by a number of boxes."""
+"""The three losses of DETR-like detectors, without weights and without division by the number of boxes."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from dino_d2.structures import Pairs, Predictions, Targets
 
 from .losses import FOCAL_ALPHA, FOCAL_GAMMA
 
-BAD = 1e6  # the cost of a pair that has none
+NON_FINITE_COST = 1e6  # replaces NaN and infinite costs
 
 
 class HungarianMatcher:
-    """Finds, for each image, the assignment of least cost.
+    """Finds the minimum-cost assignment for each image.
 
     The cost of a pair is `class_weight` * focal class cost + `l1_weight` * L1 distance of the boxes
     - `giou_weight` * their generalised IoU.
@@ -33,11 +33,11 @@ class HungarianMatcher:
 
         They are in the order of the network: the last one is that of the last decoder layer.
 
-        A prediction that is NaN or infinite is a bad match for everything. It is no error here, where other processes
-        would wait for this one in vain: the losses are not finite either, and whoever takes the step sees that.
+        A NaN or infinite prediction gets a high cost instead of raising an error, for which other processes would
+        wait in vain. The losses are not finite then either, and the trainer handles that.
         """
         blocks = [self.cost(p.logits[i], p.boxes[i], target) for p in predictions for i, target in enumerate(targets)]
-        on_host = torch.cat([block.flatten() for block in blocks]).nan_to_num(BAD, BAD, BAD).cpu()
+        on_host = torch.cat([block.flatten() for block in blocks]).nan_to_num(*[NON_FINITE_COST] * 3).cpu()
         costs = [
             part.view(block.shape).numpy()
             for part, block in zip(on_host.split([block.numel() for block in blocks]), blocks, strict=True)
@@ -49,7 +49,7 @@ class HungarianMatcher:
         return [Pairs(*part.unbind()) for part in on_device.split([part.shape[1] for part in pairs], dim=1)]
 
     def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
-        """Cost of every query with every object: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
+        """Cost of each (query, object) pair: logits (Q, K) and boxes (Q, 4) -> (Q, n)."""
         probability = logits.sigmoid()[:, target.labels]
         distance = (boxes[:, None] - target.boxes[None]).abs().sum(-1)
         overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])

@@ -1,4 +1,4 @@
-"""From the backbone's feature maps to L maps of one width."""
+"""Project the backbone's feature maps to L maps with the same number of channels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ NORM_GROUPS = 32
 
 
 class ChannelMapper(nn.Module):
-    """A 1x1 convolution per backbone level, and stride-2 3x3 convolutions for the coarser levels.
+    """A 1x1 convolution per backbone level, and stride-2 3x3 convolutions for coarser levels.
 
-    The first extra level is made of the raw last backbone map, each further one of the level before it; every
+    The first extra level is computed from the last backbone map, each further one from the level before; every
     convolution is followed by GroupNorm(32).
 
     Args:
         in_channels: channels of each backbone map, finest first.
         out_channels: a multiple of 32.
-        num_levels: levels in the result, at least as many as backbone maps.
+        num_levels: L, at least the number of backbone maps.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, num_levels: int):

@@ -1,4 +1,4 @@
-"""Sine embeddings: of the pixels (encoder) and of the anchors (decoder)."""
+"""Sine embeddings of pixels (encoder) and anchors (decoder)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ANCHOR_TEMPERATURE = 10000
 
 
 def _interleaved_sine(angles: Tensor) -> Tensor:
-    """(..., n) -> (..., n): sine of the even entries, cosine of the odd ones."""
+    """Sine of even entries, cosine of odd entries: (..., n) -> (..., n)."""
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
 
 
 def _frequencies(count: int, temperature: float, like: Tensor) -> Tensor:
-    """(count,) wavelengths in radians; each serves a sine and a cosine."""
+    """(count,) wavelengths in radians, each used for a sine and a cosine."""
     index = torch.arange(count, dtype=like.dtype, device=like.device)
     return temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / count)
 
@@ -24,13 +24,13 @@ def _frequencies(count: int, temperature: float, like: Tensor) -> Tensor:
 def pixel_embedding(
     padding_mask: Tensor, channels: int, temperature: float, offset: float, dtype: torch.dtype
 ) -> Tensor:
-    """Position of every pixel, relative to the unpadded part of its image.
+    """Sine embedding of pixel positions, relative to the unpadded image.
 
     Args:
         padding_mask: (B, h, w) bool, True on padding.
         channels: a multiple of 4; the first half describes y, the second x.
-        temperature: longest wavelength over 2 pi (20 in DINO, 10000 in DETR).
-        offset: added to the pixel's number, counted from 1, before it is divided by the image's size.
+        temperature: longest wavelength divided by 2 pi (20 in DINO, 10000 in DETR).
+        offset: added to pixel indices, which start at 1, before dividing by the image size.
 
     Returns:
         (B, channels, h, w) of `dtype`.
@@ -47,11 +47,11 @@ def pixel_embedding(
 
 
 def anchor_embedding(anchors: Tensor, channels: int) -> Tensor:
-    """Sine embedding of boxes (paper of DAB-DETR, 2201.12329, section 4.2).
+    """Sine embedding of boxes (DAB-DETR, arXiv 2201.12329, section 4.2).
 
     Args:
         anchors: (..., 4) cx, cy, w, h.
-        channels: numbers per coordinate, even.
+        channels: per coordinate, even.
 
     Returns:
         (..., 4 * channels) in the order y, x, w, h.

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from dino_d2.structures import Memory, Predictions, Queries, topk
 
-SMALLEST_PROPOSAL = 0.05  # of the image, at the finest level; doubles from level to level
+SMALLEST_PROPOSAL = 0.05  # relative to the image, at the finest level; doubles with each level
 VALID_RANGE = (0.01, 0.99)
 
 
 @dataclass
 class Selection:
-    """Queries and where they come from.
+    """Queries and the tokens that they were selected from.
 
-    proposals: what the encoder predicts for the tokens they come from; None: the queries are learned.
-    tokens: (B, Q) int64, which tokens these are; (B, 0) where the queries are learned.
+    proposals: the encoder's predictions for these tokens; None for learned queries.
+    tokens: (B, Q) int64, indices of these tokens; (B, 0) for learned queries.
     """
 
     queries: Queries
@@ -32,11 +32,11 @@ class Selection:
 
 @dataclass
 class Proposals:
-    """The best Q tokens of each image.
+    """The Q highest-scoring tokens of each image.
 
-    tokens: (B, Q) int64, where they stand among all.
+    tokens: (B, Q) int64, their indices.
     features: (B, Q, C).
-    predictions: of the two heads for them.
+    predictions: logits and boxes from the two heads.
     """
 
     tokens: Tensor
@@ -45,11 +45,11 @@ class Proposals:
 
 
 def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
-    """One box per token: its centre, and a size that doubles from level to level.
+    """One box per token: its centre, and a size that doubles with each level.
 
     Returns:
-        logits of the boxes (B, N, 4), infinite for tokens that must not be chosen: those on padding and those
-        whose box has a number outside (0.01, 0.99); and which tokens may be chosen, (B, N) bool.
+        logits of the boxes (B, N, 4), infinite for invalid tokens: those on padding and those whose box has a
+        coordinate outside (0.01, 0.99); and the validity of each token, (B, N) bool.
     """
     centre = memory.token_centres()
     size = torch.cat(
@@ -67,26 +67,26 @@ def token_proposals(memory: Memory) -> tuple[Tensor, Tensor]:
 
 
 def filter_by_score(selection: Selection, threshold: float) -> tuple[Queries, Tensor]:
-    """The queries of tokens that score above a threshold, and at least the best one of each image.
+    """Keep the queries of tokens that score above a threshold, and at least the best one of each image.
 
-    Reads one number from the device: how many the image with the most has.
+    Synchronises with the device once, to read the largest number of such queries in an image.
 
     Args:
         selection: with proposals, best first.
         threshold: of the best class's sigmoid, in [0, 1).
 
     Returns:
-        as many queries for every image as for that one; and which of them the image itself has, (B, Q) bool.
+        that many queries for every image; and which of them pass the threshold, (B, Q) bool.
     """
-    own = selection.proposals.logits.max(-1).values.sigmoid() > threshold
-    own[:, 0] = True
-    count = int(own.sum(1).max())
+    valid = selection.proposals.logits.max(-1).values.sigmoid() > threshold
+    valid[:, 0] = True
+    count = int(valid.sum(1).max())
     queries = selection.queries
-    return Queries(queries.content[:, :count], queries.anchors[:, :count]), own[:, :count]
+    return Queries(queries.content[:, :count], queries.anchors[:, :count]), valid[:, :count]
 
 
 class EncoderProposals(nn.Module):
-    """Scores every token and keeps the best, with a class and a box head of its own.
+    """Scores every token with its own class and box head, and keeps the best.
 
     Args:
         embed_dim: C.
@@ -102,23 +102,22 @@ class EncoderProposals(nn.Module):
         self.box_head = box_head
 
     def forward(self, memory: Memory, num_queries: int) -> Proposals:
-        """The best min(num_queries, N) tokens. The box head runs on those alone: the others are not used.
+        """The best min(num_queries, N) tokens. The box head runs only on those.
 
-        With gradients the tokens are ranked without, and the chosen ones go through projection and class head again:
-        what is kept for the backward pass is that of Q tokens, not of N, and no gradient changes, since all others
-        are 0.
+        In training, tokens are ranked without gradients, and the selected ones go through projection and class head
+        again. This keeps activations of Q tokens instead of N and does not change gradients, since all others are 0.
         """
         proposal_logits, valid = token_proposals(memory)
         tokens = memory.tokens.masked_fill(~valid[..., None], 0)
         with torch.no_grad(), _autocast_without_cache(tokens.device.type):
             features, logits = self.score(tokens)
-            # Images of a few pixels have fewer tokens than queries.
+            # Tiny images have fewer tokens than queries.
             _, best = topk(logits.max(-1).values, num_queries)
         if torch.is_grad_enabled():
-            features, logits = self.score(_take(tokens, best))
+            features, logits = self.score(_gather(tokens, best))
         else:
-            features, logits = _take(features, best), _take(logits, best)
-        boxes = (self.box_head(features) + _take(proposal_logits, best)).sigmoid()
+            features, logits = _gather(features, best), _gather(logits, best)
+        boxes = (self.box_head(features) + _gather(proposal_logits, best)).sigmoid()
         return Proposals(best, features, Predictions(logits, boxes))
 
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,9 +127,9 @@ class EncoderProposals(nn.Module):
 
 
 class MixedQuerySelection(nn.Module):
-    """Anchors from the best tokens, content learned: the choice of DINO.
+    """Anchors from the best tokens, learned content: DINO's choice (paper section 3.4).
 
-    `num_queries` may be lowered after training: fewer tokens are chosen, and the first content queries serve.
+    `num_queries` can be lowered after training: fewer tokens are selected, with the first content queries.
     """
 
     def __init__(self, num_queries: int, embed_dim: int, proposals: EncoderProposals):
@@ -147,22 +146,23 @@ class MixedQuerySelection(nn.Module):
         return Selection(Queries(content, best.predictions.boxes.detach()), best.predictions, best.tokens)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
-        """Checkpointers that leave out what has another shape would leave the content random, with a warning at most.
+        """Refuse incomplete weights: checkpointers that drop tensors of another shape would leave the content random.
 
         Raises:
-            ValueError: weights of the proposals without those of the content.
+            ValueError: the weights have the proposals but not the content.
         """
         if f"{prefix}proposals.project.weight" in state_dict and f"{prefix}content.weight" not in state_dict:
             raise ValueError(
-                f"The weights have no content queries, or not MODEL.DINO.NUM_QUERIES, {self.num_queries}, of them, so "
-                "that they were left out. dino_d2.checkpoint.DINOCheckpointer takes the first of more; or build the "
-                "model with as many as were trained and lower model.query_selection.num_queries after loading."
+                "The weights have no content queries, or their number is not MODEL.DINO.NUM_QUERIES, "
+                f"{self.num_queries}, so they were dropped. Load them with dino_d2.checkpoint.DINOCheckpointer, which "
+                "takes the first ones, or build the model with as many queries as were trained and lower "
+                "model.query_selection.num_queries after loading."
             )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class PureQuerySelection(nn.Module):
-    """Anchors and content from the best tokens, both without gradient (two-stage Deformable DETR)."""
+    """Anchors and content from the best tokens, both detached (two-stage Deformable DETR)."""
 
     def __init__(self, num_queries: int, proposals: EncoderProposals):
         super().__init__()
@@ -176,7 +176,7 @@ class PureQuerySelection(nn.Module):
 
 
 class StaticQueries(nn.Module):
-    """Anchors and content learned, the same for every image (DAB-DETR, DN-DETR)."""
+    """Learned anchors and content, the same for every image (DAB-DETR, DN-DETR)."""
 
     def __init__(self, num_queries: int, embed_dim: int):
         super().__init__()
@@ -192,12 +192,12 @@ class StaticQueries(nn.Module):
 
 
 def _autocast_without_cache(device_type: str) -> torch.autocast:
-    """Autocast as it is, but the casts of weights are not kept: older versions of PyTorch use those that were made
-    without gradient again where there should be one."""
+    """The current autocast without its weight cache: older versions of PyTorch would reuse casts made without gradients
+    where gradients are needed."""
     dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, Q) of `x` (B, N, C): (B, Q, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,1 +1,1 @@
-"""What people look at after a run."""
+"""Reports on training runs."""

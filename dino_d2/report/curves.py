@@ -1,4 +1,4 @@
-"""The curves of training runs, from detectron2's metrics.json."""
+"""Plot the curves of training runs from detectron2's metrics.json."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ LOGARITHMIC = {"lr_rest", "lr_backbone"}
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves of `PANELS` that a run recorded; losses in their groups.
+    """Read the curves of `PANELS` that a run recorded, with losses summed by group.
 
-    A resumed run may have recorded an iteration twice: the later one counts.
+    If a resumed run recorded an iteration twice, the later values count.
 
     Raises:
-        ValueError: there is no metrics.json, or nothing of it can be drawn; the path is named.
+        ValueError: metrics.json does not exist, or has nothing to plot; the message names the path.
     """
     file = run / "metrics.json" if run.is_dir() else run
     if not file.is_file():
-        raise ValueError(f"{run}: there is no metrics.json; RUN is the OUTPUT_DIR of a training run")
+        raise ValueError(f"{run}: metrics.json not found; RUN must be the OUTPUT_DIR of a training run")
     curves: dict[str, Curve] = defaultdict(dict)
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         try:
             scalars = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
         iteration = scalars.get("iteration")
         values: dict[str, float] = defaultdict(float)
         for name, value in scalars.items():
@@ -58,12 +58,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
             if math.isfinite(value):
                 curves[curve][iteration] = value
     if not curves:
-        raise ValueError(f"{file} has nothing that could be drawn")
+        raise ValueError(f"{file} has nothing to plot")
     return dict(curves)
 
 
 def draw(runs: dict[str, dict[str, Curve]], path: Path) -> None:
-    """`runs`: name of each -> its curves. Writes an image, of the format that `path` ends with."""
+    """Plot the curves of each run, by its name, to an image file."""
     panels = [panel for panel in PANELS if any(panel in curves for curves in runs.values())]
     last = max(max(curve) for curves in runs.values() for curve in curves.values())
     columns = min(3, len(panels))
@@ -87,8 +87,8 @@ def draw(runs: dict[str, dict[str, Curve]], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for column in range(columns):
-        lowest = [axis for axis in axes[:, column] if axis.get_visible()][-1]
-        lowest.set_xlabel("Iteration")
+        bottom = [axis for axis in axes[:, column] if axis.get_visible()][-1]
+        bottom.set_xlabel("Iteration")
     handles = [Line2D([], [], color=f"C{number}", lw=2, label=name) for number, name in enumerate(runs)]
     figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(runs))), frameon=False)
     figure.savefig(path, dpi=120)

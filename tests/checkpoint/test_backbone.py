@@ -84,7 +84,7 @@ def test_vit_of_mae(way: str, tmp_path: Path) -> None:
     assert is_backbone(state)
     model = build_model(load_config(VIT, [*SMALL, *VITDET])).eval()
     conversion = from_backbone(state, model)
-    assert "cls_token: not part of the maps, left out" in conversion.notes
+    assert "cls_token: not needed for feature maps, ignored" in conversion.notes
     torch.save({"model": conversion.state}, tmp_path / "converted.pth")
     torch.save({"model": state}, tmp_path / "mae.pth")
     if way == "converted":
@@ -113,5 +113,5 @@ def test_backbone_is_a_start_for_any_classes_and_encoder() -> None:
 
 def test_what_does_not_fit_is_listed() -> None:
     state = torchvision.models.resnet34().state_dict()
-    with pytest.raises(ConversionError, match=r"left over: layer1\.2\.conv1\.weight"):
+    with pytest.raises(ConversionError, match=r"unexpected: layer1\.2\.conv1\.weight"):
         from_backbone(state, build_model(resnet_config()))

@@ -146,7 +146,7 @@ def test_without_names_classes_of_another_number_start_anew(
 
 
 def test_data_set_gives_the_names_where_the_config_does_not(tiny_config: Callable) -> None:
-    """The recipes' data set is COCO, whose names detectron2 knows."""
+    """The recipes' dataset is COCO, whose names detectron2 knows."""
     assert build_model(tiny_config(NUM_CLASSES=80)).assumptions.class_names[:2] == ("person", "bicycle")
     assert build_model(tiny_config(NUM_CLASSES=2)).assumptions.class_names == ()
 
@@ -259,7 +259,7 @@ def test_fewer_queries_are_the_first_and_predict_as_if_lowered_after_loading(
     path = saved(old, tmp_path)
     with caplog.at_level(logging.INFO):
         DINOCheckpointer(fewer, for_evaluation=for_evaluation).load(path)
-    assert "has 20 content queries, MODEL.DINO.NUM_QUERIES is 7: the first 7 are taken" in caplog.text
+    assert "has 20 content queries, MODEL.DINO.NUM_QUERIES is 7: using the first 7" in caplog.text
     assert torch.equal(fewer.query_selection.content.weight, old.query_selection.content.weight[:7])
     expected, found = with_queries(old, 7), with_queries(fewer, 7)
     assert len(found) == 7 * len(OLD)
@@ -273,7 +273,7 @@ def test_more_queries_are_an_error_in_evaluation_and_new_in_training(
     old, more = detector(*OLD), detector(*OLD, NUM_QUERIES=30)
     path = saved(old, tmp_path)
     initial = more.query_selection.content.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"NUM_QUERIES is 30: the others would be random. Set it to 20 or fewer"):
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 30: the rest would be random. Set it to 20 or fewer"):
         DINOCheckpointer(more, for_evaluation=True).load(path)
     DINOCheckpointer(more).load(path)
     assert "Newly initialised: the last 10" in caplog.text
@@ -284,14 +284,14 @@ def test_more_queries_are_an_error_in_evaluation_and_new_in_training(
 def test_training_is_resumed_with_as_many_queries(detector: Callable, tmp_path: Path) -> None:
     saved(detector(*OLD), tmp_path)
     checkpointer = DINOCheckpointer(detector(*OLD, NUM_QUERIES=7), str(tmp_path), trainer=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"NUM_QUERIES is 7\. Training is resumed with as many"):
+    with pytest.raises(ValueError, match=r"NUM_QUERIES is 7\. Resuming needs the same number"):
         checkpointer.resume_or_load("", resume=True)
 
 
 @pytest.mark.parametrize("count", [7, 30])
 def test_static_queries_are_not_a_choice(count: int, detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD, QUERY_SELECTION="static"), tmp_path)
-    with pytest.raises(ValueError, match=r"Static queries have learned where to look(.|\n)*NUM_QUERIES 20\."):
+    with pytest.raises(ValueError, match=r"Each static query has learned its own part(.|\n)*NUM_QUERIES 20\."):
         DINOCheckpointer(detector(*OLD, QUERY_SELECTION="static", NUM_QUERIES=count)).load(path)
 
 
@@ -305,7 +305,7 @@ def test_queries_of_which_nothing_is_learned_may_be_any_number(count: int, detec
 @pytest.mark.parametrize("count", [7, 30])
 def test_detectron2s_own_checkpointer_leaves_no_query_random(count: int, detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD), tmp_path)
-    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.NUM_QUERIES, {count}, of them, so that they were left out\."):
+    with pytest.raises(ValueError, match=rf"MODEL\.DINO\.NUM_QUERIES, {count}, so they were dropped\."):
         DetectionCheckpointer(detector(*OLD, NUM_QUERIES=count)).load(path)
 
 
@@ -315,7 +315,7 @@ def test_detectron2s_own_checkpointer_leaves_no_query_random(count: int, detecto
 def test_torchvisions_resnet_is_nothing_of_detectron2s(tmp_path: Path) -> None:
     """Though the frozen batch norms do not miss their statistics."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "torchvision.pth")
-    with pytest.raises(ValueError, match=r"holds another model: 0 of"):
+    with pytest.raises(ValueError, match=r"holds another model: it has 0 of"):
         DINOCheckpointer(build_model(resnet_config())).load(str(tmp_path / "torchvision.pth"))
 
 
@@ -331,7 +331,7 @@ def test_another_model_is_refused(which: str, detector: Callable, tmp_path: Path
     state = other_models(detector)[which]
     path = tmp_path / "other.pth"
     torch.save({"model": state}, path)
-    with pytest.raises(ValueError, match=r"other\.pth holds another model: \d+ of the \d+") as error:
+    with pytest.raises(ValueError, match=r"other\.pth holds another model: it has \d+ of this model.s \d+") as error:
         DINOCheckpointer(detector(*OLD)).load(str(path))
     assert all(name in str(error.value) for name in list(state)[:5])
     assert "tools/convert_checkpoint.py" in str(error.value)
@@ -339,7 +339,7 @@ def test_another_model_is_refused(which: str, detector: Callable, tmp_path: Path
 
 def test_file_whose_weights_lie_deeper_is_refused(detector: Callable, tmp_path: Path) -> None:
     torch.save({"state_dict": {"x": torch.ones(1)}, "epoch": 1}, tmp_path / "mmdet.pth")
-    with pytest.raises(ValueError, match=r"0 of the \d+ .* state_dict, epoch"):
+    with pytest.raises(ValueError, match=r"0 of this model.s \d+ .* state_dict, epoch"):
         DINOCheckpointer(detector(*OLD)).load(str(tmp_path / "mmdet.pth"))
 
 
@@ -402,7 +402,7 @@ def test_file_that_could_run_code_is_loaded_for_those_who_trust_it(
 def test_what_a_file_asks_for_is_said(detector: Callable, tmp_path: Path) -> None:
     path = str(tmp_path / "published.pth")
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path)
-    with pytest.raises(ValueError, match=r"published\.pth .* it asks for argparse\.Namespace\n.*convert_checkpoint"):
+    with pytest.raises(ValueError, match=r"published\.pth .* it uses argparse\.Namespace\n.*convert_checkpoint"):
         DINOCheckpointer(detector(*OLD)).load(path)
 
 
@@ -496,5 +496,5 @@ def test_runs_lie_where_iopath_reaches(detector: Callable, tiny_config: Callable
     again = DINOCheckpointer(detector("red", "blue"), "test://run")
     again.resume_or_load("", resume=True)
     assert torch.equal(class_rows(again.model), class_rows(checkpointer.model))
-    with pytest.raises(FileExistsError, match="test://run holds a run"):
+    with pytest.raises(FileExistsError, match="test://run already holds a run"):
         check_run_folder(cfg, resume=False)

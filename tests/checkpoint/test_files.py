@@ -130,7 +130,7 @@ def test_average_of_detrex_alone(tmp_path: Path) -> None:
 )
 def test_file_without_weights_is_named(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth is no checkpoint: neither a state dict nor one under 'model'"):
+    with pytest.raises(ValueError, match=r"other\.pth is not a checkpoint: it has no state dict"):
         read_published(tmp_path / "other.pth")
 
 
@@ -148,7 +148,7 @@ def damaged_files() -> dict[str, bytes]:
 @pytest.mark.parametrize(("kind", "content"), damaged_files().items())
 def test_damaged_file_is_named(kind: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.pth is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"bad\.pth is damaged or not a checkpoint"):
         read_published(tmp_path / "bad.pth")
 
 
@@ -159,5 +159,5 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_torchscript_is_not_run(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "script.pth"))
-    with pytest.raises(ValueError, match=r"script\.pth is damaged or no checkpoint.*TorchScript"):
+    with pytest.raises(ValueError, match=r"script\.pth is damaged or not a checkpoint.*TorchScript"):
         read_published(tmp_path / "script.pth")

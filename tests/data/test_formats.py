@@ -27,7 +27,7 @@ def picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
 
 
 def coco(file: Path, names: list[str], dummy: bool = False, keys: tuple[str, ...] = ("area", "iscrowd")) -> Path:
-    """An object of each class in turn; the last picture has none."""
+    """An object of each class in turn; the last image has none."""
     width, height = BOX[2] - BOX[0], BOX[3] - BOX[1]
     whole = {"area": width * height, "iscrowd": 0}
     images = [{"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in enumerate(names)]
@@ -68,7 +68,7 @@ def xml(path: Path, *objects: str, difficult: int = 0) -> None:
 
 
 def yolo(folder: Path, train: str, val: str | None, entries: dict, names: object = NAMES) -> Path:
-    """Two pictures with an object and one without a label file in each part."""
+    """Two images with an object and one without a label file in each part."""
     for part, place in (("train", train), ("val", val)):
         for i in range(3 if place else 0):
             path = picture(folder / place / f"{part}_{i}.png")
@@ -134,8 +134,8 @@ def test_roboflows_dummy_category_is_left_out_and_its_test_part_left_alone(tmp_p
     check(found.train, images=3, objects=2)
     check(found.val, images=3, objects=2)
     assert found.val == CocoFiles(tmp_path / "out" / "val.json", tmp_path / "valid")
-    assert any('the category 0, "pets"' in note for note in found.notes)
-    assert any("test" in note and "left alone" in note for note in found.notes)
+    assert any('category 0, "pets"' in note for note in found.notes)
+    assert any("test" in note and "not used" in note for note in found.notes)
 
 
 def test_a_category_0_that_has_objects_stays(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_several_annotation_files_of_a_part_are_not_chosen_from(tmp_path: Path) 
 def test_images_that_are_nowhere_are_named(tmp_path: Path) -> None:
     coco(tmp_path / "train.json", ["a.png", "b.png"])
     (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"a\.png, are in none of .*train"):
+    with pytest.raises(FileNotFoundError, match=r"a\.png not found in any of .*train"):
         find_dataset(tmp_path, tmp_path / "out")
 
 
@@ -237,12 +237,12 @@ def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
         ),
         (lambda folder: label(folder / "labels" / "train" / "train_0.txt", "0 0.5 0.5"), "train_0.txt"),
         (lambda folder: label(folder / "data.yaml", "train: images/train"), "names"),
-        (lambda folder: label(folder / "data.yaml", "names: [cat, dog]"), "nothing of .train"),
+        (lambda folder: label(folder / "data.yaml", "names: [cat, dog]"), "does not give .train"),
         (lambda folder: label(folder / "data.yaml", "names: [cat, dog]", "train: photos"), "train is photos"),
         (lambda folder: label(folder / "data.yaml", "names: [cat"), "not YAML"),
         (lambda folder: (folder / "labels").rename(folder / "marks"), "no image has a label file.*labels.train"),
-        (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images are there"),
-        (lambda folder: label(folder / "images" / "train" / "x.jpg", "no picture"), "x.jpg"),
+        (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images found"),
+        (lambda folder: label(folder / "images" / "train" / "x.jpg", "no image"), "x.jpg"),
     ],
 )
 def test_yolos_faults_are_named(tmp_path: Path, change, message: str) -> None:
@@ -298,8 +298,11 @@ def test_difficult_objects_are_trained_on_and_forgiven(tmp_path: Path) -> None:
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
-        (lambda folder: [p.rename(p.with_name("x" + p.name)) for p in folder.rglob("*.xml")], "has its annotations"),
-        (lambda folder: [xml(p) for p in folder.rglob("*.xml")], "no annotation has an object"),
+        (
+            lambda folder: [p.rename(p.with_name("x" + p.name)) for p in folder.rglob("*.xml")],
+            "no annotations of",
+        ),
+        (lambda folder: [xml(p) for p in folder.rglob("*.xml")], "annotations have no objects"),
     ],
 )
 def test_vocs_faults_are_named(tmp_path: Path, change, message: str) -> None:
@@ -328,7 +331,7 @@ def test_a_fifth_is_held_back_where_nothing_is_to_evaluate_on(tmp_path: Path) ->
     assert (found.counts, len(train), len(val)) == ((32, 8), 32, 8)
     assert train | val == set(names)
     assert all(count == 2 for count in Counter(name[:2] for name in val).values())
-    assert any("held back" in note for note in found.notes)
+    assert any("held out" in note for note in found.notes)
     assert names_of(find_dataset(tmp_path, tmp_path / "two").val) == val
     inside = {image["id"] for image in content_of(found.val)["images"]}
     assert {entry["image_id"] for entry in content_of(found.val)["annotations"]} <= inside
@@ -351,16 +354,16 @@ def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> No
 def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:
     coco(tmp_path / "train.json", ["a.png"])
     picture(tmp_path / "train" / "a.png")
-    with pytest.raises(ValueError, match="single photograph"):
+    with pytest.raises(ValueError, match="only one image"):
         find_dataset(tmp_path, tmp_path / "out")
 
 
 def test_other_folders_are_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     picture(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match=r"photo\.png.*none of the layouts") as caught:
+    with pytest.raises(ValueError, match=r"photo\.png.*none of the supported layouts") as caught:
         find_dataset(tmp_path, tmp_path / "out")
     assert all(word in str(caught.value) for word in ("instances_train", "_annotations.coco.json", "data.yaml", "XML"))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         find_dataset(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -369,7 +372,7 @@ def test_annotations_of_a_run_are_not_replaced_by_others(tmp_path: Path) -> None
     find_dataset(folder, tmp_path / "out")
     find_dataset(folder, tmp_path / "out", may_replace=False)
     coco(folder / "train" / "_annotations.coco.json", ["train_0.png"], dummy=True)
-    with pytest.raises(FileExistsError, match=r"train\.json is of other data"):
+    with pytest.raises(FileExistsError, match=r"train\.json is from different data"):
         find_dataset(folder, tmp_path / "out", may_replace=False)
     assert find_dataset(folder, tmp_path / "out").counts == (1, 3)
 

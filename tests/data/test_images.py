@@ -1,4 +1,4 @@
-"""Pictures of every kind that people have."""
+"""Images of every kind that people have."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_16_bits_are_scaled_not_clipped(dtype: type, ending: str, tmp_path: Path
 )
 def test_pixels_of_unknown_range_are_refused(pixels: np.ndarray, tmp_path: Path) -> None:
     path = saved(pixels, tmp_path / "measured.tif")
-    with pytest.raises(ValueError, match=r"measured\.tif has pixels of unknown range .* 8 or 16 bits"):
+    with pytest.raises(ValueError, match=r"measured\.tif has pixel values of unknown range .* 8 or 16 bits"):
         read_image(path, "BGR")
 
 
@@ -66,13 +66,13 @@ def test_picture_is_turned_as_its_exif_data_say(tmp_path: Path) -> None:
     assert np.array_equal(read_image(path, "RGB")[:, :, 0], np.rot90(GREY, -1))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "no picture", "empty"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "no image", "empty"])
 def test_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.jpg"
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(whole, kind if kind in ("PNG", "JPEG") else "PNG")
-    path.write_bytes({"no picture": b"hello", "empty": b""}.get(kind, whole.getvalue()[:700]))
-    with pytest.raises(ValueError, match=r"damaged\.jpg cannot be read as a picture: "):
+    path.write_bytes({"no image": b"hello", "empty": b""}.get(kind, whole.getvalue()[:700]))
+    with pytest.raises(ValueError, match=r"damaged\.jpg cannot be read as an image: "):
         read_image(path, "RGB")
 
 
@@ -82,7 +82,7 @@ def test_cut_off_jpeg_is_named_and_not_filled_with_grey(share: float, options: d
     path = saved(Image.effect_noise((200, 150), 50).convert("RGB"), tmp_path / "cut.jpg", **options)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert not ImageFile.LOAD_TRUNCATED_IMAGES  # no library that is imported here has set it
-    with pytest.raises(UnreadableImage, match=r"cut\.jpg cannot be read as a picture: .*truncated"):
+    with pytest.raises(UnreadableImage, match=r"cut\.jpg cannot be read as an image: .*truncated"):
         read_image(path, "BGR")
 
 

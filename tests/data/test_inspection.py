@@ -1,4 +1,4 @@
-"""Each thing that inspection looks for is put into a sound data set, and found; nothing else is."""
+"""Each thing that inspection looks for is put into a sound dataset, and found; nothing else is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINE = {"area": 600, "iscrowd": 0}
 
 @pytest.fixture
 def files(tmp_path: Path) -> CocoFiles:
-    """Two pictures with one object of each class."""
+    """Two images with one object of each class."""
     images, annotations = [], []
     for number in (1, 2):
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
@@ -55,7 +55,7 @@ def test_nothing_is_found_in_a_sound_data_set(files: CocoFiles) -> None:
 
 
 def more(box: list, **others: Any) -> Callable[[Content], None]:
-    """Adds an object to the first picture."""
+    """Adds an object to the first image."""
     return lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": box} | FINE | others)
 
 
@@ -117,7 +117,7 @@ def test_gap_in_the_category_ids_is_mentioned_only(files: CocoFiles) -> None:
 def test_files_that_are_missing_broken_or_of_another_size(files: CocoFiles) -> None:
     Image.new("RGB", (SIDE, SIDE + 6)).save(files.images / "1.png")
     found = inspect(files)
-    assert found[inspection.OTHER_SIZE].examples == ("1.png: 64 x 70, annotated 64 x 64",)
+    assert found[inspection.OTHER_SIZE].examples == ("1.png: 64 x 70 but annotated as 64 x 64",)
     (files.images / "1.png").write_bytes((files.images / "2.png").read_bytes()[:-30])  # cut off
     (files.images / "2.png").unlink()
     found = inspect(files)
@@ -159,12 +159,12 @@ def test_more_objects_than_denoising_has_room_for(files: CocoFiles) -> None:
             {"id": 10 + i, "image_id": 1, "category_id": 1, "bbox": [i, 0, 5, 5]} | FINE for i in range(5)
         ]
 
-    change(files, edit)  # six objects in the first picture
+    change(files, edit)  # six objects in the first image
     assert inspect(files, denoising(6, 12)) == {}
     found = inspect(files, denoising(5, 11))
     assert {kind.what: finding.examples for kind, finding in found.items()} == {
-        "images of more than 5 objects (MODEL.DINO.DN.NUMBER)": ("1.png: 6",),
-        "images of more than 5 objects (MODEL.DINO.DN.MAX_QUERIES)": ("1.png: 6",),
+        "images with more than 5 objects (MODEL.DINO.DN.NUMBER)": ("1.png: 6",),
+        "images with more than 5 objects (MODEL.DINO.DN.MAX_QUERIES)": ("1.png: 6",),
     }
     assert inspect(files, None) == {}
 

@@ -1,4 +1,4 @@
-"""The training loader: pictures that cannot be read, and the mapper that users bring."""
+"""The training loader: images that cannot be read, and the mapper that users bring."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.synthetic import config_values, write_rectangles
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs" / "dino_r50_4scale_12ep.yaml")
 COUNT = 12
-CUT = (2, 5)  # ids of pictures
+CUT = (2, 5)  # ids of images
 
 
 def cut_off(path: Path) -> None:
@@ -60,7 +60,7 @@ def make_loader(cfg: CfgNode) -> TrainingLoader:
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_cut_off_picture_stops_training_by_name(data: tuple[Path, Path], workers: str) -> None:
     loader = make_loader(config(data, "DATALOADER.NUM_WORKERS", workers))
-    with pytest.raises(ValueError, match=r"[25]\.jpg cannot be read as a picture: .*truncated"):
+    with pytest.raises(ValueError, match=r"[25]\.jpg cannot be read as an image: .*truncated"):
         list(itertools.islice(loader, COUNT))
 
 
@@ -92,7 +92,7 @@ def test_replacement_depends_on_seed_and_place_alone(data: tuple[Path, Path], ca
 
 
 def test_other_samples_are_what_they_were(data: tuple[Path, Path], tmp_path: Path) -> None:
-    """Skipping changes nothing but the samples of unreadable pictures."""
+    """Skipping changes nothing but the samples of unreadable images."""
     sound = write_rectangles(tmp_path / "sound", 6, size=64)
     stop, skip = (make_loader(config(sound, "INPUT.ON_UNREADABLE", choice)) for choice in ("stop", "skip"))
     before = list(itertools.islice(stop, 6))
@@ -112,7 +112,7 @@ def test_folder_of_unreadable_pictures_ends_training(tmp_path: Path) -> None:
     ruined = write_rectangles(tmp_path / "ruined", 3, size=64)
     for picture in ruined[1].iterdir():
         cut_off(picture)
-    with pytest.raises(ValueError, match=r"10 pictures in a row cannot be read:(\n.*\d\.png.*){10}$"):
+    with pytest.raises(ValueError, match=r"10 images in a row cannot be read:(\n.*\d\.png.*){10}$"):
         next(iter(make_loader(config(ruined, "INPUT.ON_UNREADABLE", "skip"))))
 
 
@@ -123,7 +123,7 @@ def test_missing_pictures_are_skipped_too(tmp_path: Path) -> None:
         list(itertools.islice(make_loader(config(gone)), 2))
     loader = make_loader(config(gone, "INPUT.ON_UNREADABLE", "skip"))
     assert {sample["image_id"] for batch in itertools.islice(loader, 4) for sample in batch} == {2}
-    assert loader.unreadable >= 4  # a replacement may be the same picture again
+    assert loader.unreadable >= 4  # a replacement may be the same image again
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_missing_pictures_are_skipped_too(tmp_path: Path) -> None:
     [
         (["INPUT.ON_UNREADABLE", "ignore"], "INPUT.ON_UNREADABLE is 'ignore'; it must be stop or skip"),
         (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], "must be TrainingSampler or RepeatFactor"),
-        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN names no data set"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
     ],
 )
 def test_what_cannot_be_done_is_refused(data: tuple[Path, Path], override: list[str], message: str) -> None:

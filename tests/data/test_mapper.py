@@ -18,7 +18,7 @@ from dino_d2.data import ImageMapper, build_test_augmentation, build_train_augme
 
 
 def record(path: Path, size: tuple[int, int], box: Any = (1, 1, 5, 5), category: Any = 2) -> dict:
-    """One picture of (width, height), with one object."""
+    """One image of (width, height), with one object."""
     Image.effect_noise(size, 50).convert("RGB").save(path)
     annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": category, "iscrowd": 0}
     return {"file_name": str(path), "width": size[0], "height": size[1], "image_id": 1, "annotations": [annotation]}
@@ -57,7 +57,7 @@ def test_box_that_is_not_four_numbers_is_refused(box: Any, tiny_cfg: CfgNode, tm
 
 @pytest.mark.parametrize("category", ["cat", 1.5, None])
 def test_category_that_is_no_number_is_refused(category: Any, tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'a\.png, annotation 1: "category_id" is .* whole number'):
+    with pytest.raises(ValueError, match=r'a\.png, annotation 1: "category_id" is .* integer'):
         train_mapper(tiny_cfg)(record(tmp_path / "a.png", (30, 20), category=category))
 
 

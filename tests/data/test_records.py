@@ -81,7 +81,7 @@ def test_nothing_is_left_on_the_disk_nor_open(tmp_path: Path, monkeypatch: pytes
 
 def test_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda prefix: os.fdopen(os.open("/dev/full", os.O_RDWR), "w+b"))
-    with pytest.raises(OSError, match=rf"{tempfile.gettempdir()} has no room .*TMPDIR"):
+    with pytest.raises(OSError, match=rf"{tempfile.gettempdir()} has no space .*TMPDIR"):
         share_on_node(make_records(9))
 
 
@@ -108,7 +108,7 @@ def test_pictures_without_objects_are_filtered_as_detectron2_does(name: str) -> 
     DatasetCatalog.register(name, lambda: make_records(9))
     assert list(load_records([name, name], filter_empty=True, needs_annotations=True)) == make_records(9)[2::3] * 2
     DatasetCatalog[name] = lambda: make_records(2)
-    with pytest.raises(ValueError, match=rf"{name}: there is no picture with an object"):
+    with pytest.raises(ValueError, match=rf"{name}: no images with objects found"):
         load_records([name], filter_empty=True, needs_annotations=True)
     unannotated = [{"file_name": "a.png"}]
     DatasetCatalog[name] = lambda: unannotated

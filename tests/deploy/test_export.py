@@ -19,9 +19,9 @@ from dino_d2 import DINO
 from dino_d2.deploy import OnnxPredictor
 from dino_d2.deploy import export as export_module
 from dino_d2.deploy.check import FULL, HALF, ExportError, Tolerance, agreement, check_agreement, example_inputs
-from dino_d2.deploy.export import export_program, load_onnx, load_program, refuse_what_a_file_cannot_do
+from dino_d2.deploy.export import check_exportable, export_program, load_onnx, load_program
 from dino_d2.deploy.exportable import ExportableDINO
-from dino_d2.deploy.sampling import ms_deform_attn_by_rows
+from dino_d2.deploy.sampling import ms_deform_attn_gather
 from dino_d2.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
 
 # None of them is what was traced: 2 of 101 x 139.
@@ -34,14 +34,14 @@ def photo(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("numbers", [2, 4])
-def test_sampling_by_rows_is_deformable_attention(numbers: int) -> None:
+def test_gathered_sampling_is_deformable_attention(numbers: int) -> None:
     shapes = ((5, 7), (3, 4), (1, 2))
     value = torch.randn(2, 49, 4, 8)
     reference = torch.rand(2, 9, 3, numbers) * 1.4 - 0.2  # outside, too
     offsets, logits = torch.randn(2, 9, 4, 3, 2, 2) * 3, torch.randn(2, 9, 4, 3, 2)
     arguments = (value, shapes, reference, offsets, logits)
     expected = ms_deform_attn_fused_reference(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
-    torch.testing.assert_close(ms_deform_attn_by_rows(*arguments), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ms_deform_attn_gather(*arguments), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +129,7 @@ def test_a_file_of_another_maker_is_refused(onnx_file: Path, tmp_path: Path) -> 
 
 
 def test_half_precision_is_near(small_model: DINO) -> None:
-    half = ExportableDINO(small_model, ms_deform_attn_by_rows, half=True)
+    half = ExportableDINO(small_model, ms_deform_attn_gather, half=True)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
     assert {parameter.dtype for parameter in small_model.parameters()} == {torch.float32}
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_a_file_that_differs_is_not_kept(
     monkeypatch.setattr(export_module, "trace", lambda exportable: exportable)
     monkeypatch.setattr(torch.export, "save", lambda program, file: Path(file).write_text("the one that differs"))
     monkeypatch.setattr(export_module, "load_program", lambda file: torch.no_grad()(other.forward))
-    with pytest.raises(ExportError, match="does not find what the model finds"):
+    with pytest.raises(ExportError, match="give different detections"):
         export_program(small_cfg, small_model, path, half=False)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("small.pt2", "the one before")]
 
@@ -212,7 +212,7 @@ def test_a_file_that_ignores_padding_is_found_out(small_model: DINO) -> None:
     def without_padding(pixels: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:
         return exportable(pixels, image_sizes.amax(0).expand_as(image_sizes), original_sizes)
 
-    with torch.no_grad(), pytest.raises(ExportError, match="does not find what the model finds"):
+    with torch.no_grad(), pytest.raises(ExportError, match="give different detections"):
         check_agreement(small_model, without_padding, FULL)
 
 
@@ -227,4 +227,4 @@ def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg:
     cfg = small_cfg.clone()
     cfg.merge_from_list([key, value])
     with pytest.raises(ExportError, match=key):
-        refuse_what_a_file_cannot_do(cfg)
+        check_exportable(cfg)

@@ -22,7 +22,7 @@ import benchmark
 import benchmark_runners
 from benchmark import grown, main, measure, peak_of
 from benchmark_report import Case, Measurement, Report, Seconds, compare
-from benchmark_runners import StageClock, Workshop, make_batch, time_stages
+from benchmark_runners import RunnerFactory, StageClock, make_batch, time_stages
 
 CPU = torch.device("cpu")
 INFERENCE = ["preprocess", "backbone", "neck", "encoder", "query selection", "decoder", "postprocess", "rest"]
@@ -78,8 +78,8 @@ def test_every_stage_of_every_case_is_there(
 @pytest.mark.parametrize("case", [CASE, TRAINING_CASE])
 def test_dtype_is_that_of_the_products(case: Case, config_file: str) -> None:
     """Although cases share a model."""
-    workshop = Workshop(config_file, [], CPU)
-    runners = [workshop.runner(replace(case, dtype=dtype)) for dtype in ("float32", "bfloat16")]
+    factory = RunnerFactory(config_file, [], CPU)
+    runners = [factory.runner(replace(case, dtype=dtype)) for dtype in ("float32", "bfloat16")]
     seen = []
     runners[0].model.neck.projections[0][0].register_forward_hook(lambda conv, args, out: seen.append(out.dtype))
     for runner in (*runners, *runners):
@@ -129,7 +129,7 @@ def test_turns_are_taken_and_each_timed_call_follows_one_of_its_own() -> None:
 
 @pytest.mark.parametrize("case", [CASE, TRAINING_CASE])
 def test_stages_add_up_to_the_call_and_leave_the_model_as_it_was(case: Case, config_file: str) -> None:
-    runner = Workshop(config_file, [], CPU).runner(case)
+    runner = RunnerFactory(config_file, [], CPU).runner(case)
     before = [set(vars(module)) for module in runner.model.modules()]
     runner.call()
     start = time.perf_counter()
@@ -171,7 +171,7 @@ def test_backward_pass_of_each_part_and_what_it_computes_again(
     enter = StageClock.enter
     monkeypatch.setattr(StageClock, "enter", lambda clock, stage: entered.append(stage) or enter(clock, stage))
     opts = ["SOLVER.ACCUMULATION_STEPS", "2", "MODEL.DINO.CHECKPOINT.BACKBONE", "True"]
-    Workshop(config_file, opts, CPU).runner(replace(TRAINING_CASE, batch=2)).stages()
+    RunnerFactory(config_file, opts, CPU).runner(replace(TRAINING_CASE, batch=2)).stages()
     first, second, step = (stage for stage in "|".join(entered).replace("criterion|rest|backward", "X").split("X"))
     assert first.startswith("rest|rest|preprocess|rest|backbone|rest|neck")
     assert second.startswith("|backbone|backward|rest|preprocess|")  # again, then the next part
@@ -187,7 +187,7 @@ def test_mixed_shapes_are_those_of_evaluation_and_padded(tiny_config: Callable[.
     batch = make_batch(cfg, replace(CASE, shape="mixed", batch=3, objects=4))
     assert [tuple(x["image"].shape) for x in batch] == [(3, 48, 64), (3, 64, 48), (3, 48, 72)]
     assert all(len(x["instances"]) == 4 for x in batch)
-    model = Workshop(config_file, [], CPU).runner(CASE).model
+    model = RunnerFactory(config_file, [], CPU).runner(CASE).model
     images, padding = model.preprocess_image(batch)
     assert images.tensor.shape == (3, 3, 64, 72)
     assert padding.flatten(1).any(1).all()
@@ -214,7 +214,7 @@ def test_growth_starts_from_the_case_that_is_there(tiny_config: Callable[..., Cf
     assert list(points["queries"]) == [10, 20, 30]
     assert list(points["layers"]) == [3, 6, 9]
     assert points["layers"][3].overrides == "MODEL.DINO.ENC_LAYERS 1 MODEL.DINO.DEC_LAYERS 2"
-    model = Workshop(config_file, [], CPU).runner(points["layers"][3]).model
+    model = RunnerFactory(config_file, [], CPU).runner(points["layers"][3]).model
     assert (len(model.encoder.layers), len(model.decoder.layers)) == (1, 2)
 
 
@@ -256,7 +256,7 @@ def test_exported_model_gets_the_same_images(
     assert (second.stages, second.peak_memory) == ({}, None)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| backbone "))
     assert line.endswith("|  |  |  |")  # the inside of an exported model is not seen
-    images = make_batch(Workshop(config_file, [], CPU).config(), first.case)
+    images = make_batch(RunnerFactory(config_file, [], CPU).config(), first.case)
     for number, x in enumerate(images):
         assert torch.equal(torch.from_numpy(seen[0]["pixels"][number]), x["image"])
     assert seen[0]["image_sizes"].tolist() == seen[0]["original_sizes"].tolist() == [[64, 96], [64, 96]]
@@ -286,13 +286,13 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, case in zip(paths, (CASE, TRAINING_CASE), strict=True):
         Report("a machine", "a.yaml", 1, [measurement(case, 1.0)]).write(path)
-    with pytest.raises(ValueError, match=r"a\.json and .*b\.json have no case in common: dino_d2: infer"):
+    with pytest.raises(ValueError, match=r"a\.json and .*b\.json have no cases in common: dino_d2: infer"):
         compare(paths)
     for content in ("{", "[]", '{"machine": ""}', '{"measurements": [{"case": {}, "stages": {}}]}'):
         paths[1].write_text(content)
-        with pytest.raises(ValueError, match=r"b\.json is no file that tools/benchmark\.py --json wrote"):
+        with pytest.raises(ValueError, match=r"b\.json was not written by dev/benchmark\.py --json"):
             compare(paths)
-    with pytest.raises(ValueError, match=r"missing\.json is no file"):
+    with pytest.raises(ValueError, match=r"missing\.json was not written"):
         compare([paths[0], tmp_path / "missing.json"])
 
 
@@ -302,20 +302,20 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--mode", "train"], "--config-file is missing"),
-        (["--config-file", "x"], "--config-file x: there is no such file"),
-        (["--config-file", "x", "--device", "cuda"], "--device cuda: this machine has none"),
-        (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no partner"),
-        (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: say --device instead"),
-        (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: say --dtype"),
-        (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: say --dtype instead"),
+        (["--mode", "train"], "give --config-file FILE"),
+        (["--config-file", "x"], "--config-file x does not exist"),
+        (["--config-file", "x", "--device", "cuda"], "--device cuda is not available"),
+        (["--config-file", "x", "MODEL.DINO.OP"], "MODEL.DINO.OP has no value"),
+        (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: use --device instead"),
+        (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: use --dtype"),
+        (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: use --dtype instead"),
         (["--config-file", "x", "--batch", "2", "MODEL.DINO.OP", "reference"], "come right after --config-file"),
-        (["--config-file", "x", "--batch", "0"], "'0' is no whole number from 1 on"),
-        (["--config-file", "x", "--size", "64", "-3"], "'-3' is no whole number from 1 on"),
+        (["--config-file", "x", "--batch", "0"], "'0' is not a positive integer"),
+        (["--config-file", "x", "--size", "64", "-3"], "'-3' is not a positive integer"),
         (["--config-file", "x", "--objects", "-1"], "--objects -1: must be at least 0"),
-        (["--config-file", "x", "--growth", "size"], "--growth AXIS … and --plot PNG go together"),
-        (["--config-file", "x", "--plot", "x.png"], "--growth AXIS … and --plot PNG go together"),
-        (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "only --mode train sees objects"),
+        (["--config-file", "x", "--growth", "size"], "--growth AXIS … and --plot PNG must be given together"),
+        (["--config-file", "x", "--plot", "x.png"], "--growth AXIS … and --plot PNG must be given together"),
+        (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "--growth objects needs --mode train"),
         (["--config-file", "x", "--growth", "size", "--plot", "x.png", "--mixed"], "--growth starts from one case"),
         (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models do not train"),
         (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must differ"),
@@ -331,7 +331,7 @@ def test_options_that_make_no_sense_are_explained(
     assert error in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("installed", "error"), [(True, "there is no such file"), (False, "pip install onnxruntime")])
+@pytest.mark.parametrize(("installed", "error"), [(True, "does not exist"), (False, "pip install onnxruntime")])
 def test_exported_model_that_cannot_run_is_explained(
     installed: bool, error: str, config_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,5 +51,5 @@ def test_local_samples_lie_near_their_query_and_random_ones_anywhere() -> None:
 
 def test_missing_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--device cuda: this machine has none"):
+    with pytest.raises(SystemExit, match="--device cuda is not available"):
         run(monkeypatch, "--device", "cuda")

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size
-from dino_d2.engine.batch_size import largest_part, largest_size, make_steps, photographs_at_once
+from dino_d2.engine.batch_size import largest_batch, largest_divisor, largest_size, make_steps
 from dino_d2.engine.choices import Run, choose, few_photos, schedule
 from dino_d2.engine.run import train_or_evaluate
 from dino_d2.tools import train_net
@@ -33,7 +33,7 @@ def _forget_data_sets() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """train.json and its pictures; nothing to evaluate on."""
+    """train.json and its images; nothing to evaluate on."""
     annotations, images = write_rectangles(tmp_path / "data", count=10, size=64, empty=1)
     annotations.rename(tmp_path / "data" / "train.json")
     images.rename(tmp_path / "data" / "train")
@@ -89,13 +89,13 @@ def test_parts_are_doubled_until_they_do_not_fit_and_divide_the_share(share: int
         tried.append(size)
         return size <= limit
 
-    assert largest_part(share, fits) == part
+    assert largest_divisor(share, fits) == part
     assert len(tried) == len(set(tried))
     assert sum(size > limit for size in tried) <= 1  # running out of memory is slow
 
 
 class Memory:
-    """A device that holds so many photographs; `make_steps` for `photographs_at_once`."""
+    """A device that holds so many images; `make_steps` for `largest_batch`."""
 
     def __init__(self, limit: int):
         self.limit, self.batches = limit, []
@@ -118,7 +118,7 @@ def test_memory_is_tried_with_the_largest_photographs(device_cfg: CfgNode, monke
     memory = Memory(limit=5)
     monkeypatch.setattr(batch_size, "make_steps", memory)
     device_cfg.INPUT.MIN_SIZE_TRAIN, device_cfg.INPUT.MAX_SIZE_TRAIN = (32, 48), 80
-    assert photographs_at_once(device_cfg, share=16, most_objects=7) == 4
+    assert largest_batch(device_cfg, share=16, most_objects=7) == 4
     assert [len(batch) for batch in memory.batches] == [1, 2, 4, 8]
     (photograph,) = memory.batches[0]
     assert photograph["image"].shape == (3, 48, 88)  # a tenth more
@@ -129,13 +129,13 @@ def test_memory_is_tried_with_the_largest_photographs(device_cfg: CfgNode, monke
 
 def test_too_little_memory_for_one_photograph_is_an_error(device_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "make_steps", Memory(limit=0))
-    with pytest.raises(ValueError, match=r"one photograph of 800 x 1467 .*INPUT\.MIN_SIZE_TRAIN"):
-        photographs_at_once(device_cfg, share=16, most_objects=1)
+    with pytest.raises(ValueError, match=r"one image of 800 x 1467 .*INPUT\.MIN_SIZE_TRAIN"):
+        largest_batch(device_cfg, share=16, most_objects=1)
 
 
 @pytest.mark.parametrize(("share", "part"), [(1, 1), (2, 2), (3, 1), (16, 2)])
 def test_a_cpu_is_given_two(tiny_cfg: CfgNode, share: int, part: int) -> None:
-    assert photographs_at_once(tiny_cfg, share, most_objects=1) == part
+    assert largest_batch(tiny_cfg, share, most_objects=1) == part
 
 
 def test_the_steps_that_try_are_steps_of_the_training(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +166,10 @@ def test_a_folder_makes_the_config(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert cfg.SOLVER.BEST_METRIC == overlay["SOLVER.BEST_METRIC"] == "bbox/AP"
     assert not cfg.SOLVER.AMP.ENABLED or torch.cuda.is_available()
     printed = capsys.readouterr().out
-    assert "held back" in printed
+    assert "held out" in printed
     assert "images without boxes" in printed  # of the check
     assert "SOLVER.MAX_ITER 12  #" in printed
-    assert f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}  # linear in the batch" in printed
+    assert f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}  # scaled with the batch size" in printed
 
 
 def test_values_of_the_user_win(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -261,7 +261,7 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
     chosen(*arguments)
     (output / "last_checkpoint").write_text("model_final.pth")
     before = (output / "data" / "train.json").read_text()
-    with pytest.raises(FileExistsError, match="holds a run"):
+    with pytest.raises(FileExistsError, match="already holds a run"):
         chosen(*arguments)
     chosen("--resume", *arguments)
     content = json.loads((data / "train.json").read_text())
@@ -276,11 +276,11 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--epochs", "3"], "--weights NAME_OR_PATH to start from, or --config-file"),
-        (["--config-file", RECIPE, "--epochs", "0"], "0 is not a whole number from 1 on"),
-        (["--config-file", RECIPE, "--batch-size", "some"], "some is not a whole number"),
-        (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "say the same"),
-        (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "for training"),
-        (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "say the same"),
+        (["--config-file", RECIPE, "--epochs", "0"], "0 is not a positive integer"),
+        (["--config-file", RECIPE, "--batch-size", "some"], "some is not a positive integer"),
+        (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "give only one of them"),
+        (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "have no effect"),
+        (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "give only one of them"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(

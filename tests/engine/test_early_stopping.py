@@ -146,7 +146,7 @@ class Trainer(run.DINOTrainer):
     def evaluate(self):  # as detectron2: the other processes get no results
         return {"bbox": {"AP": {2: 30.0}.get(self.iter + 1, 20.0)}} if comm.is_main_process() else {}
 
-run.DINOTrainer, run.own_photographs = Trainer, lambda cfg: ""
+run.DINOTrainer, run.own_dataset = Trainer, lambda cfg: ""
 if __name__ == "__main__":
     run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))
     print("process ended", flush=True)

@@ -49,7 +49,7 @@ def data_of(trained: tuple[Path, list[str]]) -> tuple[Path, Path]:
 
 
 def swapped(folder: Path, data: tuple[Path, Path]) -> list[str]:
-    """The same pictures with the classes in the other order."""
+    """The same images with the classes in the other order."""
     content = json.loads(data[0].read_text())
     content["categories"] = [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}]
     annotations, name = folder / "swapped.json", f"swapped_{folder.name}"

@@ -163,7 +163,7 @@ def test_full_disk_leaves_what_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.torch, "save", no_space)
-    with pytest.raises(OSError, match=r"model_0000000\.pth could not be written .* MiB free .*No space left"):
+    with pytest.raises(OSError, match=r"could not write .*model_0000000\.pth .* MiB free .*No space left"):
         trainer.checkpointer.save("model_0000000")
     assert (tmp_path / "model_0000000.pth").read_bytes() == before
     assert not list(tmp_path.glob("*.part"))
@@ -192,11 +192,11 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
 
     again = run(train_net(data, tmp_path, *short))
     assert again.returncode != 0
-    assert f"{tmp_path} holds a run. --resume goes on with it" in again.stderr
+    assert f"{tmp_path} already holds a run. Pass --resume to continue it" in again.stderr
 
     other = run(train_net(data, tmp_path, *short, "MODEL.DINO.NUM_QUERIES", "30", options=("--resume",)))
     assert other.returncode != 0
-    assert "MODEL.DINO.NUM_QUERIES was 20, is 30" in other.stderr
+    assert "MODEL.DINO.NUM_QUERIES was 20, is now 30" in other.stderr
 
     evaluated = run(train_net(data, tmp_path, "TEST.DETECTIONS_PER_IMAGE", "7", options=("--eval-only", "--resume")))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]

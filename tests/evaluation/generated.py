@@ -19,7 +19,7 @@ EMPTY = 0.1  # share of images without objects, and of images without detections
 
 @dataclass
 class Generated:
-    """dataset: in COCO's format. detections: in COCO's result format, with the ids of the data set's categories."""
+    """dataset: in COCO's format. detections: in COCO's result format, with the ids of the dataset's categories."""
 
     dataset: dict[str, Any]
     detections: list[dict[str, Any]]

@@ -172,9 +172,9 @@ def nan_boxes(made: Generated) -> None:
     ("change", "max_dets", "reason"),
     [
         (annotation_id_0, 100, "id 0"),
-        (shared_annotation_ids, 100, "share one"),
+        (shared_annotation_ids, 100, "duplicate ids"),
         (nan_boxes, 100, "NaN"),
-        (change_nothing, 1, "fewer than 10"),
+        (change_nothing, 1, "below 10"),
     ],
 )
 def test_what_differs_is_known(change: Change, max_dets: int, reason: str) -> None:
@@ -220,10 +220,10 @@ def nan_area(made: Generated) -> None:
     ("change", "reason"),
     [
         (nan_area, "NaN"),
-        (text_image_ids, "whole numbers"),
-        (negative_image_ids, "whole numbers"),
+        (text_image_ids, "integer ids"),
+        (negative_image_ids, "integer ids"),
         (no_iscrowd, "iscrowd"),
-        (unknown_image_in_detections, "images that the data set does not have"),
+        (unknown_image_in_detections, "images that are not in the dataset"),
         (infinite_score, "infinite"),
     ],
 )

@@ -96,7 +96,7 @@ def annotation(box: list[float], label: int, iscrowd: int = 0) -> dict[str, Any]
 
 
 def make_input(image_id: int) -> dict[str, Any]:
-    """As the loader makes it: the picture at half its size."""
+    """As the loader makes it: the image at half its size."""
     return {"image_id": image_id, "height": HEIGHT, "width": WIDTH, "image": torch.zeros(3, HEIGHT // 2, WIDTH // 2)}
 
 
@@ -105,7 +105,7 @@ Register = Callable[[dict[int, list[dict]]], str]
 
 @pytest.fixture
 def register(tmp_path: Path) -> Iterator[Register]:
-    """Register a data set that is not in COCO's format, with the annotations of each image id."""
+    """Register a dataset that is not in COCO's format, with the annotations of each image id."""
     name = f"planted_{tmp_path.name}"
 
     def make(annotations: dict[int, list[dict]]) -> str:
@@ -243,7 +243,7 @@ def test_class_that_the_model_does_not_have_is_refused(register: Register) -> No
 
 def test_image_of_another_data_set_is_refused(cat_and_dog: str) -> None:
     model = PlantedModel({4: PLAN[3]})
-    with pytest.raises(ValueError, match="Image 4 is not in the data set"):
+    with pytest.raises(ValueError, match="Image 4 is not in the dataset"):
         run(QueryEvaluator(cat_and_dog, model), model, [make_input(4)])
 
 

@@ -20,7 +20,7 @@ def test_outputs_stay_as_they_are_and_the_hook_goes(tiny_cfg: CfgNode) -> None:
         (expected,) = model([image])
         recorder.attach()
         (watched,) = model([image])
-        queries, layers = recorder.take()
+        queries, layers = recorder.pop()
         recorder.detach()
     assert torch.equal(watched["instances"].scores, expected["instances"].scores)
     assert torch.equal(watched["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor)
@@ -37,9 +37,9 @@ def test_each_pass_is_taken_once(tiny_cfg: CfgNode) -> None:
     recorder.attach()
     with torch.no_grad():
         model([{"image": torch.rand(3, 32, 32) * 255}])
-    recorder.take()
+    recorder.pop()
     with pytest.raises(RuntimeError, match="has not run since"):
-        recorder.take()
+        recorder.pop()
 
 
 def test_attaching_twice_leaves_one_hook(tiny_cfg: CfgNode) -> None:

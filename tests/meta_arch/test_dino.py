@@ -164,7 +164,7 @@ def test_training_image_without_annotation_is_refused(tiny_cfg: CfgNode) -> None
 def test_class_that_the_model_does_not_have_is_refused(label: int, tiny_cfg: CfgNode) -> None:
     image = make_input(64, 64, 2, file_name="some.jpg")
     image["instances"].gt_classes[1] = label
-    with pytest.raises(ValueError, match=rf"some\.jpg has objects of class .*{label}.*MODEL\.DINO\.NUM_CLASSES is 5"):
+    with pytest.raises(ValueError, match=rf"some\.jpg has classes .*{label}.*MODEL\.DINO\.NUM_CLASSES is 5"):
         build_model(tiny_cfg).train()([image])
 
 
@@ -374,7 +374,7 @@ def with_threshold(config: CfgNode, threshold: float) -> tuple[DINO, DecoderReco
 
 
 def number_of_queries(recorder: DecoderRecorder) -> int:
-    return recorder.take()[0].content.shape[1]
+    return recorder.pop()[0].content.shape[1]
 
 
 @pytest.mark.parametrize("selection", ["mixed", "pure"])
@@ -400,7 +400,7 @@ def test_queries_are_those_of_tokens_above_the_threshold(tiny_cfg: CfgNode) -> N
         selection = model.eval().query_selection(model.encode(images.tensor, mask))
         model.predict(images.tensor, mask)
     above = selection.proposals.logits.max(-1).values.sigmoid()[0] > 0.9
-    queries, _ = recorder.take()
+    queries, _ = recorder.pop()
     assert 1 < above.sum() < 20
     assert torch.equal(queries.anchors, selection.queries.anchors[:, above])
     assert torch.equal(queries.content, selection.queries.content[:, above])

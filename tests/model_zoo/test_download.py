@@ -77,7 +77,7 @@ def test_connection_that_brings_nothing_is_given_up_and_the_part_is_kept(web: We
 
 
 def test_other_file_than_published_is_refused_and_removed(web: Web, path: Path) -> None:
-    with pytest.raises(DownloadError, match=rf"its SHA-256 is {DIGEST}, it should begin with 01234567"):
+    with pytest.raises(DownloadError, match=rf"its SHA-256 is {DIGEST}, expected 01234567"):
         download(f"{web.url}/weights.pth", path, "01234567")
     assert list(path.parent.iterdir()) == []
 
@@ -86,7 +86,7 @@ def test_other_file_than_the_first_time_is_refused(web: Web, path: Path) -> None
     download(f"{web.url}/weights.pth", path, "")
     path.unlink()
     web.files["/weights.pth"] = b"replaced"
-    with pytest.raises(DownloadError, match=rf"should begin with {DIGEST}.*remove .*{RECORD}"):
+    with pytest.raises(DownloadError, match=rf"expected {DIGEST}.*delete .*{RECORD}"):
         download(f"{web.url}/weights.pth", path, "")
     assert not path.exists()
 
@@ -97,7 +97,7 @@ def test_missing_file_is_named(web: Web, path: Path) -> None:
 
 
 def test_missing_server_is_named(path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"127\.0\.0\.1:1/weights\.pth could not be loaded: .*refused"):
+    with pytest.raises(DownloadError, match=r"could not download http://127\.0\.0\.1:1/weights\.pth: .*refused"):
         download("http://127.0.0.1:1/weights.pth", path, "")
 
 
@@ -106,7 +106,7 @@ def test_disk_that_is_too_small_is_found_before_it_is_full(
 ) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage(50_000))
-    with pytest.raises(DownloadError, match=r"could not be written \(0 MB are free there\): 0 MB are needed"):
+    with pytest.raises(DownloadError, match=r"could not write .* \(0 MB free there\): 0 MB are needed"):
         download(f"{web.url}/weights.pth", path, "")
 
 
@@ -126,6 +126,7 @@ def test_disk_that_fills_up_is_named_and_the_part_is_kept(web: Web, path: Path) 
     command = [sys.executable, "-W", "ignore", "-c", script, f"{web.url}/weights.pth", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert "weights.pth.part could not be written" in result.stderr
+    assert "could not write" in result.stderr
+    assert "weights.pth.part" in result.stderr
     assert not path.exists()
     assert 0 < path.with_name("weights.pth.part").stat().st_size <= 50_000

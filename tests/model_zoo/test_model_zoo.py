@@ -118,7 +118,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
     monkeypatch.setenv("DINO_D2_ZOO_URL", "http://127.0.0.1:1")
     with pytest.raises(model_zoo.DownloadError) as error:
         module.local_weights(NAME)
-    place = Path(re.search(r"put dino_r50_4scale_12ep_49_2AP\.pth from \S+ at (\S+);", str(error.value))[1])
+    place = Path(re.search(r"download \S+_49_2AP\.pth from .* copy it to (\S+),", str(error.value))[1])
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(published)
     converted = torch.load(module.local_weights(NAME), weights_only=True)["model"]
@@ -130,5 +130,5 @@ def test_file_of_another_model_is_named(web: Web) -> None:
     file = io.BytesIO()
     torch.save({"model": {"transformer.encoder.layers.0.attentions.0.value_proj.weight": torch.ones(2)}}, file)
     web.files[FILE] = file.getvalue()
-    with pytest.raises(ValueError, match=r"is not what was published as dino_r50_4scale_12ep"):
+    with pytest.raises(ValueError, match=r"is not the file published as dino_r50_4scale_12ep"):
         module.local_weights(NAME)

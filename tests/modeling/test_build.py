@@ -123,7 +123,7 @@ def test_op_is_the_one_chosen(tiny_cfg, choice: str, op: Callable) -> None:
 
 
 def test_compiled_op_does_not_fall_back(tiny_cfg, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.library, "_served", {})
+    monkeypatch.setattr(ops.library, "_available", {})
     monkeypatch.setattr(ops.library, "_DISPATCH_KEYS", {})
     build.build_encoder(tiny_cfg)  # auto does
     tiny_cfg.MODEL.DINO.OP = "compiled"

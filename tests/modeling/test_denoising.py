@@ -287,7 +287,7 @@ def decode(make_memory):
     matching = Queries(torch.randn(2, 5, CHANNELS).double(), torch.rand(2, 5, 4).double())
 
     def run(denoising: DenoisingQueries, matching_shift: float = 0.0) -> Tensor:
-        queries = denoising.followed_by(Queries(matching.content + matching_shift, matching.anchors))
+        queries = denoising.concatenated_with(Queries(matching.content + matching_shift, matching.anchors))
         layers = decoder(queries, memory, denoising.attention_mask(5))
         return torch.stack([layer.logits for layer in layers])
 

@@ -137,7 +137,7 @@ def test_settings_arrive(tiny_config: Callable) -> None:
 
 def test_one_level_is_refused(tiny_config: Callable) -> None:
     cfg = tiny_config(ENCODER="interleaved", IN_FEATURES=["stage4"], NUM_FEATURE_LEVELS=1)
-    with pytest.raises(ValueError, match=r"MODEL\.DINO\.NUM_FEATURE_LEVELS is 1; one level: deformable"):
+    with pytest.raises(ValueError, match=r"MODEL\.DINO\.NUM_FEATURE_LEVELS is 1; use deformable"):
         build_model(cfg)
 
 
@@ -147,7 +147,7 @@ def test_unknown_encoder_is_refused(tiny_config: Callable) -> None:
 
 
 def test_recipe_costs_under_half_of_the_deformable_encoder() -> None:
-    """The share hardly depends on the picture's size; a small one is counted quickly."""
+    """The share hardly depends on the image's size; a small one is counted quickly."""
     names = ("small/dino_r50_4scale_interleaved_12ep", "dino_r50_4scale_12ep")
     models = [build_model(load_config(str(CONFIGS / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])) for name in names]
     interleaved, deformable = (analyze(model, 192, 320) for model in models)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from dino_d2.modeling.layers import ROWS_AT_A_TIME, FeedForward, by_rows
+from dino_d2.modeling.layers import CHUNK_ROWS, FeedForward, apply_in_chunks
 
 
-@pytest.mark.parametrize("rows", [0, 1, ROWS_AT_A_TIME, 2 * ROWS_AT_A_TIME + 3])
+@pytest.mark.parametrize("rows", [0, 1, CHUNK_ROWS, 2 * CHUNK_ROWS + 3])
 def test_some_rows_at_a_time_give_what_all_give(rows: int) -> None:
     ffn = FeedForward(8, 16, dropout=0.0).double()
     x = torch.randn(2, rows, 8, dtype=torch.float64)
@@ -15,17 +15,17 @@ def test_some_rows_at_a_time_give_what_all_give(rows: int) -> None:
 
 
 def test_rows_at_a_time_are_few_and_only_without_gradient() -> None:
-    x = torch.randn(1, ROWS_AT_A_TIME + 1, 4)
+    x = torch.randn(1, CHUNK_ROWS + 1, 4)
     seen = []
 
     def note(rows: torch.Tensor) -> torch.Tensor:
         seen.append(rows.numel() // 4)
         return rows + 1
 
-    by_rows(note, x)
+    apply_in_chunks(note, x)
     with torch.no_grad():
-        assert torch.equal(by_rows(note, x), x + 1)
-    assert seen == [ROWS_AT_A_TIME + 1, ROWS_AT_A_TIME, 1]
+        assert torch.equal(apply_in_chunks(note, x), x + 1)
+    assert seen == [CHUNK_ROWS + 1, CHUNK_ROWS, 1]
 
 
 def test_input_is_left_as_it_was() -> None:

@@ -55,7 +55,7 @@ def test_proposals_at_the_very_border_are_infinite(make_memory) -> None:
 
 
 def published_centres(length: int, padded: int, dtype: type) -> np.ndarray:
-    """(i + 0.5) / the number of valid tokens, as both published programs have it."""
+    """(i + 0.5) / the number of valid tokens, as both published implementations have it."""
     return (np.arange(padded, dtype=dtype) + dtype(0.5)) / dtype(length)
 
 
@@ -183,7 +183,7 @@ def test_fewer_tokens_than_queries_make_fewer_queries(kind: str, make_memory) ->
 
 
 def scored_at_once(proposals: EncoderProposals, memory: Memory, num_queries: int) -> tuple[Tensor, Tensor]:
-    """Logits and boxes with the gradient through all tokens, as the published programs have it."""
+    """Logits and boxes with the gradient through all tokens, as the published implementations have it."""
     start, valid = token_proposals(memory)
     features = proposals.norm(proposals.project(memory.tokens.masked_fill(~valid[..., None], 0)))
     logits = proposals.class_head(features)

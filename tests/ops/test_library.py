@@ -46,10 +46,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     """`machine(code, cards)`: a binary with that CUDA code on a machine with those cards."""
 
     def make(code: list[str], *cards: tuple[str, tuple[int, int]]) -> None:
-        monkeypatch.setattr(library, "_served", {})
+        monkeypatch.setattr(library, "_available", {})
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: True)
         monkeypatch.setattr(library, "_code", lambda: code)
-        monkeypatch.setattr(library, "_cards", lambda: list(cards))
+        monkeypatch.setattr(library, "_gpus", lambda: list(cards))
         library._warn_once.cache_clear()
 
     yield make
@@ -67,7 +67,7 @@ def test_card_without_code_is_not_served_and_the_way_out_is_named(machine) -> No
     with pytest.raises(ImportError, match=advice):
         require_compiled("cuda")
     with pytest.warns(UserWarning, match=advice):
-        library.warn_that_reference_serves("cuda")
+        library.warn_about_fallback("cuda")
 
 
 def test_every_card_must_be_served(machine) -> None:
@@ -91,7 +91,7 @@ def test_card_with_code_is_served(machine) -> None:
 @pytest.mark.parametrize("served", [True, False])
 def test_first_call_may_be_one_that_is_traced(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked to find the answer, nothing of it is traced, and no graph breaks."""
-    monkeypatch.setattr(library, "_served", {})
+    monkeypatch.setattr(library, "_available", {})
     if not served:
         monkeypatch.setattr(library, "_DISPATCH_KEYS", {})
     library._warn_once.cache_clear()

@@ -61,7 +61,7 @@ def test_curves_of_several_runs_are_drawn_from_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("content", "error"), [(None, "no metrics.json"), ("{}\n", "nothing"), ("{\n", "line 1 is no")]
+    ("content", "error"), [(None, "metrics.json not found"), ("{}\n", "nothing"), ("{\n", "line 1 is not JSON")]
 )
 def test_run_that_cannot_be_drawn_is_named(content: str | None, error: str, tmp_path: Path) -> None:
     if content is not None:

@@ -84,5 +84,5 @@ def test_missing_weights_are_named() -> None:
     command = [sys.executable, "tools/app.py", "--weights", "nowhere.pth"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "there are no weights nowhere.pth" in result.stderr
+    assert "weights nowhere.pth not found" in result.stderr
     assert "Traceback" not in result.stderr

@@ -105,10 +105,10 @@ def test_unreadable_annotations_and_contradicting_configs_are_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train-json", "a.json"], "--train-json and --train-images belong together"),
-        (["--val-images", "folder"], "--val-json and --val-images belong together"),
+        (["--train-json", "a.json"], "--train-json and --train-images must be given together"),
+        (["--val-images", "folder"], "--val-json and --val-images must be given together"),
         (["--val-json", "a.json", "--val-images", "folder"], "--val-json without --train-json"),
-        (["--eval-only", "--train-json", "a.json", "--train-images", "folder"], "what is evaluated is --val-json"),
+        (["--eval-only", "--train-json", "a.json", "--train-images", "folder"], "uses --val-json"),
     ],
 )
 def test_options_given_in_part_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -124,7 +124,7 @@ def test_faulty_file_ends_training_with_one_line(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit, match="2"):
         train_or_evaluate(args)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no.json: there is no such annotation file" in line
+    assert "no.json does not exist" in line
 
 
 def test_files_are_trained_on_and_evaluated_and_their_classes_are_saved(

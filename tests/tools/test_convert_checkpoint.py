@@ -86,9 +86,9 @@ def test_output_lies_where_iopath_reaches(tmp_path: Path) -> None:
 def test_checkpoint_without_an_average_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.save({"model": {}}, tmp_path / "model.pth")
     error = said(capsys, "--source", "ema", str(tmp_path / "model.pth"), "out.pth", *CONFIG, *SMALL)
-    assert re.search(r"model\.pth holds no moving average.*SOLVER\.EMA\.ENABLED", error)
+    assert re.search(r"model\.pth has no moving average.*SOLVER\.EMA\.ENABLED", error)
 
 
 def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     error = said(capsys, "--source", "auto", str(tmp_path / "nowhere.pth"), "out.pth", *CONFIG)
-    assert "nowhere.pth: there is no such file" in error
+    assert "nowhere.pth does not exist" in error

@@ -28,7 +28,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with weights and a picture, and the config values of the model."""
+    """A folder with weights and an image, and the config values of the model."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_rectangles(folder / "data", count=1, size=150)
     values = config_values(data, folder / "out", "demo_rectangles")
@@ -75,7 +75,7 @@ def test_photograph_is_not_overwritten(trained: tuple[Path, list[str]], tmp_path
     arguments = ("--weights", str(folder / "weights.pth"), "--input", str(photo), "--output", str(tmp_path), *values)
     result = run_demo(*arguments)
     assert result.returncode != 0
-    assert f"would take the place of {photo}" in result.stderr
+    assert f"would overwrite {photo}" in result.stderr
     assert photo.read_bytes() == before
 
 
@@ -131,8 +131,8 @@ def test_pictures_of_every_kind_are_predicted_and_a_damaged_one_is_named(
         "--weights", str(folder / "weights.pth"), "--input", *photos, "--output", str(tmp_path / "found"), *values
     )
     assert result.returncode == 1
-    assert "damaged.png cannot be read as a picture" in result.stderr
-    assert f"1 of {len(photos)} photographs could not be read" in result.stderr
+    assert "damaged.png cannot be read as an image" in result.stderr
+    assert f"1 of {len(photos)} images could not be read" in result.stderr
     assert {path.stem: Image.open(path).size for path in (tmp_path / "found").glob("*.png")} == sizes
 
 

@@ -51,4 +51,4 @@ def test_what_a_file_would_not_do_is_refused(
 def test_weights_that_are_not_there_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export.main(["--format", "onnx", "--config-file", "x", "--weights", "nowhere.pth", "-o", "y"])
-    assert "there are no weights nowhere.pth" in capsys.readouterr().err
+    assert "weights nowhere.pth not found" in capsys.readouterr().err

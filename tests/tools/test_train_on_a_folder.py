@@ -26,7 +26,7 @@ CHOSEN = (  # by the command
 
 
 def yolo_of(folder: Path, photographs: int, part: str) -> None:
-    """A part in Roboflow's layout; its last picture has no label file."""
+    """A part in Roboflow's layout; its last image has no label file."""
     annotations, images = write_rectangles(folder / "rectangles" / part, photographs, size=64, empty=1)
     content = json.loads(annotations.read_text())
     labels = folder / part / "labels"
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
 def test_it_says_what_it_found_and_chose(trained: tuple[Path, subprocess.CompletedProcess]) -> None:
     printed = trained[1].stdout
     assert "YOLO, 5 images to train on, 7 to evaluate on" in printed
-    assert "SOLVER.MAX_ITER 6  # 2 epochs of 3: 5 images, 2 a step" in printed
+    assert "SOLVER.MAX_ITER 6  # 2 epochs of 3: 5 images, 2 per step" in printed
     assert "SOLVER.BASE_LR" not in printed.split("Rank of current process")[0]  # the command's own
 
 
@@ -76,7 +76,7 @@ def test_it_ends_with_ap_by_class_examples_and_the_next_command(
     trained: tuple[Path, subprocess.CompletedProcess],
 ) -> None:
     output, result = trained
-    end = result.stdout[result.stdout.index("AP on the 7 photographs of") :]
+    end = result.stdout[result.stdout.index("AP on the 7 images of") :]
     rows = [line.split()[0] for line in end.splitlines()[3:6]]
     assert rows == [*COLOURS, "all"]
     assert f"Next: dino-d2 predict --weights {output} --input PHOTO" in end

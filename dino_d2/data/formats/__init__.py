@@ -1,4 +1,4 @@
-"""What is in a folder: data sets as COCO, Roboflow, YOLO and Pascal VOC lay them out, made into `CocoFiles`."""
+"""Find datasets in the layouts of COCO, Roboflow, YOLO and Pascal VOC, and convert them to `CocoFiles`."""
 
 from .find import FoundDataset, find_dataset
 

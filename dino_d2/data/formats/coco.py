@@ -1,4 +1,4 @@
-"""COCO's own layout, the plain one of most programs, and Roboflow's."""
+"""COCO's layout, common variants of it, and Roboflow's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dino_d2.data.datasets import read_coco
 
 from .parts import FOLDERS, Layout, Part
 
-# Where the annotations of a part may be, {}: its name; the first that is there.
+# Where to look for the annotations of a split named {}; the first match is used.
 PLACES = (
     "annotations/instances_{}*.json",
     "instances_{}*.json",
@@ -19,14 +19,14 @@ PLACES = (
     "{}/annotations.json",
 )
 ROBOFLOW = "_annotations.coco.json"
-LOOKED_AT = 20  # images of a part, to find their folder
+LOOKED_AT = 20  # images of a split, to find their folder
 
 
 def read(folder: Path) -> Layout | None:
-    """None: it is another layout.
+    """Read the folder if it has this layout, else return None.
 
     Raises:
-        ValueError, FileNotFoundError: it is this one, but its files are not complete.
+        ValueError, FileNotFoundError: the layout matches, but files are missing.
     """
     files = {part: file for part in FOLDERS if (file := _annotations(folder, part))}
     if "train" not in files:
@@ -35,9 +35,9 @@ def read(folder: Path) -> Layout | None:
     parts = {part: _part(folder, part, files[part]) for part in ("train", "val") if part in files}
     layout = Layout("COCO, as Roboflow exports it" if roboflow else "COCO", parts)
     if roboflow:
-        _leave_out_dummy(layout)
+        _remove_dummy(layout)
     if "test" in files:
-        layout.notes.append(f"{files['test']} is a test part: it is left alone")
+        layout.notes.append(f"{files['test']} is a test split: not used")
     return layout
 
 
@@ -46,8 +46,8 @@ def _annotations(folder: Path, part: str) -> Path | None:
         found = sorted({path for name in FOLDERS[part] for path in folder.glob(place.format(name))})
         if len(found) > 1:
             raise ValueError(
-                f"{folder} has several annotation files of the part {part}: {', '.join(path.name for path in found)}. "
-                "Say which: --train-json FILE --train-images FOLDER --val-json FILE --val-images FOLDER"
+                f"{folder} has several annotation files for {part}: {', '.join(path.name for path in found)}. "
+                "Choose one with --train-json FILE --train-images FOLDER --val-json FILE --val-images FOLDER"
             )
         if found:
             return found[0]
@@ -57,12 +57,12 @@ def _annotations(folder: Path, part: str) -> Path | None:
 def _part(folder: Path, part: str, file: Path) -> Part:
     content = read_coco(file)
     if not content["images"]:
-        raise ValueError(f"{file} lists no images")
+        raise ValueError(f"{file} has no images")
     return Part(content, _image_folder(folder, part, file, content["images"]), file)
 
 
 def _image_folder(folder: Path, part: str, file: Path, images: list[dict]) -> Path:
-    """Where most of the first images are."""
+    """The folder with most of the first images."""
     names = [file.stem.removeprefix("instances_"), *FOLDERS[part]]
     places = [place for name in names for place in (folder / name, folder / "images" / name, folder / name / "images")]
     places += [file.parent, folder / "images", folder]
@@ -71,13 +71,13 @@ def _image_folder(folder: Path, part: str, file: Path, images: list[dict]) -> Pa
     hits = [sum((place / name).is_file() for name in first) for place in places]
     if not any(hits):
         raise FileNotFoundError(
-            f"{file}: its images, such as {first[0]}, are in none of {', '.join(str(place) for place in places)}"
+            f"{file}: images such as {first[0]} not found in any of {', '.join(str(place) for place in places)}"
         )
     return places[hits.index(max(hits))]
 
 
-def _leave_out_dummy(layout: Layout) -> None:
-    """Roboflow's first category is the name of the project, and no object has it."""
+def _remove_dummy(layout: Layout) -> None:
+    """Remove Roboflow's first category, the project name, which no object has."""
     used = {entry.get("category_id") for part in layout.parts.values() for entry in part.content["annotations"]}
     for name, part in layout.parts.items():
         categories = part.content["categories"]
@@ -85,6 +85,6 @@ def _leave_out_dummy(layout: Layout) -> None:
         if kept and len(kept) < len(categories):
             layout.parts[name] = Part(part.content | {"categories": kept}, part.images)
             dummy = next(category["name"] for category in categories if category["id"] == 0)
-            note = f'the category 0, "{dummy}", is Roboflow\'s and has no objects: it is left out'
+            note = f'category 0, "{dummy}", was added by Roboflow and has no objects: removed'
             if note not in layout.notes:
                 layout.notes.append(note)

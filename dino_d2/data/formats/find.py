@@ -1,4 +1,4 @@
-"""From a folder of photographs to the files that training and evaluation read."""
+"""Find the dataset in a folder and convert it for training and evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from dino_d2.data.datasets import CocoFiles
 
 from . import coco, voc, yolo
-from .parts import Content, Part, hold_back
+from .parts import Content, Part, hold_out
 
 READERS = (coco.read, yolo.read, voc.read)
 LAYOUTS = """\
@@ -17,12 +17,14 @@ LAYOUTS = """\
               or train.json and val.json beside train/ and val/; or train/_annotations.coco.json (Roboflow)
   YOLO        data.yaml with names, train and val; images/train with labels/train, or train/images with train/labels
   Pascal VOC  JPEGImages/, Annotations/ and ImageSets/Main/train.txt; or train/ with an XML file beside each image
-A part for evaluation (val, valid) may be missing, images without annotations are pictures without objects."""
+The validation split (val, valid) is optional. Images without annotations are background images."""
 
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """layout: its name. train, val: the data. counts: images of each. notes: what a user should know of the reading."""
+    """A dataset found in a folder.
+
+    layout: its name. train, val: the data. counts: number of images in each. notes: remarks for the user."""
 
     layout: str
     train: CocoFiles
@@ -32,39 +34,39 @@ class FoundDataset:
 
 
 def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundDataset:
-    """Find out what the folder holds. The images stay where they are; annotations that are not COCO's as they are,
-    are written to `output` as train.json and val.json.
+    """Find the dataset in `folder`. Images stay in place; annotations that had to be converted or changed are written
+    to `output` as train.json and val.json.
 
-    Without a part for evaluation a fifth of the images to train on is held back: always the same ones.
+    Without a validation split a fifth of the training images is held out, always the same ones.
 
     Args:
-        may_replace: write over other annotations in `output`, which are a run's that goes on if this is not allowed.
+        may_replace: allow overwriting different annotations in `output`; False if a run there is to be resumed.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a part of the data is missing.
-        ValueError: the folder has none of the layouts, or its files are not understood.
-        ImportError: YOLO or Pascal VOC, and supervision, which reads them, is not installed.
-        FileExistsError: `output` has other annotations.
+        FileNotFoundError: the folder or part of the data does not exist.
+        ValueError: the folder has no known layout, or its files are invalid.
+        ImportError: the layout is YOLO or Pascal VOC, and supervision is not installed.
+        FileExistsError: `output` has different annotations.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder")
+        raise FileNotFoundError(f"folder {folder} does not exist")
     layout = next((found for read in READERS if (found := read(folder))), None)
     if layout is None:
         some = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder} (it holds {some}) has none of the layouts that are looked for:\n{LAYOUTS}")
+        raise ValueError(f"{folder} (containing {some}) has none of the supported layouts:\n{LAYOUTS}")
     parts, notes = dict(layout.parts), list(layout.notes)
     if "val" not in parts:
-        parts["train"], parts["val"] = hold_back(parts["train"])
+        parts["train"], parts["val"] = hold_out(parts["train"])
         notes.append(
-            f"there is no part for evaluation: {len(parts['val'].content['images'])} photographs, a fifth chosen by a "
-            "hash of their names, are held back and not trained on"
+            f"no validation split: {len(parts['val'].content['images'])} images, a fifth chosen by a hash of their "
+            "names, are held out for evaluation"
         )
     if layout.name == voc.NAME and any("difficult" in entry for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_crowds(parts["val"].content), parts["val"].images)
-        notes.append("val: objects marked difficult are crowds, neither for nor against in AP; they are trained on")
+        notes.append("val: objects marked difficult are treated as crowds, which AP ignores; train: they are used")
     if not all(_can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
-        notes.append("val: annotations lack area or iscrowd: they get the area of their box and are no crowds")
+        notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
     counts = len(parts["train"].content["images"]), len(parts["val"].content["images"])
     return FoundDataset(layout.name, files["train"], files["val"], counts, tuple(notes))
@@ -75,14 +77,14 @@ def _can_be_evaluated(entry: dict) -> bool:
 
 
 def _with_crowds(content: Content) -> Content:
-    """Difficult objects as detectron2 has them: trained on, and forgiven by Pascal VOC's evaluation."""
+    """Mark difficult objects as crowds, which evaluation ignores, as Pascal VOC's does."""
     annotations = [entry | {"iscrowd": 1} if "difficult" in entry else entry for entry in content["annotations"]]
     return content | {"annotations": annotations}
 
 
 def _with_area(content: Content) -> Content:
     def completed(entry: dict) -> dict:
-        box = entry.get("bbox")  # faulty ones are left to the inspection of the data
+        box = entry.get("bbox")  # faulty boxes are reported by inspect_dataset
         area = box[2] * box[3] if isinstance(box, list) and len(box) == 4 else 0
         return {"area": area, "iscrowd": 0, **entry}
 
@@ -96,7 +98,7 @@ def _files(name: str, part: Part, output: Path, may_replace: bool) -> CocoFiles:
     if not (file.is_file() and file.read_text(encoding="utf-8") == text):
         if file.exists() and not may_replace:
             raise FileExistsError(
-                f"{file} is of other data: a run goes on with its own; another output begins a new one"
+                f"{file} is from different data: resume the run with its own data, or choose another output folder"
             )
         output.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the readers of the layouts have in common: parts of a data set in COCO's format, in memory."""
+"""Common code of the layout readers: splits of a dataset in COCO format, in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # part: its names
-HELD_BACK = 5  # one photograph of so many is evaluated on, where no part is for that
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
+HELD_OUT = 5  # one in this many images is held out if there is no validation split
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 NAMED = 3  # examples in an error
 
@@ -23,8 +23,10 @@ Content = dict[str, list[dict[str, Any]]]  # "images", "annotations", "categorie
 
 @dataclass(frozen=True)
 class Part:
-    """content: in COCO's format. images: folder that its `file_name`s are relative to. file: which has that content;
-    None: there is none yet."""
+    """A split of a dataset.
+
+    content: in COCO format. images: folder that its `file_name`s are relative to. file: the annotation file with that
+    content; None: not written yet."""
 
     content: Content
     images: Path
@@ -33,7 +35,7 @@ class Part:
 
 @dataclass
 class Layout:
-    """name: for people. parts: "train" and perhaps "val". notes: what a user should know about the reading."""
+    """A dataset as read. name: of the layout. parts: "train" and perhaps "val". notes: remarks for the user."""
 
     name: str
     parts: dict[str, Part]
@@ -42,8 +44,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Picture:
-    """A photograph with its objects. file_name: relative to the image folder. size: width, height. boxes: (n, 4)
-    x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's mark of what is hard to see."""
+    """An image with its objects. file_name: relative to the image folder. size: width, height. boxes: (n, 4)
+    x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's flag for hard objects."""
 
     file_name: str
     size: tuple[int, int]
@@ -53,8 +55,7 @@ class Picture:
 
 
 def as_coco(pictures: Iterable[Picture], names: Sequence[str]) -> Content:
-    """Images and annotations are numbered from 1 as they come, categories as their labels, from 1. Difficult objects
-    are marked so."""
+    """Convert to COCO format. Ids of images, annotations and categories start at 1; difficult objects are marked."""
     images, annotations = [], []
     for number, picture in enumerate(pictures, start=1):
         width, height = picture.size
@@ -78,16 +79,16 @@ def as_coco(pictures: Iterable[Picture], names: Sequence[str]) -> Content:
 
 
 def pictures_in(folder: Path, recursive: bool = False) -> list[Path]:
-    """Files with the suffix of a picture, sorted."""
+    """Sorted paths of the files with an image suffix."""
     found = folder.rglob("*") if recursive else folder.glob("*")
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Width and height as the pictures are seen, turned as their EXIF data say. Only their headers are read.
+    """Width and height after EXIF rotation. Reads only the headers.
 
     Raises:
-        ValueError: files that are no pictures.
+        ValueError: some files are not images.
     """
     sizes, broken = [], []
     for path in paths:
@@ -100,32 +101,32 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
             UnidentifiedImageError,
             OSError,
             SyntaxError,
-        ):  # the last: of broken PNG files
+        ):  # SyntaxError: broken PNG files
             broken.append(path)
     if broken:
         some = ", ".join(map(str, broken[:NAMED])) + (", …" if len(broken) > NAMED else "")
-        raise ValueError(f"{len(broken)} files cannot be read as pictures: {some}; replace or remove them")
+        raise ValueError(f"{len(broken)} files cannot be read as images: {some}; replace or remove them")
     return sizes
 
 
-def hold_back(part: Part) -> tuple[Part, Part]:
-    """A fifth of the photographs for evaluation, by a hash of their names, so that it is always the same ones.
+def hold_out(part: Part) -> tuple[Part, Part]:
+    """Split off a fifth of the images for evaluation, by a hash of their names, so always the same ones.
 
-    Copies of one photograph that Roboflow has augmented (`name.rf.HASH.jpg`) stay together.
+    Roboflow's augmented copies of one image (`name.rf.HASH.jpg`) stay together.
 
     Returns:
-        what is left to train on, what is held back.
+        the rest for training, and the held-out part.
 
     Raises:
-        ValueError: there is a single photograph.
+        ValueError: there is only one image.
     """
     images = part.content["images"]
     names = [str(image.get("file_name")).split(".rf.")[0] for image in images]
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
     ordered = sorted(set(digests))
     if len(ordered) < 2:
-        raise ValueError(f"{part.images} has a single photograph, of which none can be held back for evaluation")
-    last = ordered[max(len(ordered) // HELD_BACK, 1) - 1]
+        raise ValueError(f"{part.images} has only one image, so none can be held out for evaluation")
+    last = ordered[max(len(ordered) // HELD_OUT, 1) - 1]
     pairs = list(zip(images, digests, strict=True))
     return (
         _with_images(part, [image for image, digest in pairs if digest > last]),
@@ -147,9 +148,9 @@ def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
 def require_supervision(layout: str) -> None:
     """
     Raises:
-        ImportError: what reads YOLO and Pascal VOC is not installed.
+        ImportError: supervision, which reads YOLO and Pascal VOC, is not installed.
     """
     if importlib.util.find_spec("supervision") is None:
         raise ImportError(
-            f'{layout} is read by supervision, which is not installed: pip install "supervision>=0.31,<1"'
+            f'reading {layout} needs supervision, which is not installed: pip install "supervision>=0.31,<1"'
         )

@@ -1,4 +1,4 @@
-"""Pascal VOC: an XML file for each image, in the devkit's folders or, as Roboflow and labelImg do, beside it."""
+"""Pascal VOC: one XML file per image, in the devkit's folders or beside the image (Roboflow, labelImg)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
 LISTS = "ImageSets/Main"
 
-Entry = tuple[Path, Path]  # of an image and of its annotations, which may be missing
+Entry = tuple[Path, Path]  # paths of an image and its annotations, which may not exist
 
 
 def read(folder: Path) -> Layout | None:
-    """None: it is another layout.
+    """Read the folder if it has this layout, else return None.
 
     Raises:
-        ValueError, FileNotFoundError: it is this one, but its files are not complete or not understood.
+        ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
         ImportError: supervision is not installed.
     """
     parts = _parts(folder)
@@ -32,18 +32,18 @@ def read(folder: Path) -> Layout | None:
     pictures = {part: _read(*parts[part], seen) for part in ("train", "val") if part in parts}
     names = sorted(seen)
     if not names:
-        raise ValueError(f"{folder}: no annotation has an object")
+        raise ValueError(f"{folder}: the annotations have no objects")
     layout = Layout(NAME, {})
     for part, found in pictures.items():
         found = [replace(picture, labels=[names.index(seen[label]) for label in picture.labels]) for picture in found]
         layout.parts[part] = Part(as_coco(found, names), parts[part][0])
     if "test" in parts:
-        layout.notes.append("there is a test part: it is left alone")
+        layout.notes.append("the test split is not used")
     return layout
 
 
 def _parts(folder: Path) -> dict[str, tuple[Path, list[Entry]]]:
-    """Of each part the image folder and what is in it."""
+    """The image folder and the entries of each split."""
     found = {}
     for part, names in FOLDERS.items():
         pair = next((pair for name in names if (pair := _folders(folder / name))), None)
@@ -68,7 +68,7 @@ def _parts(folder: Path) -> dict[str, tuple[Path, list[Entry]]]:
 
 
 def _folders(folder: Path) -> tuple[Path, Path] | None:
-    """Of images and of annotations."""
+    """The folders of images and annotations."""
     for images, xml in PAIRS:
         if (folder / images).is_dir() and any((folder / xml).glob("*.xml")):
             return folder / images, folder / xml
@@ -78,7 +78,7 @@ def _folders(folder: Path) -> tuple[Path, Path] | None:
 def _entries(images: Path, annotations: Path) -> list[Entry]:
     found = [(image, annotations / f"{image.stem}.xml") for image in pictures_in(images)]
     if not any(xml.is_file() for _, xml in found):
-        raise FileNotFoundError(f"{images}: no image has its annotations in {annotations}")
+        raise FileNotFoundError(f"{images}: no annotations of its images found in {annotations}")
     return found
 
 
@@ -87,7 +87,7 @@ def _listed(file: Path) -> list[str]:
 
 
 def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Picture]:
-    """The pictures, labelled by their place in `names`, to which new names are added."""
+    """Read the images, with labels as indices into `names`, to which new names are added."""
     sizes = sizes_of([image for image, _ in entries])
     return [
         _picture(image.relative_to(images).as_posix(), size, xml, names)
@@ -96,15 +96,15 @@ def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Pict
 
 
 def _picture(file_name: str, size: tuple[int, int], xml: Path, names: list[str]) -> Picture:
-    from defusedxml.ElementTree import parse  # late, as supervision: only these files need them
+    from defusedxml.ElementTree import parse  # imported late: only needed here
     from supervision.dataset.formats.pascal_voc import detections_from_xml_obj
 
-    if not xml.is_file():  # no objects
+    if not xml.is_file():  # background image
         return Picture(file_name, size, np.zeros((0, 4)), [], [])
     try:
         root = parse(xml).getroot()
         objects, names[:] = detections_from_xml_obj(root, names, size)
-    except (SyntaxError, ValueError) as error:  # the first: what is no XML
+    except (SyntaxError, ValueError) as error:  # SyntaxError: not XML
         raise ValueError(f"{xml}: {error}") from error
     difficult = [(entry.findtext("difficult") or "").strip() == "1" for entry in root.findall("object")]
     return Picture(file_name, size, objects.xyxy, objects.class_id.tolist(), difficult)

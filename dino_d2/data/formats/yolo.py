@@ -1,4 +1,4 @@
-"""YOLO: a data.yaml with the names of the classes, a text file beside each image (Ultralytics, Roboflow)."""
+"""YOLO: a data.yaml with the class names, and a text file per image (Ultralytics, Roboflow)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
 def read(folder: Path) -> Layout | None:
-    """None: it is another layout.
+    """Read the folder if it has this layout, else return None.
 
     Raises:
-        ValueError, FileNotFoundError: it is this one, but its files are not complete or not understood.
+        ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
         ImportError: supervision is not installed.
     """
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -29,15 +29,15 @@ def read(folder: Path) -> Layout | None:
     layout = Layout("YOLO", {})
     folders = {part: _image_folders(file, settings, part, layout.notes) for part in FOLDERS}
     if not folders["train"]:
-        raise ValueError(f'{file} says nothing of "train": the folder of the images to train on')
+        raise ValueError(f'{file} does not give "train", the folder of the training images')
     if folders["val"] == folders["train"]:
-        layout.notes.append(f"{file.name}: val is the same as train: AP says nothing about other photographs")
+        layout.notes.append(f"{file.name}: val is the same as train: AP will say nothing about new images")
     names, keypoints = _class_names(file, settings), _keypoint_values(settings)
     for part in ("train", "val"):
         if folders[part]:
             layout.parts[part] = _read_part(folders[part], names, keypoints)
     if folders["test"]:
-        layout.notes.append(f"{folders['test'][0]} is a test part: it is left alone")
+        layout.notes.append(f"{folders['test'][0]} is a test split: not used")
     return layout
 
 
@@ -47,57 +47,57 @@ def _settings(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} must say names, train and val")
+        raise ValueError(f"{file} must give names, train and val")
     return settings
 
 
 def _class_names(file: Path, settings: dict[str, Any]) -> list[str]:
-    """In order of their numbers; a list, or a dictionary from 0 on."""
+    """Class names in order of their indices, from a list or a dictionary with keys from 0."""
     names = settings.get("names")
     if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
         names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
     if not isinstance(names, list) or not names:
-        raise ValueError(f'{file}: "names" must be a list of the classes, or a dictionary from 0 on; it is {names!r}')
+        raise ValueError(f'{file}: "names" must be a list, or a dictionary with keys from 0; it is {names!r}')
     return [str(name) for name in names]
 
 
 def _keypoint_values(settings: dict[str, Any]) -> int:
-    """How many numbers follow the box in a line of a pose data set."""
+    """Number of values after the box in each line of a pose dataset."""
     shape = settings.get("kpt_shape")
     return shape[0] * shape[1] if isinstance(shape, list) and len(shape) == 2 else 0
 
 
 def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[str]) -> list[Path]:
-    """Empty: the file does not name that part, or, if it is no more than a test part, it is not there."""
+    """The image folders of a split; empty if the file does not give it, or if a val or test folder is missing."""
     entries = next((settings[name] for name in FOLDERS[part] if settings.get(name)), [])
     entries = entries if isinstance(entries, list) else [entries]
     folders = []
     for entry in map(str, entries):
         place = _resolve(file.parent, str(settings.get("path") or ""), entry)
         if place is None and part == "train":
-            raise FileNotFoundError(f"{file}: {part} is {entry}, and there is no such folder of images")
+            raise FileNotFoundError(f"{file}: {part} is {entry}, but that folder does not exist")
         if place is None and part == "val":
-            notes.append(f"{file.name}: {part} is {entry}, which is not there: it is left out")
+            notes.append(f"{file.name}: {part} is {entry}, which does not exist: not used")
         elif place is not None:
             folders.append(place)
     return folders
 
 
 def _resolve(root: Path, path: str, entry: str) -> Path | None:
-    """The folder that is meant: as written, else by ever shorter ends of it, since many files say what was true on
-    another machine, or `../train/images` for `train/images`. What lies outside of `root` is asked last."""
+    """The folder that `entry` means: as written, else by ever shorter suffixes, because many files hold paths from
+    another machine, or `../train/images` for `train/images`. Folders outside of `root` are tried last."""
     written = [Path(os.path.normpath(root / path / entry)), Path(os.path.normpath(root / entry))]
     inside = [place for place in written if place.is_relative_to(os.path.normpath(root))]
     words = [word for word in PurePosixPath(entry.replace("\\", "/")).parts if word not in ("..", "/")]
     ends = [root.joinpath(*words[first:]) for first in range(len(words))]
-    ends = [place for place in ends if place != root / "images"]  # without the name of a part it is any part's
+    ends = [place for place in ends if place != root / "images"]  # ambiguous without the name of a split
     return next((place for place in (*inside, *ends, *written) if place.is_dir()), None)
 
 
 def _read_part(folders: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
     pictures = [(picture, folder) for folder in folders for picture in pictures_in(folder, recursive=True)]
     if not pictures:
-        raise ValueError(f"{', '.join(map(str, folders))}: no images are there")
+        raise ValueError(f"no images found in {', '.join(map(str, folders))}")
     paths = [picture for picture, _ in pictures]
     labels = [_label_file(picture, folder) for picture, folder in pictures]
     if not any(label.is_file() for label in labels):
@@ -111,7 +111,7 @@ def _read_part(folders: Sequence[Path], names: Sequence[str], keypoints: int) ->
 
 
 def _label_file(picture: Path, folder: Path) -> Path:
-    """In `labels` where the images are in `images`; else beside the image, or in a folder `labels` there."""
+    """In `labels` if the images are in `images`; else in a folder `labels` beside the image, or beside the image."""
     inside = picture.relative_to(folder).with_suffix(".txt")
     words = list(folder.parts)
     if "images" in words:
@@ -121,9 +121,9 @@ def _label_file(picture: Path, folder: Path) -> Path:
 
 
 def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence[str], keypoints: int) -> Picture:
-    from supervision.dataset.formats.yolo import yolo_annotations_to_detections  # late: it brings much along
+    from supervision.dataset.formats.yolo import yolo_annotations_to_detections  # imported late: slow
 
-    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []  # no file: no objects
+    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []  # no file: background image
     words = [line.split() for line in lines if line.strip()]
     if keypoints:
         words = [line[:5] if len(line) == 5 + keypoints else line for line in words]
@@ -134,5 +134,5 @@ def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence
     numbers = [] if objects.class_id is None else objects.class_id.tolist()
     wrong = [number for number in numbers if not 0 <= number < len(names)]
     if wrong:
-        raise ValueError(f"{label} has class {wrong[0]}, but data.yaml names {len(names)}, counted from 0")
+        raise ValueError(f"{label} has class {wrong[0]}, but data.yaml has {len(names)} names, counted from 0")
     return Picture(file_name, size, objects.xyxy, numbers, [False] * len(numbers))

@@ -1,4 +1,4 @@
-"""Backbones that detectron2 does not register; importing them registers them."""
+"""Backbones that detectron2 does not register. Importing this package registers them."""
 
 from .swin import build_swin_backbone
 from .timm_wrapper import TimmBackbone, build_timm_backbone

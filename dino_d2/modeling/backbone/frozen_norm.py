@@ -1,4 +1,4 @@
-"""Frozen batch norms as part of the convolution before them."""
+"""Fold frozen batch norms into the preceding convolution."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class ConvWithFrozenNorm(Conv2d):
-    """detectron2's convolution; its norm, which is one multiplication and addition for each channel, is applied to the
-    weights instead of to the map, which is many times larger. Parameters and their names are the same."""
+    """detectron2's `Conv2d` that applies its frozen norm, one scale and shift per channel, to the weights instead of
+    the much larger feature map. Parameters and their names do not change."""
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
@@ -23,7 +23,7 @@ class ConvWithFrozenNorm(Conv2d):
 
 
 def fold_frozen_norms(backbone: nn.Module) -> None:
-    """Let every convolution of detectron2's with a frozen norm be a :class:`ConvWithFrozenNorm`."""
+    """Convert every detectron2 `Conv2d` with a frozen norm to :class:`ConvWithFrozenNorm`, in place."""
     for module in backbone.modules():
         if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
             module.__class__ = ConvWithFrozenNorm

@@ -1,4 +1,4 @@
-"""detectron2's Swin transformer, which it does not register itself."""
+"""Register detectron2's Swin transformer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, SwinTransformer
 from detectron2.modeling.backbone.swin import SwinTransformerBlock
 from torch import Tensor
 
-from dino_d2.modeling.layers import call
+from dino_d2.modeling.layers import maybe_checkpoint
 
 
 @BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinTransformer:
-    """Swin from `MODEL.SWIN`; its maps are p0 to p3 (strides 4 to 32)."""
+    """Build a Swin transformer from `MODEL.SWIN`. Its feature maps are p0 to p3 (strides 4 to 32)."""
     s = cfg.MODEL.SWIN
     swin = SwinTransformer(
         in_chans=input_shape.channels,
@@ -26,16 +26,16 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinTransformer
     )
     if s.CHECKPOINT:
         for block in (module for module in swin.modules() if isinstance(module, SwinTransformerBlock)):
-            block.__class__ = RecomputedBlock
+            block.__class__ = CheckpointedBlock
     return swin
 
 
-class RecomputedBlock(SwinTransformerBlock):
-    """A block that keeps no activations and makes them again in the backward pass.
+class CheckpointedBlock(SwinTransformerBlock):
+    """A Swin block with activation checkpointing.
 
-    detectron2's own way (`use_checkpoint`) is the one that PyTorch warns of, and leaves gradients out where no input
-    has one.
+    detectron2's own `use_checkpoint` uses the reentrant variant, which PyTorch warns about and which loses gradients
+    if no input requires them.
     """
 
     def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
-        return call(super().forward, x, mask_matrix, recompute=True)
+        return maybe_checkpoint(super().forward, x, mask_matrix, recompute=True)

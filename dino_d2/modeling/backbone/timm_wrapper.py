@@ -1,4 +1,4 @@
-"""Any timm model as a detectron2 backbone."""
+"""Use any timm model as a detectron2 backbone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 
 class TimmBackbone(Backbone):
-    """`timm.create_model(name, features_only=True)`; map i of timm is named "stage{i}".
+    """`timm.create_model(name, features_only=True)`; timm's feature map i is named "stage{i}".
 
     Args:
         name: of the timm model.
-        out_indices: timm's numbers of the maps wanted, finest first.
+        out_indices: timm's indices of the feature maps to return, finest first.
         in_channels: of the images.
-        pretrained: let timm fetch its weights (from the internet or its cache).
-        freeze_batchnorm: batch norms keep their statistics and their affine transform, in training too.
-        freeze_at: as in detectron2: 0 trains everything, 1 fixes what makes timm's map 0 (the stem), 2 what makes
-            map 1 as well, and so on.
-        norm_maps: put out each map through a LayerNorm over its channels, which starts anew.
+        pretrained: let timm download its weights (or read them from its cache).
+        freeze_batchnorm: freeze the statistics and affine parameters of batch norms.
+        freeze_at: as in detectron2: 0 trains everything, 1 freezes the layers up to timm's map 0 (the stem), 2 those
+            up to map 1, and so on.
+        norm_maps: apply a newly initialised LayerNorm over the channels of each map.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TimmBackbone(Backbone):
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
             self.train()
-        # Some transformers of timm give (B, h, w, channels).
+        # Some of timm's transformers return (B, h, w, channels).
         self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.body.feature_info
         if freeze_at > 0:
@@ -64,7 +64,7 @@ class TimmBackbone(Backbone):
         self.norms = nn.ModuleDict({name: LayerNorm(channels) for name, channels in normed.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> maps (B, channels, h, w) by name."""
+        """Feature maps (B, channels, h, w) by name for images (B, 3, H, W)."""
         maps = self.body(x)
         if self.channels_last_maps:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
@@ -83,11 +83,12 @@ class TimmBackbone(Backbone):
 
     def _freeze_up_to(self, last: str) -> None:
         names = [name for name, _ in self.body.named_modules()]
-        same = (last, last.replace(".", "_"))  # timm flattens the names of some models
+        same = (last, last.replace(".", "_"))  # timm flattens some models' module names
         inside = [i for i, name in enumerate(names) if name in same or name.startswith(tuple(f"{s}." for s in same))]
         if not inside:
             raise ValueError(
-                f"MODEL.BACKBONE.FREEZE_AT: this timm model has no part of its own for {last!r}; set it to 0"
+                f"MODEL.BACKBONE.FREEZE_AT is not supported for this timm model, which has no module {last!r}; set it "
+                "to 0"
             )
         end = inside[-1]
         for name in names[: end + 1]:
@@ -97,7 +98,7 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """A timm model from `MODEL.TIMM`."""
+    """Build a timm model from `MODEL.TIMM`."""
     t = cfg.MODEL.TIMM
     return TimmBackbone(
         t.NAME,

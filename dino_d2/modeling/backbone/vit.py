@@ -1,4 +1,4 @@
-"""detectron2's ViTDet (arXiv 2203.16527), which it builds from Python configs only."""
+"""Build detectron2's ViTDet (arXiv 2203.16527) from a YAML config."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PATCH_SIZE = 16
 
 @BACKBONE_REGISTRY.register()
 def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """A plain ViT and its pyramid from `MODEL.VITDET`; its maps are p3 to p6 (strides 8 to 64).
+    """Build a plain ViT and its feature pyramid from `MODEL.VITDET`. The maps are p3 to p6 (strides 8 to 64).
 
-    Pictures are not padded, neither to a square nor to whole patches: as in detrex, whose weights were trained so, up
-    to 15 pixels at the right and at the bottom are in no patch.
+    Images are not padded to squares or whole patches: as in detrex, where the published weights were trained, up to 15
+    pixels at the right and bottom are not part of any patch.
 
     Raises:
-        ValueError: a global block that there is not.
+        ValueError: a global block index is out of range.
     """
     v = cfg.MODEL.VITDET
     if not set(v.GLOBAL_BLOCKS) <= set(range(v.DEPTH)):
         raise ValueError(
-            f"MODEL.VITDET.GLOBAL_BLOCKS is {list(v.GLOBAL_BLOCKS)}; with MODEL.VITDET.DEPTH {v.DEPTH} blocks count "
-            f"from 0 to {v.DEPTH - 1}"
+            f"MODEL.VITDET.GLOBAL_BLOCKS is {list(v.GLOBAL_BLOCKS)}; with MODEL.VITDET.DEPTH {v.DEPTH}, indices "
+            f"are 0 to {v.DEPTH - 1}"
         )
     vit = ViT(
         img_size=v.IMAGE_SIZE,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_d2.modeling.encoder import DeformableEncoder
-from dino_d2.modeling.layers import call
+from dino_d2.modeling.layers import maybe_checkpoint
 from dino_d2.structures import Memory
 
 
@@ -28,6 +28,6 @@ class FusingEncoder(DeformableEncoder):
     def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
         tokens = [memory.tokens]
         for layer in self.layers:
-            memory = call(layer, memory, position, reference, recompute=self.recompute)
+            memory = maybe_checkpoint(layer, memory, position, reference, recompute=self.recompute)
             tokens.append(memory.tokens)
         return replace(memory, tokens=self.fusion(torch.cat(tokens, dim=-1)))

@@ -66,7 +66,7 @@ def test_published_programs_have_no_such_weights() -> None:
     model = build_model(resnet_config(*FUSION))
     with pytest.raises(ConversionError, match="MEMORY_FUSION is True, the weights are for False"):
         from_published(published_by("official"), "official", model)
-    with pytest.raises(ConversionError, match="MEMORY_FUSION is True, which official weights cannot be"):
+    with pytest.raises(ConversionError, match="MEMORY_FUSION is True, which official does not have"):
         to_published(model.state_dict(), "official", model)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dino_d2.data import CocoFiles
-from dino_d2.report.photographs import ap_table, best_and_worst, draw, score_photographs
+from dino_d2.report.own_dataset import ap_table, best_and_worst, draw, score_images
 
 NAMES = ["cat", "dog"]
 HERE, THERE = [10, 10, 20, 20], [50, 40, 30, 30]  # x, y, width, height
@@ -19,7 +19,7 @@ FAR = [18, 10, 20, 20]  # 12 / 28
 
 
 def dataset(folder: Path, truth: list[list[tuple]]) -> CocoFiles:
-    """A picture for each list of (category id, box) or (category id, box, 1 for a crowd)."""
+    """A image for each list of (category id, box) or (category id, box, 1 for a crowd)."""
     images, annotations = [], []
     for number, objects in enumerate(truth, start=1):
         name = f"{number}.png"
@@ -55,20 +55,20 @@ def found(image: int, category: int, box: list, score: float = 0.9) -> dict:
     ],
 )
 def test_f1_of_a_photograph(tmp_path: Path, truth: list, detections: list, right: int, f1: float) -> None:
-    (photograph,) = score_photographs(dataset(tmp_path, [truth]), detections)
+    (photograph,) = score_images(dataset(tmp_path, [truth]), detections)
     assert (photograph.right, photograph.f1) == (right, pytest.approx(f1))
 
 
 def test_threshold_decides_what_was_found(tmp_path: Path) -> None:
     files, detections = dataset(tmp_path, [[(3, HERE)]]), [found(1, 3, HERE, 0.2), found(1, 3, THERE, 0.1)]
-    counts = [len(score_photographs(files, detections, threshold)[0].found) for threshold in (0.05, 0.1, 0.15, 0.3)]
+    counts = [len(score_images(files, detections, threshold)[0].found) for threshold in (0.05, 0.1, 0.15, 0.3)]
     assert counts == [2, 1, 1, 0]
 
 
 def test_best_and_worst_are_ordered_and_none_is_both(tmp_path: Path) -> None:
     truth = [[(3, HERE)], [(3, HERE), (7, THERE)], [], [(3, HERE), (7, THERE)], [(3, HERE)], [(3, HERE)], [(3, HERE)]]
     detections = [found(1, 3, HERE), found(2, 3, HERE), found(2, 7, THERE), found(4, 3, HERE), found(6, 7, THERE)]
-    photographs = score_photographs(dataset(tmp_path, truth), detections)
+    photographs = score_images(dataset(tmp_path, truth), detections)
     best, worst = ([one.path.stem for one in chosen] for chosen in best_and_worst(photographs))
     assert best == ["2", "1", "3"]  # more objects first, none last
     assert worst[0] == "6"  # it has a wrong detection, too
@@ -78,7 +78,7 @@ def test_best_and_worst_are_ordered_and_none_is_both(tmp_path: Path) -> None:
 
 
 def test_truth_is_drawn_beside_what_was_found(tmp_path: Path) -> None:
-    (photograph,) = score_photographs(dataset(tmp_path, [[(3, HERE)]]), [found(1, 3, THERE)])
+    (photograph,) = score_images(dataset(tmp_path, [[(3, HERE)]]), [found(1, 3, THERE)])
     picture = np.asarray(draw(photograph, NAMES)).astype(int)
     left, right = picture[60:, : picture.shape[1] // 2], picture[60:, picture.shape[1] // 2 :]
     coloured = [np.argwhere(np.ptp(half, axis=-1) > 60) / 8 for half in (left, right)]  # 100 pixels are drawn as 800

@@ -1,4 +1,4 @@
-"""What a training has come to, on photographs of one's own: AP by class, the best and the worst ones drawn."""
+"""Report on a training run with the user's own images: AP per class, and the best and worst images drawn."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dino_d2.data import CocoFiles, class_names, read_coco, read_image
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 
 EXAMPLES = "examples"  # folder in OUTPUT_DIR
-EACH = 3  # of the best and of the worst
-IOU = 0.5  # from which a detection is the object
-PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of a photograph, height of the title, distance
-NARROWEST = 400  # pixels that a title needs
+EACH = 3  # number of best images, and of worst images
+IOU = 0.5  # to match an object
+PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of an image, height of the title, gap
+NARROWEST = 400  # minimum width for a title, in pixels
 PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Objects:
-    """boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. scores: n, in [0, 1]; 1 of annotations."""
+    """Objects of an image. boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. scores: n, in [0, 1]; 1
+    for annotations."""
 
     boxes: torch.Tensor
     labels: torch.Tensor
@@ -47,9 +48,9 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Photograph:
-    """path: of the file. truth, found: what is there, and what was found with a score above the threshold. right: how
-    many of what was found are an object of the truth, each of another."""
+class ScoredImage:
+    """An image with its ground truth and detections. truth: annotated objects. found: detections with a score above
+    the threshold. right: number of detections matched to an object, one to one."""
 
     path: Path
     truth: Objects
@@ -58,56 +59,55 @@ class Photograph:
 
     @property
     def wrong(self) -> int:
-        """Objects that were not found, and what was found where there is none."""
+        """Missed objects plus false detections."""
         return len(self.truth) + len(self.found) - 2 * self.right
 
     @property
     def f1(self) -> float:
-        """2 right / (truth + found); 1 if there was nothing to find and nothing was found."""
+        """2 right / (truth + found); 1 if there are neither objects nor detections."""
         return 2 * self.right / (2 * self.right + self.wrong) if self.right or self.wrong else 1.0
 
 
-def own_photographs(cfg: CfgNode) -> str:
-    """The name of the first data set of `DATASETS.TEST` that `DATASETS.COCO_FORMAT` describes; empty without one."""
+def own_dataset(cfg: CfgNode) -> str:
+    """Name of the first dataset in `DATASETS.TEST` that is from `DATASETS.COCO_FORMAT`; empty if there is none."""
     own = {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
     return next((name for name in cfg.DATASETS.TEST if name in own), "")
 
 
-def report_on_photographs(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """Log AP by class, draw the best and the worst photographs to `OUTPUT_DIR/examples`, and say what to do next.
+def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Log AP per class, draw the best and worst images to `OUTPUT_DIR/examples`, and log the next command.
 
     Args:
-        results: of the last evaluation, whose detections lie in `OUTPUT_DIR/inference`.
+        results: of the last evaluation, which wrote its detections to `OUTPUT_DIR/inference`.
     """
-    name = own_photographs(cfg)
+    name = own_dataset(cfg)
     files = next(CocoFiles(Path(x[1]), Path(x[2])) for x in cfg.DATASETS.COCO_FORMAT if x[0] == name)
     metrics = results.get("bbox") or results.get(name, {}).get("bbox")
     detections = Path(cfg.OUTPUT_DIR, "inference", name, "coco_instances_results.json")
-    if not metrics or not detections.is_file():  # nothing was found, or there is no truth to compare it with
+    if not metrics or not detections.is_file():  # no detections, or no ground truth
         return
     threshold = metrics.get("score_threshold", math.nan)
     threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
-    photographs = score_photographs(files, json.loads(detections.read_text()), threshold)
+    images = score_images(files, json.loads(detections.read_text()), threshold)
     names = class_names(cfg)
-    counts = Counter(label for photograph in photographs for label in photograph.truth.labels.tolist())
-    logger.info(
-        "AP on the %d photographs of %s:\n%s", len(photographs), files.annotations, ap_table(metrics, names, counts)
-    )
-    best, worst = best_and_worst(photographs)
+    counts = Counter(label for image in images for label in image.truth.labels.tolist())
+    logger.info("AP on the %d images of %s:\n%s", len(images), files.annotations, ap_table(metrics, names, counts))
+    best, worst = best_and_worst(images)
     folder = Path(cfg.OUTPUT_DIR, EXAMPLES)
     folder.mkdir(parents=True, exist_ok=True)
     for what, chosen in (("best", best), ("worst", worst)):
-        for number, photograph in enumerate(chosen, start=1):
-            draw(photograph, names).save(folder / f"{what}_{number}.png")
-    logger.info("The best and the worst photographs, truth beside what scores above %.3f: %s", threshold, folder)
+        for number, image in enumerate(chosen, start=1):
+            draw(image, names).save(folder / f"{what}_{number}.png")
+    logger.info("Best and worst images, ground truth beside detections above %.3f: %s", threshold, folder)
     logger.info("Next: dino-d2 predict --weights %s --input PHOTO --output found", shlex.quote(cfg.OUTPUT_DIR))
 
 
 def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, int]) -> str:
-    """
+    """A table of AP per class.
+
     Args:
-        metrics: detectron2's, percent; "AP-NAME" of each class if there are several.
-        counts: of objects, by class.
+        metrics: from detectron2, in percent; with "AP-NAME" for each class if there are several.
+        counts: number of objects by class.
     """
     rows = [[name, counts.get(label, 0), metrics.get(f"AP-{name}", metrics["AP"])] for label, name in enumerate(names)]
     rows.append(["all", sum(counts.values()), metrics["AP"]])
@@ -116,14 +116,14 @@ def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, 
     return tabulate(shown, ["class", "objects", "AP"], tablefmt="simple", disable_numparse=True) + f"\n{more}"
 
 
-def score_photographs(
+def score_images(
     files: CocoFiles, detections: Sequence[dict[str, Any]], threshold: float = DEFAULT_THRESHOLD
-) -> list[Photograph]:
-    """In the order of the annotation file.
+) -> list[ScoredImage]:
+    """Match the detections of each image, in the order of the annotation file.
 
     Args:
-        detections: in COCO's format for results.
-        threshold: detections count that score more.
+        detections: in COCO's results format.
+        threshold: minimum score to count as a detection.
     """
     content = read_coco(files.annotations)
     labels = {number: label for label, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
@@ -142,22 +142,22 @@ def score_photographs(
     ]
 
 
-def best_and_worst(photographs: Sequence[Photograph]) -> tuple[list[Photograph], list[Photograph]]:
-    """`EACH` of them by F1, none twice; of equal ones those with more found are better, with more errors worse."""
-    ranking = sorted(photographs, key=lambda one: (-one.f1, -one.right, one.wrong))
+def best_and_worst(images: Sequence[ScoredImage]) -> tuple[list[ScoredImage], list[ScoredImage]]:
+    """Up to `EACH` best and worst images by F1, without overlap. Ties are broken by more matches, then fewer errors."""
+    ranking = sorted(images, key=lambda image: (-image.f1, -image.right, image.wrong))
     return ranking[:EACH], ranking[EACH:][: -EACH - 1 : -1]
 
 
-def draw(photograph: Photograph, names: Sequence[str]) -> Image.Image:
-    """The photograph twice: with what is there, and with what was found."""
-    picture = Image.fromarray(read_image(photograph.path, "RGB"))
+def draw(image: ScoredImage, names: Sequence[str]) -> Image.Image:
+    """Draw the image twice, with ground truth and with detections."""
+    picture = Image.fromarray(read_image(image.path, "RGB"))
     scale = PANEL / max(picture.size)
     picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.LANCZOS)
-    truth, found = photograph.truth, photograph.found
+    truth, found = image.truth, image.found
     panels = [
-        (f"{photograph.path.name}: {len(truth)} there", truth, [names[label] for label in truth.labels.tolist()]),
+        (f"{image.path.name}: {len(truth)} objects", truth, [names[label] for label in truth.labels.tolist()]),
         (
-            f"{len(found)} found, {photograph.right} right: F1 {photograph.f1:.2f}",
+            f"{len(found)} found, {image.right} correct: F1 {image.f1:.2f}",
             found,
             [f"{names[label]} {score:.2f}" for label, score in zip(found.labels.tolist(), found.scores, strict=True)],
         ),
@@ -174,7 +174,7 @@ def draw(photograph: Photograph, names: Sequence[str]) -> Image.Image:
 
 
 def _objects(entries: Sequence[dict[str, Any]], labels: dict[Hashable, int]) -> Objects:
-    """Of COCO's format, those that are the surest last: they are drawn on top."""
+    """Convert from COCO format, sorted by ascending score, so that high scores are drawn on top."""
     entries = sorted(entries, key=lambda entry: entry.get("score", 1.0))
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -185,19 +185,19 @@ def _objects(entries: Sequence[dict[str, Any]], labels: dict[Hashable, int]) -> 
     )
 
 
-def _scored(path: Path, truth: Objects, crowds: Objects, found: Objects) -> Photograph:
-    """The surest detection chooses first, among the objects of its class that are left. What lies in a crowd of its
-    class and is no object is not counted."""
+def _scored(path: Path, truth: Objects, crowds: Objects, found: Objects) -> ScoredImage:
+    """Match detections, highest score first, to unmatched objects of their class. Unmatched detections inside a crowd
+    of their class are ignored."""
     overlap = pairwise_iou(Boxes(found.boxes), Boxes(truth.boxes))
     overlap[found.labels[:, None] != truth.labels] = 0
     inside = pairwise_ioa(Boxes(crowds.boxes), Boxes(found.boxes))
     inside[crowds.labels[:, None] != found.labels] = 0
     counts, right = torch.ones(len(found), dtype=torch.bool), 0
-    for place in reversed(range(len(found))):
-        best = overlap[place].argmax() if len(truth) else None
-        if best is not None and overlap[place, best] >= IOU:
+    for index in reversed(range(len(found))):
+        best = overlap[index].argmax() if len(truth) else None
+        if best is not None and overlap[index, best] >= IOU:
             overlap[:, best] = 0
             right += 1
-        elif len(crowds) and inside[:, place].max() >= IOU:
-            counts[place] = False
-    return Photograph(path, truth, found[counts], right)
+        elif len(crowds) and inside[:, index].max() >= IOU:
+            counts[index] = False
+    return ScoredImage(path, truth, found[counts], right)
