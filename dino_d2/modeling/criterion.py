@@ -28,9 +28,9 @@ class LossWeights:
     giou: float
     denoising_classification: float | None = None
 
-    @property
-    def of_denoised_classes(self) -> float:
-        return self.classification if self.denoising_classification is None else self.denoising_classification
+    def __post_init__(self) -> None:
+        if self.denoising_classification is None:
+            self.denoising_classification = self.classification
 
 
 class SetCriterion:
@@ -91,14 +91,14 @@ class SetCriterion:
         denoised, matched = zip(*(layer.split(len(denoising)) for layer in layers), strict=True)
         suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
         proposed = [] if proposals is None else [proposals]
-        pairs = self.matcher([*proposed, *matched], targets)
+        pairs = self.matcher([*proposed, *matched], targets)  # in the order of the network
         of_proposals, of_layers = pairs[: len(proposed)], pairs[len(proposed) :]
 
         names = [*suffixes, "_interm"][: len(pairs)]
         to_match = zip(names, [*matched, *proposed], [*of_layers, *of_proposals], strict=True)
         parts = [_Part(*item, self.weights.classification, num_boxes) for item in to_match]
         if denoising.groups:
-            how = (denoising.pairs, self.weights.of_denoised_classes, num_boxes * denoising.groups)
+            how = (denoising.pairs, self.weights.denoising_classification, num_boxes * denoising.groups)
             parts += [_Part(f"_dn{suffix}", layer, *how) for suffix, layer in zip(suffixes, denoised, strict=True)]
         return parts
 
