@@ -186,6 +186,13 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
     return cfg
 
 
+def default_device() -> str:
+    """detectron2's default device, or the CPU where it is not available."""
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    return cfg.MODEL.DEVICE
+
+
 def find_config_file(name: str | os.PathLike) -> str:
     """The path of an existing config file, else of the recipe of that name.
 

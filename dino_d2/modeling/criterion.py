@@ -44,6 +44,7 @@ class SetCriterion:
         self.matcher = matcher
         self.weights = weights
         self.class_loss = class_loss
+        self.count_boxes = boxes_per_process  # by which the losses are divided
 
     def __call__(
         self,
@@ -64,7 +65,7 @@ class SetCriterion:
         """
         labels = torch.cat([t.labels for t in targets])
         boxes = torch.cat([t.boxes for t in targets])
-        parts = self._parts(layers, proposals, denoising, targets, boxes_per_process(len(labels), boxes))
+        parts = self._parts(layers, proposals, denoising, targets, self.count_boxes(len(labels), boxes))
 
         # All layers at once: many small operations would be slower.
         box_parts = box_losses(
@@ -116,6 +117,11 @@ class _Part:
 
 def _sum(losses: Tensor, weight: Tensor | None) -> Tensor:
     return losses.sum() if weight is None else (losses * weight).sum()
+
+
+def boxes_of_this_process(count: int, like: Tensor) -> Tensor:
+    """Number of boxes, at least 1, without asking the other processes."""
+    return like.new_tensor(max(count, 1))
 
 
 def boxes_per_process(count: int, like: Tensor) -> Tensor:
