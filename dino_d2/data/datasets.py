@@ -50,7 +50,10 @@ def register_datasets(cfg: CfgNode) -> None:
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue
-            raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset; choose a new one")
+            if name not in (TRAIN_NAME, VAL_NAME):
+                raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset; choose a new one")
+            DatasetCatalog.remove(name)  # given as files: other ones now
+            MetadataCatalog.remove(name)
         DatasetCatalog.register(name, partial(CocoRecords, annotations, images, name))
         MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
         _REGISTERED[name] = (annotations, images)

@@ -102,6 +102,14 @@ def test_either_of_the_two_sets_may_be_missing(two_sets: tuple[CocoFiles, CocoFi
     assert cfg.MODEL.DINO.NUM_CLASSES == 2
 
 
+def test_files_given_later_take_the_place_of_those_before(two_sets: tuple[CocoFiles, CocoFiles]) -> None:
+    """As in a notebook that trains twice."""
+    for files in two_sets:
+        register_datasets(load_config_for_files(RECIPE, [], files, None))
+        assert MetadataCatalog.get(TRAIN_NAME).json_file == str(files.annotations)
+        assert len(DatasetCatalog.get(TRAIN_NAME)) > 0
+
+
 def test_without_files_the_config_is_as_it_was() -> None:
     assert load_config_for_files(RECIPE, ["SEED", "3"], None, None) == load_config(RECIPE, ["SEED", "3"])
 

@@ -27,7 +27,7 @@ def test_both_programs_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "| evaluating with pycocotools 2" in printed
     assert "| evaluating with hotcoco 1" in printed
-    assert "all 86 metrics are exactly equal" in printed
+    assert "all 88 metrics are exactly equal" in printed
 
 
 def test_a_difference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
