@@ -70,7 +70,7 @@ def test_the_predictor_shows_what_detectron2_shows(
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor, atol=0.05)
     assert found.classes.tolist() == expected.pred_classes.tolist()
-    assert found.names == tuple(small_cfg.MODEL.DINO.CLASS_NAMES[i] for i in found.classes)
+    assert found.names == [small_cfg.MODEL.DINO.CLASS_NAMES[i] for i in found.classes]
 
 
 def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7])
 def test_images_of_another_kind_are_refused(image: object, onnx_file: Path) -> None:
-    with pytest.raises(ValueError, match="an image"):
+    with pytest.raises(ValueError, match="an image must be|the image is empty"):
         OnnxPredictor(onnx_file)(image)
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_runs_at_the_traced_size_alone_is_refused(small_model: DINO)
     def fail(*inputs: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("shape is invalid")
 
-    with pytest.raises(ExportError, match=r"another size .*ThreeConvolutions.*shape is invalid"):
+    with pytest.raises(ExportError, match=r"sizes other than those traced .*ThreeConvolutions.*shape is invalid"):
         check_agreement(small_model, fail, FULL)
 
 
