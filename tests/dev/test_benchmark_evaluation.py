@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_both_programs_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "| evaluating with pycocotools 2" in printed
     assert "| evaluating with hotcoco 1" in printed
-    assert "all 88 metrics are exactly equal" in printed
+    (count,) = re.findall(r"all (\d+) metrics are exactly equal", printed)
+    assert int(count) > 12  # more than COCO's summary
 
 
 def test_a_difference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

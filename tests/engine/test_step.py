@@ -60,7 +60,7 @@ def test_gradient_of_parts_is_that_of_the_batch(
 
 
 def test_batch_that_cannot_be_parted_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ACCUMULATION_STEPS is 3, but the 4 images"):
+    with pytest.raises(ValueError, match="ACCUMULATION_STEPS is 3; it must divide the 4 images"):
         gradients(build_model(config(data, tmp_path)), make_batch([1, 1, 1, 1]), 3)
 
 
