@@ -24,7 +24,7 @@ EXAMPLES = [
 DESCRIPTION = """\
 A run lasts for a budget of seconds at the pace that was measured alone, so it may share the machine with other work.
 It can be killed at any time; the next run goes on from its last checkpoint. Results are JSON files in
-studies/results/STUDY, data, checkpoints and logs are in the folder --work. A result records the commit of the code, the
+studies/results/STUDY; data, checkpoints and logs are in output/studies. A result records the commit of the code, the
 version of torch and digests of settings and data; those of other versions are not mixed with present ones.\
 """
 
@@ -38,17 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--replace", action="store_true", help="run: do results of other versions again")
     parser.add_argument("--any-version", action="store_true", help="table, plot: mix results of all versions")
     parser.add_argument("--output", type=Path, metavar="FILE", help="plot: default curves.png beside the results")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="default output/studies")
     args = parser.parse_args(arguments)
 
     from studies import curves, data, plan, results, schedule
 
     with user_errors():
-        for option in ("study", "source", "output", "work"):  # the study's own paths are relative to the root
+        for option in ("study", "source", "output"):  # the study's own paths are relative to the root
             path = getattr(args, option)
             setattr(args, option, path.resolve() if path else None)
         os.chdir(ROOT)
-        study = plan.read_study(_relative(args.study), args.work or plan.WORK)
+        study = plan.read_study(_relative(args.study))
         if args.command == "data":
             data.make(study, args.source)
             return

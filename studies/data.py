@@ -161,7 +161,7 @@ def read_scaled(image_file: Path, xml_file: Path) -> Scaled:
             boxes.append([left, top, right - left, bottom - top])
             labels.append(entry.findtext("name").strip())
     if scale < 1:
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.resize(size, Image.Resampling.BICUBIC)
     return Scaled(f"{image_file.stem}.jpg", image, boxes, labels)
 
 
