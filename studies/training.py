@@ -134,11 +134,11 @@ def keep_weights(folder: Path) -> None:
     write_checkpoint({"model": model}, str(folder), f"{FINAL}.pth")
 
 
-def seconds_per_step(cfg: CfgNode, warm_up: int = WARM_UP) -> float:
-    """Mean time of the steps of a short run after the first `warm_up`, with everything that a step needs, data too."""
+def seconds_per_step(cfg: CfgNode) -> float:
+    """Mean time of the steps of a short run after the first `WARM_UP`, with everything that a step needs, data too."""
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    watch = Stopwatch(warm_up)
+    watch = Stopwatch(WARM_UP)
     with _logs_in(folder / "log.txt"), _registered(cfg):
         seed_all_rng(cfg.SEED)
         trainer = StudyTrainer(cfg, [watch])
