@@ -1,7 +1,7 @@
 """torchvision's Faster R-CNN and RetinaNet as detectron2 models, with the same backbone, data and evaluation as ours.
 
 What is theirs alone, heads, losses and the choice of positives, is torchvision's, unchanged. They take detectron2's
-config keys for anchors, score and NMS thresholds, and SGD (`studies/peers.yaml`).
+config keys for channels, anchors, score and NMS thresholds, and SGD (`studies/peers.yaml`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from dino_d2.modeling.backbone.timm_wrapper import TimmBackbone
 
-CHANNELS = 256  # of the pyramid, as in torchvision's own models
-
 
 class PyramidBackbone(TimmBackbone):
     """A timm model and torchvision's feature pyramid over its maps, as torchvision's `BackboneWithFPN`.
@@ -32,7 +30,7 @@ class PyramidBackbone(TimmBackbone):
     The parameters of the timm model have the same names as in DINO, so that both load the same file.
 
     Args:
-        cfg: MODEL.TIMM and MODEL.BACKBONE.FREEZE_AT.
+        cfg: MODEL.TIMM, MODEL.BACKBONE.FREEZE_AT and MODEL.FPN.OUT_CHANNELS.
         extra: makes coarser maps.
     """
 
@@ -40,15 +38,17 @@ class PyramidBackbone(TimmBackbone):
         t = cfg.MODEL.TIMM
         freezing = {"freeze_batchnorm": t.FREEZE_BATCHNORM, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
         super().__init__(t.NAME, t.OUT_INDICES, len(cfg.MODEL.PIXEL_MEAN), t.PRETRAINED, **freezing)
-        self.out_channels = CHANNELS
-        self.fpn = FeaturePyramidNetwork(list(self._out_feature_channels.values()), CHANNELS, extra)
+        self.out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+        self.fpn = FeaturePyramidNetwork(list(self._out_feature_channels.values()), self.out_channels, extra)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps (B, 256, h, w) by name, finest first."""
+        """Maps (B, channels, h, w) by name, finest first."""
         return self.fpn(OrderedDict(super().forward(x)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {name: ShapeSpec(CHANNELS, stride=self._out_feature_strides[name]) for name in self._out_features}
+        return {
+            name: ShapeSpec(self.out_channels, stride=self._out_feature_strides[name]) for name in self._out_features
+        }
 
 
 class WithoutResizing(GeneralizedRCNNTransform):
@@ -112,7 +112,7 @@ def TorchvisionFasterRCNN(cfg: CfgNode) -> FasterRCNNPeer:
 def TorchvisionRetinaNet(cfg: CfgNode) -> RetinaNetPeer:
     """RetinaNet on the backbone's maps and two more, convolved from the last."""
     r = cfg.MODEL.RETINANET
-    backbone = PyramidBackbone(cfg, LastLevelP6P7(CHANNELS, CHANNELS))
+    backbone = PyramidBackbone(cfg, LastLevelP6P7(cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS))
     model = RetinaNetPeer(
         backbone,
         cfg.MODEL.DINO.NUM_CLASSES,

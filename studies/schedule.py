@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from dino_d2.checkpoint.files import write_atomically
+from dino_d2.engine.checkpoints import NUMBERED
+from dino_d2.engine.run_folder import LAST
 
 from . import training
 from .plan import Run, Study, iterations_at
@@ -195,7 +197,7 @@ def _do(study: Study, state: State, say: Say) -> None:
         folder.mkdir(parents=True)
         _write(folder, version)
     else:
-        say(f"  resuming, {state.done} iterations were reached")
+        say(f"  resuming after {state.done} iterations")
     moments = {seconds: iterations_at(seconds, state.seconds_per_step) for seconds in study.evaluate_at}
     cfg = study.config_of_run(run, version.iterations, folder)
     found = training.train(
@@ -212,14 +214,12 @@ def _do(study: Study, state: State, say: Say) -> None:
 
 
 def _iterations_done(folder: Path, version: Version) -> int:
-    """Iterations of an unfinished run of the same version, as far as its log says; 0 without a checkpoint."""
-    file, log = folder / VERSION, folder / "metrics.json"
-    if not file.is_file() or not (folder / "last_checkpoint").is_file():
+    """Iterations of the newest checkpoint of an unfinished run of the same version; 0 without one."""
+    file, last = folder / VERSION, folder / LAST
+    if not (file.is_file() and last.is_file()) or Version(**json.loads(file.read_text())) != version:
         return 0
-    if Version(**json.loads(file.read_text())) != version:
-        return 0
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return max([1, *(json.loads(line).get("iteration", 0) + 1 for line in lines if line.endswith("}"))])
+    numbered = NUMBERED.fullmatch(last.read_text())
+    return int(numbered[1]) + 1 if numbered else version.iterations
 
 
 def _write(folder: Path, version: Version) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class EvaluateAt(HookBase):
         found = read_evaluations(self.file)
         if done not in self.iterations or done in found:
             return
-        found[done] = as_metrics(self.trainer.evaluate())
+        with redirect_stdout(io.StringIO()):  # COCO's own summary
+            found[done] = as_metrics(self.trainer.evaluate())
         text = json.dumps(found, indent=1)
         write_atomically(str(self.file.parent), self.file.name, lambda file: file.write(text.encode()))
         self.say(done, found[done])

@@ -22,7 +22,7 @@ SIZES = {"TorchvisionFasterRCNN": [[16], [32], [64], [128]], "TorchvisionRetinaN
 
 
 def detectors() -> dict[str, Any]:
-    others = {"SOLVER.MOMENTUM": 0.8, "TEST.DETECTIONS_PER_IMAGE": 5}
+    others = {"SOLVER.MOMENTUM": 0.8, "TEST.DETECTIONS_PER_IMAGE": 5, "MODEL.FPN.OUT_CHANNELS": 32}
     return {
         name: {
             "config": str(ROOT / "studies" / "peers.yaml"),
