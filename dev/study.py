@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.command == "measure":
             schedule.measure(study, code, args.busy)
         elif args.command == "run":
-            schedule.run_study(study, code, args.replace)
+            try:
+                schedule.run_study(study, code, args.replace)
+            except FloatingPointError as error:
+                sys.exit(f"{parser.prog}: {error}")
         elif args.command == "status":
             found = schedule.states(study, code)
             print("\n".join(map(str, [*found, schedule.what_is_left(study, found)])))

@@ -136,8 +136,14 @@ class Study:
         """The frozen config of a run of that many iterations, whose files are written to `output`.
 
         The learning rate drops after 5/6 of the run, as in the recipes, if it drops by steps.
+
+        Raises:
+            FileNotFoundError: the data or the weights to start from have not been made.
         """
         cfg = self.config(run.data, run.detector)
+        weights = cfg.MODEL.WEIGHTS
+        if weights and "://" not in weights and not Path(weights).is_file():
+            raise FileNotFoundError(f"{weights} (MODEL.WEIGHTS) does not exist: make it, with dev/study.py data")
         parts = {f"{run.data.name}_{part}": run.data.files(part) for part in (run.data.train, run.data.test)}
         names = class_names_of(run.data.files(run.data.train).annotations)
         cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DINO.CLASS_NAMES = len(names), names

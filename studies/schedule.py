@@ -103,7 +103,9 @@ def run_study(study: Study, code: str, replace: bool, say: Say = print) -> None:
 
     Raises:
         ValueError: a pace was not measured; there are results of other versions, and `replace` is False.
+        FileNotFoundError: data or weights have not been made.
         BlockingIOError: another process runs this study.
+        FloatingPointError: the loss of some runs was not finite; the others are done.
     """
     found = states(study, code)
     check_paces(study, found)
@@ -114,15 +116,24 @@ def run_study(study: Study, code: str, replace: bool, say: Say = print) -> None:
             + "\n  ".join(map(str, others))
             + "\nGo back to that version, or do them again with --replace"
         )
+    left = [state for state in found if not state.finished]
+    for state in left:
+        study.config_of_run(state.run, state.version.iterations, folder_of(study, state.run))  # before hours of runs
+    diverged = []
     with _alone(study):
         for pair, pace in read_paces(study).items():
             if pace.code != code:
                 say(f"{pair}: seconds per step are of code {pace.code}; measure again if its steps cost something else")
-        for state in found:
-            if not state.finished:
-                say(f"{state.run}: {state.version.iterations} iterations of {state.seconds_per_step:.3g} s")
+        for state in left:
+            say(f"{state.run}: {state.version.iterations} iterations of {state.seconds_per_step:.3g} s")
+            try:
                 _do(study, state, say)
-                say(what_is_left(study, states(study, code)))
+            except FloatingPointError as error:
+                say(f"  {error}")
+                diverged.append(str(state.run))
+            say(what_is_left(study, states(study, code)))
+    if diverged:
+        raise FloatingPointError(f"without a result, because the loss was not finite: {', '.join(diverged)}")
 
 
 def measure(study: Study, code: str, although_busy: bool, say: Say = print) -> None:

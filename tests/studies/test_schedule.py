@@ -163,6 +163,38 @@ def test_runs_come_one_after_the_other_and_say_what_is_left(
     assert [x.iterations for x in read_result(study, study.runs()[0]).evaluations] == [40, 400]
 
 
+def test_a_run_that_diverges_does_not_keep_the_others_from_running(
+    make_study: Callable[..., Study], no_training: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(detectors=BOTH, seeds=[1])
+    train = training.train
+
+    def diverging(cfg: Any, *others: Any) -> Any:
+        if "dino" in cfg.OUTPUT_DIR:
+            raise FloatingPointError("the loss of iteration 3 is not finite")
+        return train(cfg, *others)
+
+    monkeypatch.setattr(training, "train", diverging)
+    lines: list[str] = []
+    with pytest.raises(FloatingPointError, match=r"not finite: shapes/dino/seed_1$"):
+        run_study(study, CODE, False, lines.append)
+    assert "  the loss of iteration 3 is not finite" in lines
+    assert [state.finished for state in states(study, CODE)] == [False, True]
+
+
+def test_what_was_not_made_is_said_before_anything_runs(
+    make_study: Callable[..., Study], no_training: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    data = {"shapes": {"folder": str(tmp_path / "data")}}
+    study = make_study(data=data | {"other": {"folder": str(tmp_path / "none")}})
+    with pytest.raises(FileNotFoundError, match=r"none/train.json does not exist: make the data first"):
+        run_study(study, CODE, False, silent)
+    study = make_study(detectors={"dino": BOTH["dino"] | {"settings": {"MODEL.WEIGHTS": "no.pth"}}}, settings={})
+    with pytest.raises(FileNotFoundError, match=r"no.pth \(MODEL.WEIGHTS\) does not exist"):
+        run_study(study, CODE, False, silent)
+    assert no_training == []
+
+
 def test_versions_are_not_mixed(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
     study = make_study(seeds=[1, 2])
     run_study(study, "older", False, silent)
