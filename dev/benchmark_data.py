@@ -87,7 +87,7 @@ def write_dataset(folder: Path, kind: Kind) -> tuple[Path, Path]:
         file.write('], "annotations": [')
         file.writelines(_joined(_objects(kind)))
         categories = (f'{{"id": {i}, "name": "class {i}"}}' for i in range(1, kind.classes + 1))
-        file.write(f'], "categories": [{", ".join(categories)}}}]')
+        file.write(f'], "categories": [{", ".join(categories)}]}}')
     return annotations, images
 
 

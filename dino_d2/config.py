@@ -40,6 +40,7 @@ def add_dino_config(cfg: CN) -> None:
         "deformable"  # deformable | interleaved: update all tokens in every layer, or the finest level less often
     )
     c.ENC_LAYERS = 6  # layers; blocks of the interleaved encoder
+    c.MEMORY_FUSION = False  # combine the outputs of all encoder layers (Stable-DINO)
     c.DEC_LAYERS = 6
     c.DIM_FEEDFORWARD = 2048  # hidden channels of the feed-forward blocks
     c.NUM_POINTS = 4  # samples per head and level
@@ -72,13 +73,17 @@ def add_dino_config(cfg: CN) -> None:
     c.CHECKPOINT.DECODER = False  # layer by layer
 
     c.LOSS = CN()
+    c.LOSS.CLASS = "focal"  # focal | iou_aware | position_supervised | matchability: class loss (docs/family.md)
     c.LOSS.CLASS_WEIGHT = 1.0
+    c.LOSS.DN_CLASS_WEIGHT = None  # class loss weight of the denoising queries; None: CLASS_WEIGHT
     c.LOSS.L1_WEIGHT = 5.0
     c.LOSS.GIOU_WEIGHT = 2.0
     c.MATCHER = CN()
     c.MATCHER.CLASS_WEIGHT = 2.0
     c.MATCHER.L1_WEIGHT = 5.0
     c.MATCHER.GIOU_WEIGHT = 2.0
+    c.MATCHER.COPIES = 1  # queries matched per object, except in the last layer (Align-DETR)
+    c.MATCHER.POSITION_MODULATED = False  # scale scores in the cost by box quality (Stable-DINO)
 
     s = cfg.MODEL.SWIN = CN()  # for MODEL.BACKBONE.NAME: build_swin_backbone (defaults: Swin-T)
     s.EMBED_DIM = 96
@@ -179,6 +184,13 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg
+
+
+def default_device() -> str:
+    """detectron2's default device, or the CPU where it is not available."""
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    return cfg.MODEL.DEVICE
 
 
 def find_config_file(name: str | os.PathLike) -> str:

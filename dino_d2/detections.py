@@ -217,13 +217,13 @@ def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
         raise ValueError("the image was not kept with these detections: pass it to draw")
     if isinstance(image, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(image))
-    if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
-    with Image.open(image) as file:
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits: PIL would clip
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        return picture.convert("RGB")
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as file:
+            return as_picture(file)
+    picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I"):  # 16 bits: PIL would clip
+        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def _draw(detections: Detections, picture: Image) -> Image:

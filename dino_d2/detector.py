@@ -7,6 +7,7 @@ detections = detector("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import DINOCheckpointer
-from .config import load_config
+from .config import default_device, load_config
 from .data import build_test_augmentation, class_names, read_image
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
@@ -60,7 +61,7 @@ class Detector:
         config_file: str | PathLike | None = None,
         *,
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         overrides: Sequence[Any] = (),
     ) -> Detector:
         """Load a detector.
@@ -71,22 +72,23 @@ class Detector:
                 are read.
             config_file: path or recipe name, for a checkpoint without a config.yaml beside it.
             device: such as "cpu"; by default a GPU if there is one.
-            dtype: float32, or bfloat16 or float16 for mixed precision.
+            dtype: float32, or bfloat16 or float16 for mixed precision; by default what the config says.
             overrides: KEY, VALUE, … that override the config.
 
         Raises:
             FileNotFoundError: the weights or their config were not found.
             ValueError: the weights do not match the config; an unknown key or dtype.
         """
-        if dtype not in DTYPES:
+        if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         found = find_pretrained(weights, config_file)
         values = [*found.settings, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, *overrides]
-        if dtype != "float32":
-            values += ["TEST.AMP.ENABLED", True, "TEST.AMP.DTYPE", dtype]
+        if dtype is not None:
+            values += ["TEST.AMP.ENABLED", dtype != "float32"]
+            values += ["TEST.AMP.DTYPE", dtype] if dtype != "float32" else []
         cfg = load_config(found.config_file, values)
-        if device is not None:
-            cfg.MODEL.DEVICE = str(device)
+        if device is not None or "MODEL.DEVICE" not in overrides[::2]:  # a saved config names the saver's device
+            cfg.MODEL.DEVICE = str(device or default_device())
         model = build_model(cfg)
         DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(found.weights)
         if not class_names(cfg) and model.assumptions.class_names:
@@ -161,7 +163,10 @@ class Detector:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.DATASETS.COCO_FORMAT = "", False, []
+        cfg.OUTPUT_DIR, cfg.WANDB_PROJECT, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = "./output", "", (), ()
         cfg.MODEL.DINO.CLASS_NAMES = list(self.class_names)
+        if self.threshold not in (self.model.assumptions.score_threshold, DEFAULT_THRESHOLD):
+            self.model.assumptions = replace(self.model.assumptions, score_threshold=self.threshold)
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.model.state_dict().items()}
         save_file(state, folder / SAVED, {"format": "pt"})
         (folder / CONFIG).write_text(cfg.dump())

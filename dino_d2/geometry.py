@@ -40,8 +40,14 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (...) in [-1, 1].
     """
+    return iou_and_generalized_iou(a, b)[1]
+
+
+def iou_and_generalized_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU, in [0, 1], and generalised IoU; arguments as for :func:`generalized_iou`."""
     low_a, high_a, low_b, high_b = a[..., :2], a[..., 2:], b[..., :2], b[..., 2:]
     intersection = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(-1)
     union = (high_a - low_a).prod(-1) + (high_b - low_b).prod(-1) - intersection
     hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0).prod(-1)
-    return intersection / (union + IOU_EPS) - (hull - union) / (hull + IOU_EPS)
+    iou = intersection / (union + IOU_EPS)
+    return iou, iou - (hull - union) / (hull + IOU_EPS)

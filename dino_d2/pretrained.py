@@ -10,10 +10,16 @@ from typing import Any
 import yaml
 
 from . import model_zoo
+from .model_zoo.weights import downloaded
 
 CONFIG, SAVED = "config.yaml", "model.safetensors"  # in a folder written by `Detector.save_pretrained`
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A publisher does not decide where a user's files are, which are read, and where metrics are sent.
+NOT_FROM_HUB = (
+    "OUTPUT_DIR", "./output", "WANDB_PROJECT", "", "MODEL.TIMM.PRETRAINED", False,
+    "DATASETS.TRAIN", (), "DATASETS.TEST", (), "DATASETS.COCO_FORMAT", [],
+)  # fmt: skip
 HELP = (
     "give a name listed by `dino-d2 zoo`, a checkpoint, the OUTPUT_DIR of a training run, a folder written by "
     "save_pretrained, or a Hugging Face repository id (owner/name)"
@@ -54,11 +60,13 @@ def find_pretrained(name: str, config_file: str | None = None) -> Pretrained:
     path = Path(name)
     if path.is_dir():
         weights = _weights_in(path)
+    elif name.startswith(("http://", "https://")):
+        weights = downloaded(name)
     elif path.is_file() or "://" in name:
         weights = name
     elif HUB_ID.fullmatch(name):
         path = _from_hub(name)
-        weights = str(path / SAVED)
+        return Pretrained(config_file or str(path / CONFIG), NOT_FROM_HUB, str(path / SAVED))
     else:
         raise FileNotFoundError(f"weights {name} not found: {HELP}")
     if config_file is None:
@@ -80,7 +88,10 @@ def _weights_in(folder: Path) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    """Download a repository's config and weights. Neither file can run code or refer to other files."""
+    """Download a repository's config and weights, which cannot run code.
+
+    Of the config, what refers to other files is refused or, see `NOT_FROM_HUB`, replaced.
+    """
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -96,6 +107,13 @@ def _from_hub(name: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"weights {name} not found, neither here nor on Hugging Face: {HELP}") from error
-    if "_BASE_" in (yaml.safe_load(config.read_text()) or {}):
+    try:
+        content = yaml.safe_load(config.read_text()) or {}
+        timm_name = content.get("MODEL", {}).get("TIMM", {}).get("NAME", "")
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"the {CONFIG} of {name} on Hugging Face is not a plain YAML config: {error}") from error
+    if "_BASE_" in content:
         raise ValueError(f"the {CONFIG} of {name} on Hugging Face has a _BASE_, which is not allowed there")
+    if ":" in str(timm_name):
+        raise ValueError(f"the {CONFIG} of {name} on Hugging Face wants a model from elsewhere: {timm_name}")
     return weights.parent

@@ -142,11 +142,21 @@ class Pairs:
     image: index in the batch.
     query: index into the queries of that image.
     target: index into the objects of the whole batch, concatenated image by image.
+    weight: (M,) factor of the class target and box losses of each pair; None: all 1.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    weight: Tensor | None = None
+
+    def class_logits(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the target class of each pair into logits (B, Q, K); `labels` of all objects in the batch."""
+        return self.image, self.query, labels[self.target]
+
+    def weighted(self, x: Tensor | float) -> Tensor | float:
+        """`x`, a number or one per pair (M,), times the weights."""
+        return x if self.weight is None else x * self.weight
 
 
 @dataclass

@@ -54,9 +54,22 @@ def test_denoising_is_the_published_one_by_default(key: str, value: object, defa
     assert type(default.MODEL.DINO.DN[key]) is type(value)  # detectron2 refuses 0.5 where the default is an integer
 
 
-def test_loss_and_matching_weights_are_the_published_ones_by_default(default: CfgNode) -> None:
-    assert dict(default.MODEL.DINO.LOSS) == {"CLASS_WEIGHT": 1.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0}
-    assert dict(default.MODEL.DINO.MATCHER) == {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0}
+def test_losses_and_matching_are_the_published_ones_by_default(default: CfgNode) -> None:
+    assert dict(default.MODEL.DINO.LOSS) == {
+        "CLASS": "focal",
+        "CLASS_WEIGHT": 1.0,
+        "DN_CLASS_WEIGHT": None,  # the same
+        "L1_WEIGHT": 5.0,
+        "GIOU_WEIGHT": 2.0,
+    }
+    assert dict(default.MODEL.DINO.MATCHER) == {
+        "CLASS_WEIGHT": 2.0,
+        "L1_WEIGHT": 5.0,
+        "GIOU_WEIGHT": 2.0,
+        "COPIES": 1,
+        "POSITION_MODULATED": False,
+    }
+    assert default.MODEL.DINO.MEMORY_FUSION is False
 
 
 @pytest.mark.parametrize(

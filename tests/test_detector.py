@@ -313,3 +313,78 @@ def test_of_a_hub_neither_pickles_nor_other_files_are_read(saved: Path, tmp_path
     assert "the Hugging Face repository owner/insects lacks config.yaml or model.safetensors" in pickled.stderr
     assert "weights owner/nothing not found, neither here nor on Hugging Face" in absent.stderr
     assert not [path for path in asked if path.endswith(".pth")]
+
+
+# --- what comes along with weights
+
+
+@pytest.fixture
+def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Publishes the saved detector as owner/insects, with more lines in its config."""
+    folder = shutil.copytree(saved, tmp_path / "repository")
+
+    def publish_with(lines: str) -> Path:
+        (folder / "config.yaml").write_text((saved / "config.yaml").read_text() + lines)
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(folder / file))
+    return publish_with
+
+
+def test_config_of_a_hub_decides_on_no_files_of_the_user(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    lines = (
+        f"OUTPUT_DIR: {tmp_path}/elsewhere\nWANDB_PROJECT: theirs\nDATASETS:\n  COCO_FORMAT: [[a, /etc/passwd, /]]\n"
+    )
+    hub(lines)
+    cfg = Detector.from_pretrained("owner/insects").cfg
+    assert (cfg.OUTPUT_DIR, cfg.WANDB_PROJECT, cfg.DATASETS.COCO_FORMAT) == ("./output", "", [])
+    for line, error in (
+        ("X: !!python/name:os.system\n", "plain YAML"),
+        ("MODEL: {TIMM: {NAME: 'hf-hub:a/b'}}\n", "hf-hub"),
+    ):
+        hub(line)
+        with pytest.raises(ValueError, match=error):
+            Detector.from_pretrained("owner/insects")
+
+
+def test_saved_config_tells_nothing_of_the_saver(detector: Detector, tmp_path: Path) -> None:
+    cfg = detector.cfg.clone()
+    cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN = "secret/place", ("mine",)
+    Detector(cfg, detector.model).save_pretrained(tmp_path)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "secret" not in text
+    assert "mine" not in text
+
+
+def test_device_is_this_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that was saved on a CPU names it."""
+    monkeypatch.setattr("dino_d2.detector.default_device", lambda: "cpu:0")
+    assert Detector.from_pretrained(folder).cfg.MODEL.DEVICE == "cpu:0"
+    assert Detector.from_pretrained(folder, overrides=["MODEL.DEVICE", "cpu"]).cfg.MODEL.DEVICE == "cpu"
+
+
+def test_precision_and_threshold_are_saved_and_can_be_changed(folder: Path, tmp_path: Path) -> None:
+    half = Detector.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    half.threshold = 0.6
+    half.save_pretrained(tmp_path)
+    assert Detector.from_pretrained(tmp_path).cfg.TEST.AMP.ENABLED
+    assert Detector.from_pretrained(tmp_path).threshold == 0.6
+    assert not Detector.from_pretrained(tmp_path, dtype="float32").cfg.TEST.AMP.ENABLED
+
+
+def test_deep_pictures_are_the_same_by_path_and_as_pil_image(detector: Detector, tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 50), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    by_path = detector(tmp_path / "deep.png", threshold=0)
+    assert same(detector(Image.open(tmp_path / "deep.png"), threshold=0), by_path)
+
+
+def test_weights_of_two_hosts_are_not_confused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_D2_CACHE", str(tmp_path))
+    config = folder / "config.yaml"
+    with serve() as one, serve() as other:
+        one.files["/w.pth"] = (folder / "model_final.pth").read_bytes()
+        Detector.from_pretrained(f"{one.url}/w.pth", config)
+        other.files["/w.pth"] = b"something else"
+        with pytest.raises(ValueError, match="damaged or no"):
+            Detector.from_pretrained(f"{other.url}/w.pth", config)

@@ -160,7 +160,12 @@ PUBLISHED = {
     "TEST.DETECTIONS_PER_IMAGE": 300,
     "MODEL.DINO.DN.NUMBER": 100,
     "MODEL.DINO.DN.REORDER_NEGATIVES": False,
+    "MODEL.DINO.LOSS.CLASS": "focal",
     "MODEL.DINO.LOSS.CLASS_WEIGHT": 1.0,
+    "MODEL.DINO.LOSS.DN_CLASS_WEIGHT": None,
+    "MODEL.DINO.MATCHER.COPIES": 1,
+    "MODEL.DINO.MATCHER.POSITION_MODULATED": False,
+    "MODEL.DINO.MEMORY_FUSION": False,
 }
 
 
@@ -217,13 +222,41 @@ def test_larger_vit_is_warmed_up_and_slowed_down_earlier() -> None:
     }
 
 
-def test_tuned_recipe_changes_three_settings() -> None:
+def test_tuned_recipe_is_detrex_file_of_50() -> None:
     assert differences("dino_r50_4scale_12ep_tuned", "dino_r50_4scale_12ep") == {
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.DINO.DN.NUMBER": 300,
         "MODEL.DINO.LOSS.CLASS_WEIGHT": 2.0,
+        "MODEL.DINO.LOSS.DN_CLASS_WEIGHT": 1.0,
+        "SOLVER.BACKBONE_MULTIPLIER": 0.2,
         "OUTPUT_DIR": "output/dino_r50_4scale_12ep_tuned",
     }
+    solver = recipe("dino_r50_4scale_12ep_tuned").SOLVER
+    assert solver.BASE_LR * solver.BACKBONE_MULTIPLIER == 2e-5
+
+
+FAMILY = {  # what differs from the tuned recipe
+    "align_dino": {
+        "MODEL.DINO.LOSS.CLASS": "iou_aware",
+        "MODEL.DINO.LOSS.CLASS_WEIGHT": 1.0,
+        "MODEL.DINO.MATCHER.COPIES": 2,
+    },
+    "stable_dino": {
+        "MODEL.DINO.LOSS.CLASS": "position_supervised",
+        "MODEL.DINO.LOSS.CLASS_WEIGHT": 6.0,
+        "MODEL.DINO.MATCHER.POSITION_MODULATED": True,
+        "MODEL.DINO.MEMORY_FUSION": True,
+    },
+    "dino_mal": {"MODEL.DINO.LOSS.CLASS": "matchability", "MODEL.DINO.LOSS.CLASS_WEIGHT": 1.0},
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), FAMILY.items())
+def test_successors_change_loss_assignment_and_fusion_of_the_tuned_recipe(name: str, settings: dict) -> None:
+    name = f"family/{name}_r50_4scale_12ep"
+    assert differences(name, "dino_r50_4scale_12ep_tuned") == settings | {"OUTPUT_DIR": f"output/{name}"}
+    loss = recipe(name).MODEL.DINO.LOSS
+    assert (loss.DN_CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT) == (1, 5, 2)
 
 
 def test_ablations_add_one_idea_at_a_time() -> None:

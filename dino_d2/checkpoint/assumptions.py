@@ -30,6 +30,7 @@ class Assumptions:
     pixel_format: RGB or BGR; pixel_mean, pixel_std: per channel.
     encoder: deformable (also in checkpoints that predate this field) or interleaved; empty: weights without encoder.
     num_classes: number of class logits; None if unknown, in older checkpoints without names.
+    memory_fusion: whether the encoder combines the outputs of all its layers; None: weights without encoder.
     zoo_name: name of the weights in `model_zoo`, or empty. Not compared.
     score_threshold: with the highest F1 when the weights were evaluated; None if they were not. Not compared.
     """
@@ -43,6 +44,7 @@ class Assumptions:
     pixel_std: tuple[float, ...]
     encoder: str = "deformable"
     num_classes: int | None = None
+    memory_fusion: bool | None = False
     zoo_name: str = ""
     score_threshold: float | None = None
 
@@ -64,6 +66,7 @@ class Assumptions:
             pixel_std=tuple(float(x) for x in cfg.MODEL.PIXEL_STD),
             encoder=c.ENCODER,
             num_classes=c.NUM_CLASSES,
+            memory_fusion=c.MEMORY_FUSION,
         )
 
     def to_tensor(self) -> Tensor:
@@ -91,7 +94,7 @@ class Assumptions:
         lines = []
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            unknown = field.name in ("encoder", "num_classes") and not theirs
+            unknown = (field.name == "encoder" and not theirs) or theirs is None
             other_number = field.name == "class_names" and len(ours) != len(theirs)  # num_classes reports it
             if ours == theirs or unknown or other_number or field.name in NOT_COMPARED:
                 continue
@@ -116,6 +119,7 @@ CONFIG_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
     "encoder": "MODEL.DINO.ENCODER",
+    "memory_fusion": "MODEL.DINO.MEMORY_FUSION",
 }
 
 

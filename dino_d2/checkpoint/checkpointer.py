@@ -108,7 +108,7 @@ class DINOCheckpointer(DetectionCheckpointer):
                 "For weights published with their training settings, use tools/convert_checkpoint.py, which runs "
                 "nothing. If you trust the file, set MODEL.TRUST_WEIGHTS True."
             ) from error
-        except (RuntimeError, EOFError, SafetensorError) as error:
+        except (RuntimeError, EOFError, IndexError, KeyError, SafetensorError) as error:
             raise ValueError(
                 f"{filename} is damaged or not a checkpoint ({error}). {self._advice(filename)}"
             ) from error

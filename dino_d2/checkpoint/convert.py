@@ -137,6 +137,8 @@ def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conve
     """
     if model.assumptions.encoder != "deformable":
         raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} does not have")
+    if model.assumptions.memory_fusion:
+        raise ConversionError(f"MODEL.DINO.MEMORY_FUSION is True, which {source} does not have")
     layout = layout_of(model)
     expected = set(model.state_dict()) - {EXTRA_STATE}
     given = set(state) - {EXTRA_STATE}
@@ -177,7 +179,7 @@ def _assumptions(
     pixel_format, mean, std = PIXELS
     theirs = replace(
         ours, position_temperature=temperature, position_offset=offset, pixel_format=pixel_format,
-        pixel_mean=mean, pixel_std=std, encoder="deformable",
+        pixel_mean=mean, pixel_std=std, encoder="deformable", memory_fusion=False,
     )  # fmt: skip
     lines = ours.contradictions(theirs)
     if own_position not in positions:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import urllib.request
 from os import PathLike
+from typing import IO
 
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+TIMEOUT = 30  # seconds, for a URL
+LARGEST_DOWNLOAD = 256 << 20  # bytes
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
@@ -35,7 +40,7 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
     """
     path = str(path)
     try:
-        with PathManager.open(path, "rb") as file:
+        with _open(path) as file:
             image = Image.open(file)
             mode = image.mode
             image = detection_utils._apply_exif_orientation(image)
@@ -53,3 +58,14 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
             f"{path} has pixel values of unknown range (PIL mode {mode}): save it with 8 or 16 bits per channel"
         )
     return detection_utils.convert_PIL_to_numpy(Image.fromarray((grey // 256).astype(np.uint8)), image_format)
+
+
+def _open(path: str) -> IO[bytes]:
+    """A file, or the content of a URL; iopath would keep the first picture of a URL for good."""
+    if not path.startswith(("http://", "https://")):
+        return PathManager.open(path, "rb")
+    with urllib.request.urlopen(path, timeout=TIMEOUT) as response:
+        content = response.read(LARGEST_DOWNLOAD + 1)
+    if len(content) > LARGEST_DOWNLOAD:
+        raise ValueError(f"more than {LARGEST_DOWNLOAD >> 20} MiB")
+    return io.BytesIO(content)

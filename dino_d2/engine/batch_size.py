@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dino_d2.autocast import autocast, autocast_of_config
+from dino_d2.modeling.criterion import boxes_of_this_process
 
 from .optimizer import build_optimizer
 
@@ -80,6 +81,7 @@ def example(height: int, width: int, objects: int) -> dict:
 def make_steps(cfg: CfgNode, batch: list[dict]) -> None:
     """Make two training steps of a new model; during the second the optimizer state is in memory."""
     model: nn.Module = build_model(cfg).train()
+    model.criterion.count_boxes = boxes_of_this_process  # the others do not take part
     optimizer = build_optimizer(cfg, model)
     for _ in range(2):
         with autocast(torch.device(cfg.MODEL.DEVICE).type, autocast_of_config("SOLVER.AMP", cfg.SOLVER.AMP)):

@@ -139,7 +139,8 @@ def _model(args: Namespace) -> tuple[str, list[Choice]]:
     found = find_pretrained(args.weights, args.config_file)
     settings = zip(found.settings[::2], found.settings[1::2], strict=True)
     choices = [Choice(key, value, f"needed by {args.weights}") for key, value in settings]
-    return found.config_file, [*choices, Choice("MODEL.WEIGHTS", found.weights, "--weights")]
+    choices += [Choice("MODEL.WEIGHTS", found.weights, "--weights")]
+    return found.config_file, [*choices, Choice("MODEL.TIMM.PRETRAINED", False, "--weights includes the backbone")]
 
 
 def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:
@@ -169,7 +170,7 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     register_datasets(cfg)
     if args.data and not _goes_on(args, cfg):
         _inspect(cfg, run.train, run.val)
-    choices = [*_no_timm_download(cfg, args), *_batch(cfg, args), *(_device(cfg) if args.data else [])]
+    choices = [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
     epochs = args.epochs or (EPOCHS if args.data else 0)
     if epochs:
         batch = next((x.value for x in choices if x.key == "SOLVER.IMS_PER_BATCH"), cfg.SOLVER.IMS_PER_BATCH)
@@ -201,12 +202,6 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
             faulty.append(str(files.annotations))
     if faulty:
         raise ValueError(f"training cannot start: correct the errors above in {' and '.join(faulty)}")
-
-
-def _no_timm_download(cfg: CfgNode, args: Namespace) -> list[Choice]:
-    if not (args.weights and cfg.MODEL.TIMM.PRETRAINED):
-        return []
-    return [Choice("MODEL.TIMM.PRETRAINED", False, "--weights includes the backbone")]
 
 
 def _device(cfg: CfgNode) -> list[Choice]:

@@ -77,14 +77,21 @@ def load_for_evaluation(cfg: CfgNode, resume: bool) -> nn.Module:
 def of_best_weights(trainer: DINOTrainer, results: dict | None) -> dict | None:
     """Results of the best weights: those of the last evaluation, or else they are loaded and evaluated again. All
     processes must call this."""
-    cfg, last = trainer.cfg, trainer.iter
+    cfg = trainer.cfg
     path = os.path.join(cfg.OUTPUT_DIR, f"{BEST}.pth")
-    if not (cfg.SOLVER.BEST_METRIC and PathManager.isfile(path)):
-        return results
-    best = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)["iteration"]
-    if best >= last and not cfg.SOLVER.BEST_METRIC.startswith("ema/"):
+    # The main process wrote the file; the others might still see the one before.
+    best = comm.all_gather(_iteration_of(path) if comm.is_main_process() else None)[0]
+    is_last = best is not None and best >= trainer.iter and not cfg.SOLVER.BEST_METRIC.startswith("ema/")
+    if not cfg.SOLVER.BEST_METRIC or best is None or is_last:
         return results
     logging.getLogger(__name__).info("Evaluating the best weights, from iteration %d", best)
     model = trainer.checkpointer.model
     DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(path)
     return DINOTrainer.test(cfg, model)
+
+
+def _iteration_of(path: str) -> int | None:
+    """The iteration of a checkpoint; None if there is none."""
+    if not PathManager.isfile(path):
+        return None
+    return torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)["iteration"]

@@ -1,4 +1,4 @@
-"""The score threshold that an evaluation finds is kept with the weights that were evaluated."""
+"""Store the score threshold of an evaluation with the evaluated weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ FINAL = "model_final.pth"
 
 
 class EvaluationOfThreshold(hooks.EvalHook):
-    """detectron2's hook, after which the evaluated models know the score threshold of the evaluation.
+    """detectron2's hook; it also sets the score threshold of the evaluated models.
 
-    So does what is saved of them from then on, `model_best.pth` for one; the first step, after which they are other
-    weights, makes them forget it. The last evaluation comes when the last checkpoints are written already: it is
-    written into those.
+    Checkpoints saved after the evaluation, such as `model_best.pth`, have the threshold. The next step clears it,
+    because it changes the weights. The last evaluation runs after the final checkpoints are saved, so they are updated.
 
     Args:
         period: of the evaluations, in iterations.
-        evaluate: gives the results of the weights, and under "ema" those of their average.
-        datasets: what is evaluated on; of several, the first with a threshold decides.
-        weights: the model that is trained, not wrapped.
-        average: of its weights, if there is one.
-        output_dir: of the checkpoints.
+        evaluate: returns the results of the weights, and those of their moving average under "ema".
+        datasets: names of the evaluated datasets; the first with a threshold decides.
+        weights: the trained model, unwrapped.
+        average: the model with the moving average, if there is one.
+        output_dir: folder of the checkpoints.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class EvaluationOfThreshold(hooks.EvalHook):
                 model.assumptions = replace(model.assumptions, score_threshold=threshold)
 
     def _write_into(self, path: str) -> None:
-        """What the models assume into a final checkpoint that they were saved in, unless it is there."""
+        """Update the assumptions in a final checkpoint."""
         content = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)
         of_average = path.endswith(ema.FINAL)
         changed = _change(content["model"], EXTRA_STATE, self.average if of_average else self.weights)
@@ -86,10 +85,10 @@ class EvaluationOfThreshold(hooks.EvalHook):
 
 
 def found_threshold(results: Mapping[str, Any], datasets: Sequence[str]) -> float | None:
-    """The score threshold in the results of an evaluation.
+    """The score threshold in evaluation results, or None.
 
     Args:
-        results: of one data set, or of several by their names.
+        results: of one dataset, or by dataset name.
         datasets: their names; the first with a threshold decides.
     """
     for one in (results, *(results.get(name, {}) for name in datasets)):
@@ -100,7 +99,7 @@ def found_threshold(results: Mapping[str, Any], datasets: Sequence[str]) -> floa
 
 
 def _change(state: dict[str, Tensor], name: str, model: nn.Module) -> bool:
-    """Whether the threshold in `state` was another one than that of the model, which it now is."""
+    """Set the threshold in `state` to the model's; returns whether it changed."""
     if name not in state:
         return False
     stored = Assumptions.from_tensor(state[name])

@@ -1,4 +1,4 @@
-"""The score threshold for people who look at detections: where F1 is highest."""
+"""The score threshold with the highest F1."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import hotcoco
     from pycocotools.cocoeval import COCOeval
 
-IOU = 0.5  # from which a detection is the object; the first of COCO's ten
+IOU = 0.5  # to match an object; the first of COCO's ten thresholds
 
 
 @dataclass(frozen=True)
 class Matches:
-    """COCO's matching at IoU 0.5, of all images and classes together. What lies in a crowd is left out.
+    """COCO's matching at IoU 0.5, pooled over images and classes, without detections in crowds.
 
-    scores: (n,) float64 of the detections.
-    right: (n,) bool, whether a detection is an object of its class that no surer one has taken.
-    objects: how many there are to be found; crowds are none.
+    scores: (n,) float64, scores of the detections.
+    right: (n,) bool, whether a detection is matched to an object.
+    objects: number of objects, without crowds.
     """
 
     scores: np.ndarray
@@ -30,20 +30,20 @@ class Matches:
 
 
 def best_f1(matches: Matches) -> tuple[float, float]:
-    """The highest F1 = 2 TP / (detections + objects) that a score threshold gives, and the threshold.
+    """The highest F1 = 2 TP / (detections + objects) over all score thresholds, and that threshold.
 
-    Detections count that score more than the threshold. It lies halfway between the worst of them and the next one,
-    or 0. Of thresholds with equal F1 it is the lowest, which shows most.
+    Detections with a higher score count. The threshold lies halfway between the lowest of them and the next one, or 0.
+    If several thresholds give the same F1, it is the lowest.
 
     Returns:
-        F1 in [0, 1], NaN without objects; the threshold in [0, 1], NaN where no detection is right.
+        F1 in [0, 1], NaN without objects; the threshold in [0, 1], NaN if no detection is right.
     """
     if not matches.objects:
         return float("nan"), float("nan")
     order = np.argsort(-matches.scores, kind="stable")
     order = order[matches.scores[order] > 0]
     scores = np.append(matches.scores[order], 0.0)
-    last = np.flatnonzero(scores[:-1] > scores[1:])  # of those with equal scores: all or none of them count
+    last = np.flatnonzero(scores[:-1] > scores[1:])  # detections with equal scores count together
     right = matches.right[order].cumsum()[last]
     f1 = 2 * right / (last + 1 + matches.objects)
     if not right.any():
@@ -53,7 +53,7 @@ def best_f1(matches: Matches) -> tuple[float, float]:
 
 
 def matches_of_pycocotools(evaluation: COCOeval) -> Matches:
-    """Of an evaluation of boxes that has run, with COCO's IoU thresholds and areas."""
+    """The matches of a finished box evaluation with COCO's IoU thresholds and areas."""
     everything = evaluation.params.areaRng[0]
     images = [image for image in evaluation.evalImgs if image is not None and image["aRng"] == everything]
     scores = _joined(image["dtScores"] for image in images)
@@ -63,12 +63,12 @@ def matches_of_pycocotools(evaluation: COCOeval) -> Matches:
 
 
 def matches_of_hotcoco(evaluation: hotcoco.COCOeval, scores: np.ndarray) -> Matches:
-    """
+    """The matches of a finished evaluation.
+
     Args:
-        evaluation: has run.
-        scores: of all detections, in the order in which it was given them.
+        scores: of all detections, in the order they were given to it.
     """
-    # eval_imgs says the same in a dictionary for each image, class and area: a hundred times slower.
+    # eval_imgs has the same in one dictionary per image, class and area, and is much slower.
     found = evaluation.image_diagnostics(iou_thr=IOU, score_thr=np.inf)
     numbers = np.fromiter(found["dt_status"], np.int64, len(found["dt_status"]))  # counted from 1
     right = np.array([status == "tp" for status in found["dt_status"].values()], bool)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -63,6 +65,15 @@ def local_weights(name: str) -> str:
             if not by_hand:
                 published.unlink()
     return str(converted)
+
+
+def downloaded(url: str) -> str:
+    """The path of a file from the web, downloaded into the cache if needed. Each URL has a folder of its own."""
+    path = cache_folder() / "urls" / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(urlsplit(url).path).name
+    with file_lock(str(path)):
+        if not path.exists():
+            download(url, path, "")
+    return str(path)
 
 
 def _download(entry: Entry, published: Path) -> None:

@@ -17,8 +17,14 @@ from .decoder import DecoderLayer, DINODecoder, class_head
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
 from .encoder import DeformableEncoder, EncoderLayer
+from .family.iou_aware import iou_aware_loss
+from .family.matchability import matchability_loss
+from .family.memory_fusion import FusingEncoder
+from .family.mixed_matching import MixedMatcher
+from .family.position_supervised import PositionModulatedMatcher, position_supervised_loss
 from .interleaved_encoder import InterleavedBlock
 from .layers import FeedForward, box_head
+from .losses import focal_loss
 from .matcher import HungarianMatcher
 from .neck import ChannelMapper
 from .query_selection import EncoderProposals, MixedQuerySelection, PureQuerySelection, StaticQueries
@@ -27,6 +33,13 @@ COUNTS = (
     "NUM_CLASSES", "NUM_QUERIES", "NUM_FEATURE_LEVELS", "HIDDEN_DIM", "NHEADS", "DEC_LAYERS",
     "DIM_FEEDFORWARD", "NUM_POINTS", "INTERLEAVED.COARSE_UPDATES", "INTERLEAVED.FINEST_FEEDFORWARD",
 )  # fmt: skip
+
+CLASS_LOSSES = {  # MODEL.DINO.LOSS.CLASS
+    "focal": focal_loss,
+    "iou_aware": iou_aware_loss,
+    "position_supervised": position_supervised_loss,
+    "matchability": matchability_loss,
+}
 
 
 def check_counts(cfg: CfgNode) -> None:
@@ -48,9 +61,8 @@ def build_encoder(cfg: CfgNode) -> DeformableEncoder:
     else:
         layers = [_interleaved_block(cfg) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
-    return DeformableEncoder(
-        layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER
-    )
+    kind = FusingEncoder if c.MEMORY_FUSION else DeformableEncoder
+    return kind(layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER)
 
 
 def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:
@@ -124,9 +136,21 @@ def build_denoising(cfg: CfgNode) -> nn.Module:
 
 
 def build_criterion(cfg: CfgNode) -> SetCriterion:
-    loss, cost = cfg.MODEL.DINO.LOSS, cfg.MODEL.DINO.MATCHER
-    matcher = HungarianMatcher(cost.CLASS_WEIGHT, cost.L1_WEIGHT, cost.GIOU_WEIGHT)
-    return SetCriterion(matcher, LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT))
+    loss = cfg.MODEL.DINO.LOSS
+    class_loss = CLASS_LOSSES[_choice("MODEL.DINO.LOSS.CLASS", loss.CLASS, CLASS_LOSSES)]
+    if not isinstance(loss.DN_CLASS_WEIGHT, (int, float, type(None))):
+        raise ValueError(f"MODEL.DINO.LOSS.DN_CLASS_WEIGHT is {loss.DN_CLASS_WEIGHT!r}; it must be a number or None")
+    weights = LossWeights(loss.CLASS_WEIGHT, loss.L1_WEIGHT, loss.GIOU_WEIGHT, loss.DN_CLASS_WEIGHT)
+    return SetCriterion(build_matcher(cfg), weights, class_loss)
+
+
+def build_matcher(cfg: CfgNode) -> HungarianMatcher:
+    c = cfg.MODEL.DINO.MATCHER
+    kind = PositionModulatedMatcher if c.POSITION_MODULATED else HungarianMatcher
+    matcher = kind(c.CLASS_WEIGHT, c.L1_WEIGHT, c.GIOU_WEIGHT)
+    if c.COPIES < 1:
+        raise ValueError(f"MODEL.DINO.MATCHER.COPIES is {c.COPIES}; it must be at least 1")
+    return matcher if c.COPIES == 1 else MixedMatcher(matcher, c.COPIES)
 
 
 def _deformable_attention(cfg: CfgNode) -> MultiScaleDeformableAttention:

@@ -10,19 +10,27 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor
 
-from dino_d2.structures import DenoisingQueries, Predictions, Targets
+from dino_d2.structures import DenoisingQueries, Pairs, Predictions, Targets
 
-from .losses import box_losses, class_loss
+from .losses import ClassLoss, box_losses, focal_loss
 from .matcher import HungarianMatcher
 
 
 @dataclass
 class LossWeights:
-    """Loss weights, the same for every layer; the objective is the sum of the weighted losses."""
+    """Loss weights, the same for every layer; the objective is the sum of the weighted losses.
+
+    denoising_classification: class loss weight of the denoising queries; None: `classification`.
+    """
 
     classification: float
     l1: float
     giou: float
+    denoising_classification: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.denoising_classification is None:
+            self.denoising_classification = self.classification
 
 
 class SetCriterion:
@@ -32,9 +40,11 @@ class SetCriterion:
     earlier layers, `_dn` (`_dn_0`, …) for denoising queries, `_interm` for the proposals.
     """
 
-    def __init__(self, matcher: HungarianMatcher, weights: LossWeights):
+    def __init__(self, matcher: HungarianMatcher, weights: LossWeights, class_loss: ClassLoss = focal_loss):
         self.matcher = matcher
         self.weights = weights
+        self.class_loss = class_loss
+        self.count_boxes = boxes_per_process  # by which the losses are divided
 
     def __call__(
         self,
@@ -53,36 +63,65 @@ class SetCriterion:
         Returns:
             the weighted losses by name.
         """
-        denoised, matched = zip(*(layer.split(len(denoising)) for layer in layers), strict=True)
-        suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
-        to_match = dict(zip(suffixes, matched, strict=True))
-        if proposals is not None:
-            to_match["_interm"] = proposals
-
         labels = torch.cat([t.labels for t in targets])
         boxes = torch.cat([t.boxes for t in targets])
-        num_boxes = boxes_per_process(len(labels), boxes)
-        pairs = self.matcher(list(to_match.values()), targets)
-        work = [(*item, found, num_boxes) for item, found in zip(to_match.items(), pairs, strict=True)]
-        if denoising.groups:
-            known = (denoising.pairs, num_boxes * denoising.groups)
-            work += [(f"_dn{suffix}", layer, *known) for suffix, layer in zip(suffixes, denoised, strict=True)]
+        parts = self._parts(layers, proposals, denoising, targets, self.count_boxes(len(labels), boxes))
 
         # All layers at once: many small operations would be slower.
-        l1, giou = box_losses(
-            torch.cat([predictions.boxes[p.image, p.query] for _, predictions, p, _ in work]),
-            torch.cat([boxes[p.target] for _, _, p, _ in work]),
+        box_parts = box_losses(
+            torch.cat([part.predictions.boxes[part.pairs.image, part.pairs.query] for part in parts]),
+            torch.cat([boxes[part.pairs.target] for part in parts]),
         )
-        sizes = [len(p.query) for _, _, p, _ in work]
+        sizes = [len(part.pairs.query) for part in parts]
         losses = {}
-        for (suffix, predictions, found, count), l1_part, giou_part in zip(
-            work, l1.split(sizes), giou.split(sizes), strict=True
-        ):
-            classification = class_loss(predictions, found, labels)
-            losses[f"loss_ce{suffix}"] = classification * (self.weights.classification / count)
-            losses[f"loss_bbox{suffix}"] = l1_part.sum() * (self.weights.l1 / count)
-            losses[f"loss_giou{suffix}"] = giou_part.sum() * (self.weights.giou / count)
+        for part, l1, giou, iou in zip(parts, *(x.split(sizes) for x in box_parts), strict=True):
+            classification, box_weight = self.class_loss(part.predictions, part.pairs, labels, iou)
+            losses[f"loss_ce{part.suffix}"] = classification * (part.class_weight / part.count)
+            losses[f"loss_bbox{part.suffix}"] = _sum(l1, box_weight) * (self.weights.l1 / part.count)
+            losses[f"loss_giou{part.suffix}"] = _sum(giou, box_weight) * (self.weights.giou / part.count)
         return losses
+
+    def _parts(
+        self,
+        layers: Sequence[Predictions],
+        proposals: Predictions | None,
+        denoising: DenoisingQueries,
+        targets: Sequence[Targets],
+        num_boxes: Tensor,
+    ) -> list[_Part]:
+        denoised, matched = zip(*(layer.split(len(denoising)) for layer in layers), strict=True)
+        suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
+        proposed = [] if proposals is None else [proposals]
+        pairs = self.matcher([*proposed, *matched], targets)  # in the order of the network
+        of_proposals, of_layers = pairs[: len(proposed)], pairs[len(proposed) :]
+
+        names = [*suffixes, "_interm"][: len(pairs)]
+        to_match = zip(names, [*matched, *proposed], [*of_layers, *of_proposals], strict=True)
+        parts = [_Part(*item, self.weights.classification, num_boxes) for item in to_match]
+        if denoising.groups:
+            how = (denoising.pairs, self.weights.denoising_classification, num_boxes * denoising.groups)
+            parts += [_Part(f"_dn{suffix}", layer, *how) for suffix, layer in zip(suffixes, denoised, strict=True)]
+        return parts
+
+
+@dataclass
+class _Part:
+    """Predictions with their own three losses. suffix: of the loss names; count: the losses are divided by it."""
+
+    suffix: str
+    predictions: Predictions
+    pairs: Pairs
+    class_weight: float
+    count: Tensor
+
+
+def _sum(losses: Tensor, weight: Tensor | None) -> Tensor:
+    return losses.sum() if weight is None else (losses * weight).sum()
+
+
+def boxes_of_this_process(count: int, like: Tensor) -> Tensor:
+    """Number of boxes, at least 1, without asking the other processes."""
+    return like.new_tensor(max(count, 1))
 
 
 def boxes_per_process(count: int, like: Tensor) -> Tensor:

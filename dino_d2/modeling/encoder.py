@@ -68,7 +68,10 @@ class DeformableEncoder(nn.Module):
             padding_mask: (B, H, W) bool, True on padding; None: no image is padded.
         """
         memory, position = self.flatten(features, padding_mask)
-        reference = memory.token_centres()[:, :, None] * memory.valid_ratios[:, None]
+        return self.refine(memory, position, memory.token_centres()[:, :, None] * memory.valid_ratios[:, None])
+
+    def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
+        """Apply the layers; position (B, N, C), reference (B, N, L, 2)."""
         for layer in self.layers:
             memory = maybe_checkpoint(layer, memory, position, reference, recompute=self.recompute)
         return memory

@@ -11,7 +11,8 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile
 
-from dino_d2.data import UnreadableImage, read_image
+from dino_d2.data import UnreadableImage, images, read_image
+from tests.web import serve
 
 GREY = np.linspace(0, 255, 6 * 8).astype(np.uint8).reshape(6, 8)
 
@@ -112,3 +113,22 @@ def test_pixels_are_those_of_detectron2(orientation: int, mode: str, tmp_path: P
 def test_missing_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         read_image(tmp_path / "none.png", "RGB")
+
+
+def test_url_is_read_each_time_and_from_its_own_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def png(brightness: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (2, 2), (brightness,) * 3).save(file, "PNG")
+        return file.getvalue()
+
+    with serve() as one, serve() as other:
+        one.files["/camera.png"], other.files["/camera.png"] = png(10), png(20)
+        assert read_image(f"{one.url}/camera.png", "RGB").max() == 10
+        assert read_image(f"{other.url}/camera.png", "RGB").max() == 20
+        one.files["/camera.png"] = png(30)
+        assert read_image(f"{one.url}/camera.png", "RGB").max() == 30
+        with pytest.raises(UnreadableImage, match=r"nothing\.png.*404"):
+            read_image(f"{one.url}/nothing.png", "RGB")
+        monkeypatch.setattr(images, "LARGEST_DOWNLOAD", 20)
+        with pytest.raises(UnreadableImage, match="more than"):
+            read_image(f"{one.url}/camera.png", "RGB")

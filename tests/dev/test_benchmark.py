@@ -309,7 +309,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         (["--config-file", "x", "MODEL.DEVICE", "cuda"], "MODEL.DEVICE: use --device instead"),
         (["--config-file", "x", "--variant", "half", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: use --dtype"),
         (["--config-file", "x", "TEST.AMP.DTYPE", "float16"], "TEST.AMP.DTYPE: use --dtype instead"),
-        (["--config-file", "x", "--batch", "2", "MODEL.DINO.OP", "reference"], "come right after --config-file"),
+        (["--config-file", "x", "--batch", "2", "MODEL.DINO.OP", "reference"], "right after --config-file"),
         (["--config-file", "x", "--batch", "0"], "'0' is not a positive integer"),
         (["--config-file", "x", "--size", "64", "-3"], "'-3' is not a positive integer"),
         (["--config-file", "x", "--objects", "-1"], "--objects -1: must be at least 0"),
@@ -317,9 +317,9 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         (["--config-file", "x", "--plot", "x.png"], "--growth AXIS … and --plot PNG must be given together"),
         (["--config-file", "x", "--growth", "objects", "--plot", "x.png"], "--growth objects needs --mode train"),
         (["--config-file", "x", "--growth", "size", "--plot", "x.png", "--mixed"], "--growth starts from one case"),
-        (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models do not train"),
-        (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must differ"),
-        (["--config-file", "x", "--variant", "dino_d2", "MODEL.DINO.OP", "reference"], "names must differ"),
+        (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models cannot be trained"),
+        (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must be unique"),
+        (["--config-file", "x", "--variant", "dino_d2", "MODEL.DINO.OP", "reference"], "names must be unique"),
     ],
 )
 def test_options_that_make_no_sense_are_explained(

@@ -25,8 +25,8 @@ def test_both_programs_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", ["benchmark_evaluation.py", "--images", "5"])
     benchmark_evaluation.main()
     printed = capsys.readouterr().out
-    assert "| evaluating by pycocotools 2" in printed
-    assert "| evaluating by hotcoco 1" in printed
+    assert "| evaluating with pycocotools 2" in printed
+    assert "| evaluating with hotcoco 1" in printed
     assert "all 86 metrics are exactly equal" in printed
 
 

@@ -153,6 +153,13 @@ def test_the_steps_that_try_are_steps_of_the_training(tiny_cfg: CfgNode, monkeyp
 # --- all of it
 
 
+def test_the_steps_that_try_ask_no_other_process(tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for the choices of the main process."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *arguments: pytest.fail("asks the others"))
+    make_steps(tiny_cfg, make_batch([2, 0]))
+
+
 def test_a_folder_makes_the_config(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "out"
     run = chosen("--data", data, "--config-file", RECIPE, "--epochs", 6, "--batch-size", 4, "--output", output)
@@ -207,6 +214,11 @@ def test_weights_of_the_zoo_bring_their_recipe(data: Path, tmp_path: Path) -> No
     assert cfg.MODEL.DINO.SHARE_HEADS is False  # what the publisher's weights need
     assert cfg.MODEL.DINO.NUM_CLASSES == 2
     assert cfg.SOLVER.MAX_ITER == 24 * 4
+
+
+def test_backbone_of_published_weights_is_not_downloaded_again() -> None:
+    cfg = chosen("--weights", "dino_convnexts_4scale_12ep", "--eval-only").config()
+    assert not cfg.MODEL.TIMM.PRETRAINED
 
 
 def test_a_checkpoint_brings_the_config_beside_it_but_not_its_classes(data: Path, tmp_path: Path) -> None:
@@ -267,7 +279,7 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
     content = json.loads((data / "train.json").read_text())
     content["images"].pop()
     (data / "train.json").write_text(json.dumps(content))
-    with pytest.raises(FileExistsError, match="of other data"):
+    with pytest.raises(FileExistsError, match="from different data"):
         chosen("--resume", *arguments)
     assert (output / "data" / "train.json").read_text() == before
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
 
 from dino_d2 import load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
+from dino_d2.engine.run import of_best_weights
 from tests.engine.test_distributed import torchrun
 from tests.synthetic import config_values, write_rectangles
 
@@ -162,3 +164,14 @@ def test_all_processes_end_together(data: tuple[Path, Path], tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("process ended") == 2
     assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 5
+
+
+def test_the_main_process_says_which_weights_are_the_best(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may read the file before the main one has written the last evaluation's."""
+    trainer = run.train({20: 50.0}, "SOLVER.EARLY_STOPPING", 0)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "all_gather", lambda value: [trainer.iter, value])
+    monkeypatch.setattr(DINOTrainer, "test", lambda *arguments: pytest.fail("evaluates alone"))
+    best = run.output / "model_best.pth"
+    torch.save(torch.load(best, weights_only=True) | {"iteration": 1}, best)
+    assert of_best_weights(trainer, None) is None

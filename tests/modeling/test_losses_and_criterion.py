@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dino_d2.modeling.criterion import LossWeights, SetCriterion, boxes_per_process
-from dino_d2.modeling.losses import box_losses, class_loss
+from dino_d2.modeling.losses import box_losses, focal_loss
 from dino_d2.modeling.matcher import HungarianMatcher
 from dino_d2.structures import DenoisingQueries, Pairs, Predictions, Targets
 
@@ -51,17 +51,17 @@ L1_LOSS, GIOU_LOSS = 0.2, 1 - 0.04 / 0.08
 
 
 def test_class_loss_by_hand() -> None:
-    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(0), index(0), index(0)), OBJECT.labels)
+    loss, _ = focal_loss(Predictions(LOGITS, BOXES), Pairs(index(0), index(0), index(0)), OBJECT.labels, torch.ones(1))
     assert loss.item() == pytest.approx(CLASS_LOSS)
 
 
 def test_queries_without_object_are_background() -> None:
-    loss = class_loss(Predictions(LOGITS, BOXES), Pairs(index(), index(), index()), OBJECT.labels)
+    loss, _ = focal_loss(Predictions(LOGITS, BOXES), Pairs(index(), index(), index()), OBJECT.labels, torch.ones(0))
     assert loss.item() == pytest.approx(sum(focal(x, positive=False) for x in LOGITS.flatten().tolist()))
 
 
 def test_box_losses_by_hand() -> None:
-    l1, giou = box_losses(BOXES[0, [0, 0]], torch.cat([OBJECT.boxes, BOXES[0, :1]]))
+    l1, giou, _ = box_losses(BOXES[0, [0, 0]], torch.cat([OBJECT.boxes, BOXES[0, :1]]))
     assert l1.tolist() == pytest.approx([L1_LOSS, 0], abs=1e-6)
     assert giou.tolist() == pytest.approx([GIOU_LOSS, 0], abs=1e-4)
 

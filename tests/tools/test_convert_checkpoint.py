@@ -57,7 +57,7 @@ def test_checkpoint_that_does_not_fit_stops_and_writes_nothing(tmp_path: Path, c
     published, ours = tmp_path / "published.pth", tmp_path / "ours.pth"
     torch.save({"model": published_by("official")}, published)
     error = said(capsys, "--source", "official", str(published), str(ours), *CONFIG, *SMALL[:-1], "3")
-    assert re.search(r"published\.pth: .*does not fit", error)
+    assert re.search(r"published\.pth: .*does not match", error)
     assert not ours.exists()
 
 

@@ -85,7 +85,7 @@ def test_it_ends_with_ap_by_class_examples_and_the_next_command(
     assert (output / "model_best.pth").is_file()
     best = torch.load(output / "model_best.pth", weights_only=True)["model"]
     threshold = Assumptions.from_tensor(best["_extra_state"]).score_threshold
-    assert f"truth beside what scores above {0.3 if threshold is None else threshold:.3f}" in end
+    assert f"ground truth beside detections above {0.3 if threshold is None else threshold:.3f}" in end
 
 
 def test_its_config_alone_makes_the_same_run(trained: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> None:
@@ -112,5 +112,5 @@ def test_what_comes_next_finds_objects(trained: tuple[Path, subprocess.Completed
 def test_a_folder_of_something_else_is_an_error_of_the_user(tmp_path: Path) -> None:
     result = run("-m", "dino_d2", "train", "--data", tmp_path, "--config-file", RECIPE)
     assert result.returncode == 2
-    assert "has none of the layouts that are looked for" in result.stderr
+    assert "has none of the supported layouts" in result.stderr
     assert "Traceback" not in result.stderr
