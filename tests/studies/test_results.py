@@ -1,0 +1,138 @@
+"""The table, the plot and the version of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from studies import curves
+from studies.plan import Study
+from studies.results import (
+    CODE,
+    ROOT,
+    Evaluation,
+    Result,
+    Version,
+    code_version,
+    mean_and_deviation,
+    read_result,
+    table,
+    write_result,
+)
+from studies.training import as_metrics
+
+VERSION = Version("abc", "2", "digest", "digest", 60)
+DINO = {"config": "small/dino_mobilenetv2_640"}
+
+
+@pytest.fixture
+def study(make_study: Callable[..., Study]) -> Study:
+    return make_study(detectors={"a": DINO, "b": DINO}, seeds=[1, 2, 3], budget=60, evaluate_at=[30, 60])
+
+
+def results_of(study: Study) -> Iterator[Result]:
+    """The third seed of b is missing."""
+    for run in study.runs():
+        if (run.detector.name, run.seed) == ("b", 3):
+            continue
+        final = 10.0 * run.seed + (5 if run.detector.name == "b" else 0)
+        moments = (30, 30, final / 2), (60, 60, final)
+        evaluations = tuple(Evaluation(s, n, {"AP": ap, "AP50": ap + 30}) for s, n, ap in moments)
+        yield Result(run.data.name, run.detector.name, run.seed, VERSION, 1.0, "a processor", evaluations)
+
+
+def test_table_has_mean_deviation_and_every_seed(study: Study) -> None:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table(study, [*results_of(study)]).split("\n")
+    ]
+    assert lines[0] == ["data", "detector", "seconds", "AP", "seeds 1, 2, 3", "AP50", "seeds 1, 2, 3"]
+    assert lines[2:] == [
+        ["shapes", "a", "30", "10.0 ± 5.0", "5.0, 10.0, 15.0", "40.0 ± 5.0", "35.0, 40.0, 45.0"],
+        ["shapes", "a", "60", "20.0 ± 10.0", "10.0, 20.0, 30.0", "50.0 ± 10.0", "40.0, 50.0, 60.0"],
+        ["shapes", "b", "30", "10.0 ± 3.5", "7.5, 12.5, –", "40.0 ± 3.5", "37.5, 42.5, –"],
+        ["shapes", "b", "60", "20.0 ± 7.1", "15.0, 25.0, –", "50.0 ± 7.1", "45.0, 55.0, –"],
+    ]
+
+
+def test_deviation_is_that_of_a_sample() -> None:
+    assert mean_and_deviation([2, 4, 4, 4, 5, 5, 7, 9]) == "5.0 ± 2.1"
+    assert mean_and_deviation([3.25]) == "3.2 ± –"
+
+
+def test_results_are_read_as_they_were_written(study: Study) -> None:
+    run = study.runs()[0]
+    result = next(results_of(study))
+    assert read_result(study, run) is None
+    write_result(study, run, result)
+    assert read_result(study, run) == result
+
+
+def test_plot_is_written(study: Study, tmp_path: Path) -> None:
+    found = [*results_of(study)]
+    curves.draw(study, found, tmp_path / "new" / "all.png")
+    curves.draw(study, found[:1], tmp_path / "one.png")
+    every, one = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("new/all.png", "one.png"))
+    assert every.shape == one.shape
+    assert np.abs(every - one).sum() > 0  # the rest is drawn too
+    with pytest.raises(ValueError, match=r"tiny.yaml: no results to plot"):
+        curves.draw(study, [], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("others", "found"),
+    [
+        ({}, []),
+        ({"code": "def"}, ["code was abc, is now def"]),
+        ({"torch": "3", "iterations": 61}, ["torch was 2, is now 3", "iterations was 60, is now 61"]),
+        ({"data": None, "iterations": None}, []),
+    ],
+)
+def test_differences_of_versions(others: dict[str, Any], found: list[str]) -> None:
+    assert VERSION.differences(replace(VERSION, **others)) == found
+
+
+def test_code_version_follows_what_results_depend_on(tmp_path: Path, git: Callable[..., str]) -> None:
+    def version() -> str:
+        return code_version(tmp_path, ["code"])
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("1")
+    first = git(tmp_path, "first")
+    assert version() == first
+    (tmp_path / "other.md").write_text("1")
+    git(tmp_path, "elsewhere")
+    assert version() == first
+    (tmp_path / "code" / "a.py").write_text("2")
+    changed = version()
+    assert changed.startswith(f"{first}+")
+    (tmp_path / "code" / "b.py").write_text("2")
+    assert version() not in (first, changed)
+    second = git(tmp_path, "second")
+    assert version() == second != first
+
+
+def test_code_version_needs_a_checkout(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a checkout"):
+        code_version(tmp_path)
+
+
+def test_what_results_depend_on_exists() -> None:
+    assert all((ROOT / path).exists() for path in CODE)
+
+
+def test_no_detection_is_an_ap_of_0() -> None:
+    nan = float("nan")
+    assert as_metrics({"bbox": {"AP": nan, "AP50": nan, "AP75": nan, "APs": nan}}) == {
+        "AP": 0.0, "AP50": 0.0, "AP75": 0.0, "APs": None,
+    }  # fmt: skip
+    assert as_metrics({"bbox": {"AP": 12.34567, "APs": nan}}) == {"AP": 12.3457, "APs": None}
+
+
+def test_a_run_with_a_moving_average_is_judged_by_it() -> None:
+    assert as_metrics({"bbox": {"AP": 1.0}, "ema": {"bbox": {"AP": 2.0}}}) == {"AP": 2.0}
