@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dino_d2 import Detections, Detector, load_config
 from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
+from dino_d2.detector import pictures_in
 from tests.web import Web, serve
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -313,3 +314,11 @@ def test_of_a_hub_neither_pickles_nor_other_files_are_read(saved: Path, tmp_path
     assert "the Hugging Face repository owner/insects lacks config.yaml or model.safetensors" in pickled.stderr
     assert "weights owner/nothing not found, neither here nor on Hugging Face" in absent.stderr
     assert not [path for path in asked if path.endswith(".pth")]
+
+
+def test_folder_named_like_a_picture_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "album.jpg").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images found"):
+        pictures_in(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    assert pictures_in(tmp_path) == [str(tmp_path / "photo.jpg")]
