@@ -244,8 +244,9 @@ class _Page:
         written = self.download.click(self.write, choice, self.file, **in_turn)
         written.then(None, js=PRESS_DOWNLOAD)
 
-    def run(self, session: Session, paths: list[str] | None, tile: int) -> Iterator[Values]:
+    def run(self, session: Session, paths: list[str] | None, tile: int | None) -> Iterator[Values]:
         """Run the model on files not yet seen with this tile size, and forget removed files."""
+        tile = tile or 0  # None: the field is empty
         if 0 < tile < SMALLEST_TILE:
             yield {self.note: f"⚠ Tiles of {tile} pixels are too small: use 0 (no tiles) or at least {SMALLEST_TILE}"}
             return

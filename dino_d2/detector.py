@@ -259,7 +259,7 @@ def pictures_in(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError: the folder has none.
     """
-    found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
     if not found:
         raise FileNotFoundError(f"no images found in {folder} (looked for {', '.join(sorted(PICTURES))})")
     return found

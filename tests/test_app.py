@@ -327,6 +327,12 @@ def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDet
     assert detector.calls == calls + 1
 
 
+def test_empty_field_of_tiles_means_no_tiles(tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]) -> None:
+    tab.locator("#tile input").fill("")
+    upload(tab, photos[0])
+    says(tab, "1.png", len(detector(photos[0], threshold=detector.threshold)))
+
+
 def test_picture_too_large_for_the_memory_is_named(detector: WatchedDetector, photos: list[Path]) -> None:
     class Full(WatchedDetector):
         def __call__(self, *args: Any, **options: Any) -> Detections:

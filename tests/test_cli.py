@@ -53,6 +53,7 @@ def test_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
             "weights dino_",
         ),
         (["analyze", "--config-file", "dino_r50_4scale_12ep", "--size", "0", "1"], "--size 0 1"),
+        (["analyze", "--config-file", "dino_r50_4scale_12ep", "MODEL.DINO.CLASS_NAMES", "['a']"], "has 1 names"),
         (["plot", "nowhere"], "nowhere: metrics.json not found"),
         (["zoo", "--download", "dino_r49"], "no weights are published under the name dino_r49"),
     ],

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dino_d2 import Detections, Detector, load_config
 from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
+from dino_d2.detector import pictures_in
 from tests.web import Web, serve
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -388,3 +389,11 @@ def test_weights_of_two_hosts_are_not_confused(folder: Path, tmp_path: Path, mon
         other.files["/w.pth"] = b"something else"
         with pytest.raises(ValueError, match="damaged or no"):
             Detector.from_pretrained(f"{other.url}/w.pth", config)
+
+
+def test_folder_named_like_a_picture_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "album.jpg").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images found"):
+        pictures_in(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    assert pictures_in(tmp_path) == [str(tmp_path / "photo.jpg")]

@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     neutral = ["MODEL.TIMM.PRETRAINED", "False", "MODEL.SWIN.CHECKPOINT", "False"]
     neutral += ["MODEL.DINO.QUERY_SCORE_THRESHOLD", "0.0"]
     with user_errors():
-        cfg = load_config(args.config_file, [*args.opts, *neutral])
-    analysis = analyze(build_model(cfg), height, width)
+        model = build_model(load_config(args.config_file, [*args.opts, *neutral]))
+    analysis = analyze(model, height, width)
     print(f"{args.config_file}: one image of {height} x {width} pixels\n")
     print(as_table(analysis, args.markdown))
     print("\nOne multiply-add counts as one FLOP. Denoising has parameters but is used only in training.")

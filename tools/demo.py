@@ -8,9 +8,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dino_d2_cli import CommandParser, user_errors
+
+if TYPE_CHECKING:
+    from dino_d2 import Detections, Detector
 
 EXAMPLES = [
     "--weights dino_r50_4scale_12ep --input street.jpg --output found",
@@ -34,7 +39,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tile", type=int, default=0, metavar="PIXELS", help="split images into tiles of at most this side"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.tile < 0:
+        parser.error(f"--tile {args.tile}: it must be at least 0")
+    return args
 
 
 def names_of_results(photos: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -80,23 +88,39 @@ def results_for(photos: Sequence[Path], output: Path) -> dict[Path, Path]:
     return pictures
 
 
+def nothing_found(detector: Detector) -> Detections:
+    """Empty detections, with the names of all classes: "class 0", … if the model has none."""
+    import numpy as np
+
+    from dino_d2 import Detections
+
+    names = detector.class_names or tuple(f"class {i}" for i in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
+    return Detections(np.empty((0, 4)), np.empty(0), np.empty(0, int), names, (1, 1))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     from dino_d2 import Detector
+    from dino_d2.data import read_image
 
     with user_errors():
         pictures = results_for(photos_of(args.input), args.output)
         detector = Detector.from_pretrained(args.weights, args.config_file, overrides=args.opts)
+        nothing = nothing_found(detector)
+        nothing.of(*args.classes)  # an unknown class is reported once, not for each image
         args.output.mkdir(parents=True, exist_ok=True)
     print(f"score threshold: {detector.explain_threshold() if args.score_threshold is None else args.score_threshold}")
     unreadable = 0
     for path, picture in pictures.items():
         try:
-            found = detector(path, threshold=args.score_threshold, classes=args.classes, tile=args.tile)
+            pixels = read_image(path, "RGB")
         except ValueError as error:
             print(error, file=sys.stderr)
             unreadable += 1
             continue
+        found = detector(pixels, threshold=args.score_threshold, tile=args.tile)
+        if args.classes:
+            found = replace(found, class_names=nothing.class_names).of(*args.classes)
         found.save(picture)
         found.save(picture.with_suffix(".json"))
         print(f"{path}: {len(found)} objects -> {picture}")

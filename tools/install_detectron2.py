@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"detectron2 is already installed: {Path(found.origin).parent}")
         return 0
     with user_errors():
+        pip("install", *NEEDS)  # first: if it fails, the next attempt must not find detectron2 installed
         install(Path(sysconfig.get_paths()["purelib"]))
-        pip("install", *NEEDS)
     print("detectron2 is installed")
     return 0
 

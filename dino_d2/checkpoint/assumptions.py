@@ -81,7 +81,18 @@ class Assumptions:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Assumptions:
+        """Decode what :meth:`to_tensor` returned, also in older versions.
+
+        Raises:
+            ValueError: it has facts that only newer versions know.
+        """
         facts = json.loads(bytes(tensor.cpu().numpy()).rstrip(b"\0"))
+        unknown = facts.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(
+                "the weights were saved by a newer version of dino_d2: unknown "
+                f"{', '.join(sorted(unknown))}. Update dino_d2 to load them"
+            )
         read = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
         return read if read.num_classes else replace(read, num_classes=len(read.class_names) or None)
 

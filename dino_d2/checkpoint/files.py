@@ -198,11 +198,13 @@ def average_of(path: str | Path) -> dict[str, Tensor]:
     """The moving average of the weights in a training checkpoint.
 
     Raises:
-        ValueError: the checkpoint has none.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the checkpoint has none, or the file is damaged.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content.get("trainer", {}).get("hooks", {}).get("EMA") if isinstance(content, dict) else None
-    if state is None:
+    state = _read_tensors(path)
+    for key in ("trainer", "hooks", "EMA"):
+        state = state.get(key) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
         raise ValueError(
             f"{path} has no moving average: only checkpoints of runs with SOLVER.EMA.ENABLED True do, except "
             "model_best.pth and model_final_ema.pth, which are plain weights already"

@@ -7,6 +7,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from .checkpoints import BestWeights
+from .ema import EMA
 
 
 class StopTraining(BaseException):
@@ -24,10 +25,14 @@ class EarlyStopping(HookBase):
         period: iterations between evaluations.
         best: hook that tracks the best evaluation and runs before this one; None except in the main process.
         checkpointer: writes `model_final.pth` at the end.
+        ema: writes `model_final_ema.pth` at the end; None without a moving average.
     """
 
-    def __init__(self, evaluations: int, period: int, best: BestWeights | None, checkpointer: Checkpointer):
-        self.evaluations, self.period, self.best, self.checkpointer = evaluations, period, best, checkpointer
+    def __init__(
+        self, evaluations: int, period: int, best: BestWeights | None, checkpointer: Checkpointer, ema: EMA | None
+    ):
+        self.evaluations, self.period, self.best = evaluations, period, best
+        self.checkpointer, self.ema = checkpointer, ema
 
     def before_train(self) -> None:
         if self._should_stop(self.trainer.start_iter):
@@ -39,6 +44,8 @@ class EarlyStopping(HookBase):
             return
         if comm.is_main_process():
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
+            if self.ema is not None:
+                self.ema.save_final()
         raise StopTraining
 
     def _should_stop(self, done: int) -> bool:

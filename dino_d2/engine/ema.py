@@ -16,7 +16,8 @@ FINAL = "model_final_ema.pth"
 class EMA(HookBase):
     """Updates the average after each step: average = decay * average + (1 - decay) * weights. Buffers are copied.
 
-    The average is part of the trainer's state; at the end of training it is saved as `model_final_ema.pth`.
+    The average is part of the trainer's state; at the end of training, also of one that
+    `EarlyStopping` ends, it is saved as `model_final_ema.pth`.
     """
 
     def __init__(self, model: nn.Module, decay: float, output_dir: str):
@@ -45,7 +46,11 @@ class EMA(HookBase):
 
     def after_train(self) -> None:
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
-            write_checkpoint({"model": self.model.state_dict()}, self.output_dir, FINAL)
+            self.save_final()
+
+    def save_final(self) -> None:
+        """Write `model_final_ema.pth`."""
+        write_checkpoint({"model": self.model.state_dict()}, self.output_dir, FINAL)
 
     def state_dict(self) -> dict:
         return self.average.state_dict()

@@ -93,7 +93,7 @@ class DINOTrainer(DefaultTrainer):
             if not solver.BEST_METRIC:
                 raise ValueError("SOLVER.EARLY_STOPPING needs SOLVER.BEST_METRIC, such as bbox/AP")
             best = next((hook for hook in built if isinstance(hook, BestWeights)), None)
-            built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer))
+            built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer, self.ema))
         return built
 
     def _model_of_metric(self) -> nn.Module:

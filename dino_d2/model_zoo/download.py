@@ -7,6 +7,8 @@ import json
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -74,11 +76,12 @@ def file_digest(path: Path) -> str:
 
 
 def _append(url: str, part: Path) -> None:
-    """Download the missing bytes; `ConnectionError` if the server closes before the end."""
+    """Download the missing bytes; `ConnectionError` if the connection breaks or closes before the end."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+        with _broken_connections():
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the part is complete, or of another file
             if error.headers.get("Content-Range") == f"bytes */{have}":
@@ -98,11 +101,27 @@ def _append(url: str, part: Path) -> None:
             part.open("ab" if resumes else "wb") as file,
             tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name.removesuffix(".part")) as bar,
         ):
-            while chunk := response.read(CHUNK):
+            while chunk := _read(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total and part.stat().st_size < total:
         raise ConnectionError(f"the connection was closed after {part.stat().st_size} of {total} bytes")
+
+
+def _read(response: HTTPResponse) -> bytes:
+    with _broken_connections():
+        return response.read(CHUNK)
+
+
+@contextmanager
+def _broken_connections() -> Iterator[None]:
+    """Turn an `OSError` of the network (TLS, no route) into `ConnectionError`, to tell it from one of the disk."""
+    try:
+        yield
+    except urllib.error.URLError:  # is one of the network
+        raise
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def _recorded(folder: Path) -> dict[str, str]:

@@ -215,6 +215,14 @@ def test_checkpoint_of_before_there_was_another_encoder_is_of_the_deformable(det
     assert Assumptions.from_tensor(old) == ours
 
 
+def test_weights_of_a_newer_version_are_refused_by_name(detector: Callable) -> None:
+    newer = torch.zeros(CAPACITY, dtype=torch.uint8)
+    text = json.dumps(asdict(detector(NUM_CLASSES=3).assumptions) | {"query_shape": "star"}).encode()
+    newer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"newer version of dino_d2.*query_shape"):
+        Assumptions.from_tensor(newer)
+
+
 def test_score_threshold_comes_with_the_weights_and_goes_with_others(detector: Callable, tmp_path: Path) -> None:
     model, other = detector(*OLD), detector(*OLD)
     (tmp_path / "without").mkdir()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dino_d2.checkpoint import read_published
-from dino_d2.checkpoint.files import TENSORS_ONLY
+from dino_d2.checkpoint.files import TENSORS_ONLY, average_of
 
 # What MMDetection's own training writes, by a program of which nothing is left afterwards.
 WRITE_MMDETECTION = """
@@ -161,3 +161,21 @@ def test_torchscript_is_not_run(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "script.pth"))
     with pytest.raises(ValueError, match=r"script\.pth is damaged or not a checkpoint.*TorchScript"):
         read_published(tmp_path / "script.pth")
+
+
+def test_files_without_a_moving_average_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    for content in ({"model": {}}, {"trainer": argparse.Namespace(hooks={})}, [1]):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"{path} has no moving average"):
+            average_of(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{path} is damaged"):
+        average_of(path)
+
+
+def test_moving_average_is_read_beside_pickled_objects(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    average = {"n_averaged": torch.tensor(3), "module.w": torch.ones(2)}
+    torch.save({"trainer": {"hooks": {"EMA": average}}, "args": argparse.Namespace()}, path)
+    assert {name: value.tolist() for name, value in average_of(path).items()} == {"w": [1, 1]}

@@ -203,6 +203,21 @@ def test_yolos_paths_do_not_lead_to_a_neighbour_of_the_folder(tmp_path: Path) ->
     assert found.train.images == folder / "train" / "images"
 
 
+@pytest.mark.parametrize("path", [None, "../elsewhere"])
+def test_yolos_labels_are_sought_below_the_dataset_alone(tmp_path: Path, path: str | None) -> None:
+    """Not in a sister of a folder `images` that holds the whole dataset."""
+    inside = tmp_path / "images" / ("elsewhere" if path else "pets")
+    for part in ("train", "val"):
+        for i in range(2):
+            picture(inside / part / f"{part}_{i}.png")
+            label(inside / part / f"{part}_{i}.txt", yolo_line(i))
+    folder = tmp_path / "images" / "pets"
+    folder.mkdir(exist_ok=True)
+    entries = {"names": NAMES, "train": "train", "val": "val"} | ({"path": path} if path else {})
+    (folder / "data.yaml").write_text(yaml.safe_dump(entries))
+    check(find_dataset(folder, tmp_path / "out").train, images=2, objects=2)
+
+
 def test_yolos_names_may_be_a_dictionary_and_its_objects_polygons(tmp_path: Path) -> None:
     entries = {"train": "images/train", "val": "images/val"}
     yolo(tmp_path, "images/train", "images/val", entries, names={1: "dog", 0: "cat"})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import resource
+import ssl
 import subprocess
 import sys
 from collections import namedtuple
@@ -45,6 +47,33 @@ def test_cut_connections_are_gone_on_with(web: Web, path: Path) -> None:
     download(f"{web.url}/weights.pth", path, DIGEST[:8])
     assert path.read_bytes() == CONTENT
     assert [wanted for _, wanted in web.requests] == [None, "bytes=40000-", "bytes=80000-"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ssl.SSLError("decryption failed"), OSError(errno.ENETUNREACH, "Network is unreachable")],
+    ids=["ssl", "net"],
+)
+def test_failing_connections_are_not_full_disks(
+    web: Web, path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    read, failures = module.HTTPResponse.read, [None, error]  # the second piece fails
+
+    def read_or_fail(response: module.HTTPResponse, size: int) -> bytes:
+        if failures and (failure := failures.pop(0)):
+            raise failure
+        return read(response, size)
+
+    monkeypatch.setattr(module, "CHUNK", 40_000)
+    monkeypatch.setattr(module.HTTPResponse, "read", read_or_fail)
+    download(f"{web.url}/weights.pth", path, DIGEST)
+    assert path.read_bytes() == CONTENT
+    assert [wanted for _, wanted in web.requests] == [None, "bytes=40000-"]
+
+    path.unlink()
+    failures.append(error)
+    with pytest.raises(DownloadError, match=rf"could not download .*{error.args[-1]}"):
+        download(f"{web.url}/weights.pth", path, DIGEST)
 
 
 def test_server_that_knows_no_ranges_sends_everything_again(web: Web, path: Path) -> None:

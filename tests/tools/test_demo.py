@@ -147,3 +147,40 @@ def test_missing_photograph_and_missing_weights_are_named(tmp_path: Path) -> Non
     result = run_demo("--weights", str(weights), "--input", str(photo), "--output", found)
     assert result.returncode == 2
     assert "weights.pth" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--classes", "blue", "rad"], "unknown class rad; did you mean red?"), (["--tile", "-5"], "--tile -5")],
+)
+def test_wrong_class_or_tile_is_reported_once(
+    trained: tuple[Path, list[str]], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    folder, values = trained
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    photos = [str(tmp_path / "1.png"), str(tmp_path / "2.png")]
+    result = run_demo(
+        "--weights", str(folder / "weights.pth"), "--input", *photos, "--output", str(tmp_path / "found"), *arguments,
+        "--score-threshold", "0.3", *values,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.count(message) == 1
+    assert "could not be read" not in result.stderr
+    assert not list(tmp_path.glob("found/*"))
+
+
+def test_classes_without_names_are_chosen_by_number(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Also in an image where none of them is found."""
+    folder, values = trained
+    values = [*values, "DATASETS.COCO_FORMAT", "[]", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    values += ["MODEL.DINO.NUM_CLASSES", "3", "MODEL.DINO.CLASS_NAMES", "[]"]
+    cfg = load_config(str(RECIPE), values)
+    torch.save({"model": DINOTrainer.build_model(cfg).state_dict()}, tmp_path / "weights.pth")
+    result = run_demo(
+        "--weights", str(tmp_path / "weights.pth"), "--input", str(folder / "data" / "images" / "1.png"),
+        "--output", str(tmp_path / "found"), "--classes", "class 2", "--score-threshold", "0.99",
+        *values,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "found" / "1.json").read_text()) == []

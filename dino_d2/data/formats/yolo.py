@@ -33,9 +33,10 @@ def read(folder: Path) -> Layout | None:
     if folders["val"] == folders["train"]:
         layout.notes.append(f"{file.name}: val is the same as train: AP will say nothing about new images")
     names, keypoints = _class_names(file, settings), _keypoint_values(settings)
+    roots = [Path(os.path.normpath(root)) for root in (folder, folder / _root(settings))]
     for part in ("train", "val"):
         if folders[part]:
-            layout.parts[part] = _read_part(folders[part], names, keypoints)
+            layout.parts[part] = _read_part(folders[part], roots, names, keypoints)
     if folders["test"]:
         layout.notes.append(f"{folders['test'][0]} is a test split: not used")
     return layout
@@ -67,13 +68,18 @@ def _keypoint_values(settings: dict[str, Any]) -> int:
     return shape[0] * shape[1] if isinstance(shape, list) and len(shape) == 2 else 0
 
 
+def _root(settings: dict[str, Any]) -> str:
+    """Folder of the dataset, relative to that of the file."""
+    return str(settings.get("path") or "")
+
+
 def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[str]) -> list[Path]:
     """The image folders of a split; empty if the file does not give it, or if a val or test folder is missing."""
     entries = next((settings[name] for name in FOLDERS[part] if settings.get(name)), [])
     entries = entries if isinstance(entries, list) else [entries]
     folders = []
     for entry in map(str, entries):
-        place = _resolve(file.parent, str(settings.get("path") or ""), entry)
+        place = _resolve(file.parent, _root(settings), entry)
         if place is None and part == "train":
             raise FileNotFoundError(f"{file}: {part} is {entry}, but that folder does not exist")
         if place is None and part == "val":
@@ -94,12 +100,12 @@ def _resolve(root: Path, path: str, entry: str) -> Path | None:
     return next((place for place in (*inside, *ends, *written) if place.is_dir()), None)
 
 
-def _read_part(folders: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
+def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
     pictures = [(picture, folder) for folder in folders for picture in pictures_in(folder, recursive=True)]
     if not pictures:
         raise ValueError(f"no images found in {', '.join(map(str, folders))}")
     paths = [picture for picture, _ in pictures]
-    labels = [_label_file(picture, folder) for picture, folder in pictures]
+    labels = [_label_file(picture, folder, roots) for picture, folder in pictures]
     if not any(label.is_file() for label in labels):
         raise FileNotFoundError(f"{folders[0]}: no image has a label file; the first would be {labels[0]}")
     root = Path(os.path.commonpath(folders))
@@ -110,13 +116,18 @@ def _read_part(folders: Sequence[Path], names: Sequence[str], keypoints: int) ->
     return Part(as_coco(found, names), root)
 
 
-def _label_file(picture: Path, folder: Path) -> Path:
-    """In `labels` if the images are in `images`; else in a folder `labels` beside the image, or beside the image."""
+def _label_file(picture: Path, folder: Path, roots: Sequence[Path]) -> Path:
+    """In `labels` if the images are in `images`; else in a folder `labels` beside the image, or beside the image.
+
+    Folders above the dataset do not count: their name may be `images` too.
+    """
     inside = picture.relative_to(folder).with_suffix(".txt")
-    words = list(folder.parts)
+    place = Path(os.path.normpath(folder))
+    root = next((root for root in roots if place.is_relative_to(root)), Path(place.anchor))
+    words = list(place.relative_to(root).parts)
     if "images" in words:
         words[len(words) - 1 - words[::-1].index("images")] = "labels"
-        return Path(*words) / inside
+        return root.joinpath(*words) / inside
     return folder / "labels" / inside if (folder / "labels").is_dir() else folder / inside
 
 
