@@ -231,6 +231,7 @@ def test_coco_json_holds_what_is_shown_of_all_pictures(
     says(tab, "1.png", len(detector(photos[0], threshold=detector.threshold)))
     set_threshold(tab, 0.2)
     says(tab, "1.png", len(found[0]))
+    expect(tab.locator("#queue").get_by_role("button", name="Thumbnail")).to_have_count(2)  # both are processed
     (tmp_path / "coco.json").write_text(json.dumps(coco_of(tab)))
     coco = COCO(str(tmp_path / "coco.json"))
     assert [coco.imgs[number]["file_name"] for number in (1, 2)] == ["1.png", "2.png"]
