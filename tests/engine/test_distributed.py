@@ -167,16 +167,21 @@ def test_processes_that_would_start_at_different_places_do_not_start(tmp_path: P
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, sys\n"
-        "from dino_d2.engine import run\n"
+        "from dino_d2.engine import choices, run\n"
         "from dino_d2.tools.train_net import parse\n"
         "from dino_d2.engine.processes import run_in_every_process\n"
-        f"folder = {str(tmp_path)!r} + '/' + os.environ['RANK']\n"
-        "run_in_every_process(run.train_or_evaluate, parse([*sys.argv[1:], 'OUTPUT_DIR', folder]))\n"
+        "shared = choices.Run.config\n"
+        "def config(self):\n"
+        "    cfg = shared(self)\n"
+        f"    cfg.OUTPUT_DIR = {str(tmp_path)!r} + '/' + os.environ['RANK']\n"
+        "    return cfg\n"
+        "choices.Run.config = config\n"
+        "run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))\n"
     )
     second = torchrun(str(script), *train[1:], *values, "SOLVER.MAX_ITER", "4")
     assert second.returncode != 0
     assert "iteration: 2 in process 0, 0 in 1" in second.stderr
-    assert "let OUTPUT_DIR lie on a file system that all of them share" in second.stderr
+    assert "on a shared file system, or copy it to each machine" in second.stderr
 
 
 @pytest.mark.slow
