@@ -23,15 +23,16 @@ from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import DINOCheckpointer
+from .checkpoint.assumptions import EXTRA_STATE
 from .config import default_device, load_config
 from .data import build_test_augmentation, class_names, read_image
+from .data.images import SUFFIXES, images_in
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
 
 OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 Picture = str | PathLike | Image.Image | np.ndarray
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,8 +50,7 @@ class Detector:
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.model = cfg, model.eval()
-        stored = model.assumptions.score_threshold
-        self.threshold = DEFAULT_THRESHOLD if stored is None else stored
+        self.threshold = self._stored_threshold()
         self.class_names = tuple(class_names(cfg))
         self._augmentation = build_test_augmentation(cfg)
 
@@ -101,14 +101,18 @@ class Detector:
             f"threshold {self.explain_threshold()})"
         )
 
+    def _stored_threshold(self) -> float:
+        stored = self.model.assumptions.score_threshold
+        return DEFAULT_THRESHOLD if stored is None else stored
+
     def explain_threshold(self) -> str:
         """`threshold`, and where it comes from."""
         stored = self.model.assumptions.score_threshold
-        if stored is not None and self.threshold == stored:
-            return f"{stored:.3f}, stored with the weights: there F1 was highest on the validation set"
-        if stored is None and self.threshold == DEFAULT_THRESHOLD:
+        if self.threshold != self._stored_threshold():
+            return f"{self.threshold:.3f}, set"
+        if stored is None:
             return f"{DEFAULT_THRESHOLD}, the default: none is stored with the weights"
-        return f"{self.threshold:.3f}, set"
+        return f"{stored:.3f}, stored with the weights: there F1 was highest on the validation set"
 
     def __call__(
         self,
@@ -165,9 +169,10 @@ class Detector:
         cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.DATASETS.COCO_FORMAT = "", False, []
         cfg.OUTPUT_DIR, cfg.WANDB_PROJECT, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = "./output", "", (), ()
         cfg.MODEL.DINO.CLASS_NAMES = list(self.class_names)
-        if self.threshold not in (self.model.assumptions.score_threshold, DEFAULT_THRESHOLD):
-            self.model.assumptions = replace(self.model.assumptions, score_threshold=self.threshold)
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.model.state_dict().items()}
+        if self.threshold != self._stored_threshold():  # it was set
+            assumptions = replace(self.model.assumptions, score_threshold=self.threshold)
+            state[EXTRA_STATE] = assumptions.to_tensor()
         save_file(state, folder / SAVED, {"format": "pt"})
         (folder / CONFIG).write_text(cfg.dump())
         (folder / CARD).write_text(self._card(folder.name))
@@ -259,10 +264,10 @@ def pictures_in(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError: the folder has none.
     """
-    found = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
+    found = images_in(folder)
     if not found:
-        raise FileNotFoundError(f"no images found in {folder} (looked for {', '.join(sorted(PICTURES))})")
-    return found
+        raise FileNotFoundError(f"no images found in {folder} (looked for {', '.join(sorted(SUFFIXES))})")
+    return [str(path) for path in found]
 
 
 def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.ndarray]:

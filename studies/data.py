@@ -21,7 +21,8 @@ from PIL import Image
 
 from dev.demo_data import cut, fetch, read_photo, test_tiles, training_tiles, write_backbone, write_coco
 from dino_d2.data import read_coco
-from dino_d2.data.formats.parts import Part, hold_out, pictures_in
+from dino_d2.data.formats.parts import Part, hold_out
+from dino_d2.data.images import images_in
 
 from .plan import Study
 
@@ -202,7 +203,7 @@ def split_cards(checkout: Path) -> dict[str, list[Entry]]:
 
 def _entries(images: Path, annotations: Path) -> list[Entry]:
     """The images with annotations, in order of their names."""
-    entries = [(image, annotations / f"{image.stem}.xml") for image in pictures_in(images)]
+    entries = [(image, annotations / f"{image.stem}.xml") for image in images_in(images)]
     found = sorted((entry for entry in entries if entry[1].is_file()), key=lambda entry: entry[0].name)
     if not found:
         raise FileNotFoundError(f"{images} has no images with Pascal VOC files in {annotations}")

@@ -373,6 +373,17 @@ def test_precision_and_threshold_are_saved_and_can_be_changed(folder: Path, tmp_
     assert not Detector.from_pretrained(tmp_path, dtype="float32").cfg.TEST.AMP.ENABLED
 
 
+def test_default_threshold_that_was_set_is_saved(detector: Detector, tmp_path: Path) -> None:
+    detector.model.assumptions = replace(detector.model.assumptions, score_threshold=0.7)
+    other = Detector(detector.cfg, detector.model)
+    other.threshold = 0.3
+    other.save_pretrained(tmp_path)
+    assert other.model.assumptions.score_threshold == 0.7
+    detector.model.assumptions = replace(detector.model.assumptions, score_threshold=None)
+    assert Detector.from_pretrained(tmp_path).threshold == 0.3
+    assert "0.300, set" in (tmp_path / "README.md").read_text()
+
+
 def test_deep_pictures_are_the_same_by_path_and_as_pil_image(detector: Detector, tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 2**16, (40, 50), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")

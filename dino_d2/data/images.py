@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import urllib.request
 from os import PathLike
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -14,7 +15,14 @@ from PIL import Image, UnidentifiedImageError
 
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
+
+
+def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+    """Sorted paths of the files with an image suffix."""
+    found = folder.rglob("*") if recursive else folder.glob("*")
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 class UnreadableImage(ValueError):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
 HELD_OUT = 5  # one in this many images is held out if there is no validation split
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
@@ -76,12 +75,6 @@ def as_coco(pictures: Iterable[Picture], names: Sequence[str]) -> Content:
             )
     categories = [{"id": label, "name": name} for label, name in enumerate(names, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def pictures_in(folder: Path, recursive: bool = False) -> list[Path]:
-    """Sorted paths of the files with an image suffix."""
-    found = folder.rglob("*") if recursive else folder.glob("*")
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:

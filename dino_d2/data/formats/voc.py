@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, pictures_in, require_supervision, sizes_of
+from dino_d2.data.images import images_in
+
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
 
 NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
@@ -76,7 +78,7 @@ def _folders(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _entries(images: Path, annotations: Path) -> list[Entry]:
-    found = [(image, annotations / f"{image.stem}.xml") for image in pictures_in(images)]
+    found = [(image, annotations / f"{image.stem}.xml") for image in images_in(images)]
     if not any(xml.is_file() for _, xml in found):
         raise FileNotFoundError(f"{images}: no annotations of its images found in {annotations}")
     return found

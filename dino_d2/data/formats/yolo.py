@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, pictures_in, require_supervision, sizes_of
+from dino_d2.data.images import images_in
+
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -101,7 +103,7 @@ def _resolve(root: Path, path: str, entry: str) -> Path | None:
 
 
 def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
-    pictures = [(picture, folder) for folder in folders for picture in pictures_in(folder, recursive=True)]
+    pictures = [(picture, folder) for folder in folders for picture in images_in(folder, recursive=True)]
     if not pictures:
         raise ValueError(f"no images found in {', '.join(map(str, folders))}")
     paths = [picture for picture, _ in pictures]
