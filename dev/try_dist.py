@@ -52,9 +52,10 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
 def build() -> tuple[Path, Path]:
     """Build the sdist (as on a machine without CUDA) and the wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
-    for what in ("sdist", "bdist_wheel"):
-        variables = {"FORCE_CUDA": "0"} if what == "sdist" else {}
-        run(sys.executable, "setup.py", "--quiet", what, "--dist-dir", DIST, cwd=ROOT, **variables)
+    run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", DIST, cwd=ROOT, FORCE_CUDA="0")
+    with tempfile.TemporaryDirectory() as folder:  # in build/ modules that were renamed or deleted would still be found
+        build = ("build", "--build-base", folder)
+        run(sys.executable, "setup.py", "--quiet", *build, "bdist_wheel", "--dist-dir", DIST, cwd=ROOT)
     (sdist,), (wheel,) = DIST.glob("*.tar.gz"), DIST.glob("*.whl")
     with tarfile.open(sdist) as archive:
         _check(sdist, IN_SDIST, {name.partition("/")[2] for name in archive.getnames()})
