@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
     add_dino_config(cfg)
     default_device = cfg.MODEL.DEVICE
     try:
-        in_file = _keys(cfg.load_yaml_with_base(config_file))
+        in_file = flat(cfg.load_yaml_with_base(config_file))
     except yaml.YAMLError as error:
         raise ValueError(f"{config_file} (or its _BASE_) is not plain YAML: {error}") from error
     _refuse_unknown(in_file, cfg, f"{config_file} (or its _BASE_)")
@@ -220,17 +220,16 @@ def recipe_files() -> dict[str, str]:
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
 
 
-def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all values in nested dictionaries."""
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted key, in order."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _refuse_unknown(keys: Iterable[str], cfg: CN, origin: str) -> None:
-    known = set(_keys(cfg))
+    known = flat(cfg)
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from dino_d2.config import load_config
+from dino_d2.config import flat, load_config
 from dino_d2.data import CocoFiles
 from dino_d2.data.datasets import class_names_of
 from dino_d2.engine.choices import DECAY
@@ -229,9 +229,9 @@ def _settings(given: Any, where: str) -> Settings:
     found: Settings = {}
     for item in given if isinstance(given, list) else [given or {}]:
         if isinstance(item, str):
-            found |= dict(_flat(_mapping(_read_yaml(Path(item)), item)))
+            found |= flat(_mapping(_read_yaml(Path(item)), item))
             continue
-        own = dict(_flat(_mapping(item, where)))
+        own = flat(_mapping(item, where))
         decided = sorted(own.keys() & set(DECIDED))
         if decided:
             raise ValueError(f"{where}: {decided[0]} is decided by the study itself: remove it")
@@ -283,16 +283,7 @@ def _is_list(value: Any, of_kind: Any) -> bool:
 
 
 def _of_pair(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in _flat(cfg) if key not in (*DECIDED, *PATHS))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted key."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return ((key, value) for key, value in flat(cfg).items() if key not in (*DECIDED, *PATHS))
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ import yaml
 
 import dino_d2_cli
 from dino_d2 import load_config, model_zoo
-from dino_d2.config import find_config_file, recipe_files
+from dino_d2.config import find_config_file, flat, recipe_files
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,16 +96,8 @@ def _anchors(path: Path) -> set[str]:
 
 @cache
 def _keys() -> set[str]:
-    found = set()
-
-    def walk(node: dict, prefix: str) -> None:
-        for key, value in node.items():
-            found.add(prefix + key)
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-
-    walk(load_config(RECIPE), "")
-    return found
+    keys = flat(load_config(RECIPE))
+    return {".".join(key.split(".")[:count]) for key in keys for count in range(1, key.count(".") + 2)}
 
 
 def commands(script: str) -> Iterator[list[str]]:

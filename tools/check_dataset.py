@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from dino_d2.data import CocoFiles, class_names, find_dataset, load_config_for_files, register_datasets
     from dino_d2.data.contact_sheet import draw_contact_sheet
-    from dino_d2.data.inspection import as_table, inspect_dataset, training_can_start
+    from dino_d2.data.inspection import report
     from dino_d2.modeling.build import build_denoising
     from dino_d2.modeling.denoising import NoDenoising
 
@@ -57,13 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register_datasets(cfg)
         denoising = build_denoising(cfg)
     print(f"{len(class_names(cfg))} classes: {', '.join(class_names(cfg))}")
-    can_start = True
-    for files in parts:
-        print(f"{files.annotations}: reading the images …", flush=True)
-        findings = inspect_dataset(files, None if isinstance(denoising, NoDenoising) else denoising)
-        print(as_table(findings) if findings else "nothing to report")
-        can_start &= training_can_start(findings)
-    if not can_start:
+    if report(parts, None if isinstance(denoising, NoDenoising) else denoising):
         print("training cannot start: fix the errors first")
         return 1
 

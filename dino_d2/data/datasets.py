@@ -52,7 +52,7 @@ def register_datasets(cfg: CfgNode) -> None:
                 continue
             if name not in (TRAIN_NAME, VAL_NAME):
                 raise ValueError(f"DATASETS.COCO_FORMAT: {name!r} is the name of another dataset; choose a new one")
-            DatasetCatalog.remove(name)  # given as files: other ones now
+            DatasetCatalog.remove(name)  # an earlier run in this process had other files
             MetadataCatalog.remove(name)
         DatasetCatalog.register(name, partial(CocoRecords, annotations, images, name))
         MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")

@@ -140,6 +140,18 @@ def as_table(findings: Sequence[Finding]) -> str:
     return tabulate(rows, headers, tablefmt="simple_grid", maxcolwidths=WIDTHS, disable_numparse=True)
 
 
+def report(parts: Sequence[CocoFiles], denoising: PlainDenoising | None) -> list[CocoFiles]:
+    """Print what :func:`inspect_dataset` finds in each of the datasets; returns those that cannot be trained on."""
+    faulty = []
+    for files in parts:
+        print(f"{files.annotations}: reading the images …", flush=True)
+        findings = inspect_dataset(files, denoising)
+        print(as_table(findings) if findings else "nothing to report")
+        if not training_can_start(findings):
+            faulty.append(files)
+    return faulty
+
+
 def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[Finding]:
     """Check a dataset for everything above. Returns the findings, errors first.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from dino_d2.config import load_config
+from dino_d2.config import flat, load_config
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset, load_config_for_files, register_datasets
 from dino_d2.data.datasets import class_names_of
-from dino_d2.data.inspection import as_table, inspect_dataset, training_can_start
+from dino_d2.data.inspection import report
 from dino_d2.modeling.build import build_denoising
 from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
@@ -87,15 +87,7 @@ def choose(args: Namespace) -> Run:
 
 def few_photos() -> list[tuple[str, Any]]:
     """KEY and VALUE of the settings for fine-tuning on few images."""
-
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return list(walk(yaml.safe_load(FEW_PHOTOS.read_text()), ""))
+    return list(flat(yaml.safe_load(FEW_PHOTOS.read_text())).items())
 
 
 def schedule(images: int, batch: int, epochs: int, warmup: int) -> list[Choice]:
@@ -193,15 +185,10 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
         ValueError: the data has errors; all findings have been printed.
     """
     denoising = build_denoising(cfg)
-    faulty = []
-    for files in parts:
-        print(f"{files.annotations}: reading the images …", flush=True)
-        findings = inspect_dataset(files, None if isinstance(denoising, NoDenoising) else denoising)
-        print(as_table(findings) if findings else "  nothing to report")
-        if not training_can_start(findings):
-            faulty.append(str(files.annotations))
+    faulty = report(parts, None if isinstance(denoising, NoDenoising) else denoising)
     if faulty:
-        raise ValueError(f"training cannot start: correct the errors above in {' and '.join(faulty)}")
+        names = " and ".join(str(files.annotations) for files in faulty)
+        raise ValueError(f"training cannot start: correct the errors above in {names}")
 
 
 def _device(cfg: CfgNode) -> list[Choice]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+
+from dino_d2.config import flat
 
 CONFIG = "config.yaml"  # written there by detectron2's default_setup
 LAST = "last_checkpoint"
@@ -96,12 +97,4 @@ def _is_fixed(key: str) -> bool:
 
 def _flat(text: str) -> dict[str, object]:
     """Values of a YAML config by dotted key."""
-
-    def walk(cfg: CfgNode, prefix: str) -> Iterator[tuple[str, object]]:
-        for key, value in cfg.items():
-            if isinstance(value, CfgNode):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(CfgNode.load_cfg(text), ""))
+    return flat(CfgNode.load_cfg(text))

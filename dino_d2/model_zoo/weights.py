@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
@@ -18,10 +17,10 @@ from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
 from dino_d2.checkpoint import Assumptions, read_published, to_ours
 from dino_d2.checkpoint.assumptions import EXTRA_STATE
 from dino_d2.checkpoint.files import write_checkpoint
-from dino_d2.config import find_config_file, load_config
+from dino_d2.config import load_config
 
 from .download import DownloadError, download
-from .table import Entry, find
+from .table import MIRROR, Entry, find
 
 PREFIX = "dino://"
 CACHE = "DINO_D2_CACHE"  # environment variable
@@ -83,12 +82,13 @@ def _download(entry: Entry, published: Path) -> None:
     except DownloadError as error:
         raise DownloadError(
             f"{error}\nWithout a network, download {Path(entry.file).name} from {entry.url} elsewhere and copy it to "
-            f"{published}, or set DINO_D2_ZOO_URL to a mirror"
+            f"{published}, or set {MIRROR} to a mirror"
         ) from error
 
 
 def _convert(entry: Entry, published: Path, converted: Path) -> None:
-    cfg = config_of(entry, ["MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", False])
+    without_weights = ["MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "MODEL.DEVICE", "cpu"]
+    cfg = load_config(entry.recipe, [*entry.settings, *without_weights])
     try:
         conversion = to_ours(read_published(published), "auto", build_model(cfg))
     except ValueError as error:
@@ -96,11 +96,6 @@ def _convert(entry: Entry, published: Path, converted: Path) -> None:
     state = conversion.state
     assumptions = replace(Assumptions.from_tensor(state[EXTRA_STATE]), zoo_name=entry.name)
     write_checkpoint({"model": state | {EXTRA_STATE: assumptions.to_tensor()}}, converted.parent, converted.name)
-
-
-def config_of(entry: Entry, overrides: list[Any]) -> CfgNode:
-    """The config of the weights, with `MODEL.WEIGHTS` empty."""
-    return load_config(find_config_file(entry.recipe), [*entry.settings, "MODEL.WEIGHTS", "", *overrides])
 
 
 class ZooHandler(PathHandler):

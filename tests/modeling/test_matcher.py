@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from dino_d2.modeling.matcher import HungarianMatcher
-from dino_d2.structures import Pairs, Predictions, Targets
-
-
-def make_targets(*counts: int) -> list[Targets]:
-    return [Targets(torch.randint(3, (n,)), torch.rand(n, 4) * 0.4 + 0.3) for n in counts]
-
-
-def make_predictions(batch: int, queries: int) -> Predictions:
-    return Predictions(torch.randn(batch, queries, 3), torch.rand(batch, queries, 4) * 0.4 + 0.3)
-
-
-def triples(pairs: Pairs) -> list[tuple[int, int, int]]:
-    return sorted(zip(pairs.image.tolist(), pairs.query.tolist(), pairs.target.tolist(), strict=True))
+from dino_d2.structures import Predictions, Targets
+from tests.matching import make_predictions, make_targets, triples
 
 
 def test_cost_of_a_pair_by_hand() -> None:

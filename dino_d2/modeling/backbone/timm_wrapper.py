@@ -44,7 +44,7 @@ class TimmBackbone(Backbone):
             )
         except OSError as error:
             raise OSError(
-                f"timm could not fetch the weights of {name} ({str(error).splitlines()[0]}). Without a network: "
+                f"timm could not fetch the weights of {name} ({str(error).partition(chr(10))[0]}). Without a network: "
                 "MODEL.TIMM.PRETRAINED False, and MODEL.WEIGHTS with weights that you have"
             ) from error
         self.freeze_batchnorm = freeze_batchnorm

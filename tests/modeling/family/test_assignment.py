@@ -13,6 +13,7 @@ from dino_d2.modeling.family.mixed_matching import MixedMatcher, rank_weights, r
 from dino_d2.modeling.family.position_supervised import PositionModulatedMatcher
 from dino_d2.modeling.matcher import HungarianMatcher
 from dino_d2.structures import Pairs, Predictions, Targets
+from tests.matching import make_predictions, make_targets, triples
 
 MATCHERS = {
     "plain": HungarianMatcher(2, 5, 2),
@@ -21,18 +22,6 @@ MATCHERS = {
     "both": MixedMatcher(PositionModulatedMatcher(2, 5, 2), 3),
 }
 each_matcher = pytest.mark.parametrize("matcher", MATCHERS.values(), ids=MATCHERS)
-
-
-def make_targets(*counts: int) -> list[Targets]:
-    return [Targets(torch.randint(3, (n,)), torch.rand(n, 4) * 0.4 + 0.3) for n in counts]
-
-
-def make_predictions(batch: int, queries: int) -> Predictions:
-    return Predictions(torch.randn(batch, queries, 3), torch.rand(batch, queries, 4) * 0.4 + 0.3)
-
-
-def triples(pairs: Pairs) -> list[tuple[int, int, int]]:
-    return sorted(zip(pairs.image.tolist(), pairs.query.tolist(), pairs.target.tolist(), strict=True))
 
 
 def per_object(pairs: Pairs, objects: int) -> list[int]:
