@@ -107,18 +107,13 @@ def detect(detector: Detector, path: str, tile: int) -> Picture:
     name = Path(path).name
     try:
         pixels = read_image(path, "RGB")
-        found = replace(detector(pixels, threshold=0.0, tile=tile), class_names=class_names_of(detector), image=None)
+        found = replace(detector(pixels, threshold=0.0, tile=tile), image=None)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{name} does not fit into device memory: use tiles") from error
     longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
     return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
-
-
-def class_names_of(detector: Detector) -> tuple[str, ...]:
-    """Names of all classes, or "class 0", … as in :class:`Detections` if the model has none."""
-    return detector.class_names or tuple(f"class {number}" for number in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
 
 
 def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -160,7 +155,7 @@ class _Page:
     """
 
     def __init__(self, detector: Detector, tile: int):
-        self.detector, self.class_names = detector, class_names_of(detector)
+        self.detector, self.class_names = detector, detector.labels
         self.first_threshold = round(detector.threshold, DIGITS)
         self.session = gr.State(Session(threshold=self.first_threshold))  # each visitor gets a copy
         with gr.Row():

@@ -91,12 +91,7 @@ class Detections:
         Raises:
             ValueError: an unknown class.
         """
-        known = self.class_names or [self._name(number) for number in set(self.classes.tolist())]
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(known)}"
-                raise ValueError(f"unknown class {name}; {hint}")
+        check_classes(names, self.class_names or [self._name(number) for number in set(self.classes.tolist())])
         return self[np.array([name in names for name in self.names], bool)]
 
     def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:
@@ -201,6 +196,18 @@ class Detections:
 
     def _name(self, number: int) -> str:
         return self.class_names[number] if number < len(self.class_names) else f"class {number}"
+
+
+def check_classes(names: Sequence[str], known: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one of the names is not known.
+    """
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(known)}"
+            raise ValueError(f"unknown class {name}; {hint}")
 
 
 def number_categories(class_names: Sequence[str]) -> Sequence[int]:

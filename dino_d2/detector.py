@@ -27,7 +27,7 @@ from .checkpoint.assumptions import EXTRA_STATE
 from .config import default_device, load_config
 from .data import build_test_augmentation, class_names, read_image
 from .data.images import SUFFIXES, images_in
-from .detections import DEFAULT_THRESHOLD, Detections, as_picture
+from .detections import DEFAULT_THRESHOLD, Detections, as_picture, check_classes
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
 
@@ -95,6 +95,11 @@ class Detector:
             cfg.MODEL.DINO.CLASS_NAMES = list(model.assumptions.class_names)
         return cls(cfg, model)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What detections call the classes: their names, or "class 0", … if unknown."""
+        return self.class_names or tuple(f"class {number}" for number in range(self.cfg.MODEL.DINO.NUM_CLASSES))
+
     def __repr__(self) -> str:
         return (
             f"Detector({self.cfg.MODEL.BACKBONE.NAME}, {self.cfg.MODEL.DINO.NUM_CLASSES} classes, "
@@ -147,6 +152,7 @@ class Detector:
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
+        check_classes(classes, self.labels)
         threshold = self.threshold if threshold is None else threshold
         path = Path(images) if isinstance(images, str | PathLike) else None
         if path and path.suffix.lower() in VIDEOS:
@@ -226,7 +232,7 @@ class Detector:
             instances.pred_boxes.tensor.float().numpy(),
             instances.scores.float().numpy(),
             instances.pred_classes.numpy(),
-            self.class_names,
+            self.labels,
             size,
             source,
         )

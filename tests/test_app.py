@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import Session, build_page, class_names_of, detect, launch, to_coco  # noqa: E402
+from dino_d2.app import Session, build_page, detect, launch, to_coco  # noqa: E402
 
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
@@ -348,7 +348,7 @@ def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: l
     nameless.class_names = ()
     picture = detect(nameless, str(photos[1]), tile=0)
     session = Session({"2.png": picture}, threshold=0.05, classes=["class 1"])
-    coco = to_coco(session, class_names_of(nameless))
+    coco = to_coco(session, nameless.labels)
     assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
     blue = detector(photos[1], threshold=0.05).of("blue")
     assert [entry["category_id"] for entry in coco["annotations"]] == [2] * len(blue)

@@ -8,14 +8,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dino_d2_cli import CommandParser, user_errors
-
-if TYPE_CHECKING:
-    from dino_d2 import Detections, Detector
 
 EXAMPLES = [
     "--weights dino_r50_4scale_12ep --input street.jpg --output found",
@@ -88,26 +83,16 @@ def results_for(photos: Sequence[Path], output: Path) -> dict[Path, Path]:
     return pictures
 
 
-def nothing_found(detector: Detector) -> Detections:
-    """Empty detections, with the names of all classes: "class 0", … if the model has none."""
-    import numpy as np
-
-    from dino_d2 import Detections
-
-    names = detector.class_names or tuple(f"class {i}" for i in range(detector.cfg.MODEL.DINO.NUM_CLASSES))
-    return Detections(np.empty((0, 4)), np.empty(0), np.empty(0, int), names, (1, 1))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     from dino_d2 import Detector
     from dino_d2.data import read_image
+    from dino_d2.detections import check_classes
 
     with user_errors():
         pictures = results_for(photos_of(args.input), args.output)
         detector = Detector.from_pretrained(args.weights, args.config_file, overrides=args.opts)
-        nothing = nothing_found(detector)
-        nothing.of(*args.classes)  # an unknown class is reported once, not for each image
+        check_classes(args.classes, detector.labels)
         args.output.mkdir(parents=True, exist_ok=True)
     print(f"score threshold: {detector.explain_threshold() if args.score_threshold is None else args.score_threshold}")
     unreadable = 0
@@ -118,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             unreadable += 1
             continue
-        found = detector(pixels, threshold=args.score_threshold, tile=args.tile)
-        if args.classes:
-            found = replace(found, class_names=nothing.class_names).of(*args.classes)
+        found = detector(pixels, threshold=args.score_threshold, classes=args.classes, tile=args.tile)
         found.save(picture)
         found.save(picture.with_suffix(".json"))
         print(f"{path}: {len(found)} objects -> {picture}")
