@@ -247,7 +247,7 @@ pipeline_tag: object-detection
 ---
 # {name}
 
-A DINO detector (arXiv 2203.03605) with {parameters:.1f} million parameters, for dino_d2 (`pip install dino-d2`).
+A DINO detector (arXiv 2203.03605) with {parameters:.1f} million parameters, for the detectron2 plugin dino_d2.
 
 ```python
 from dino_d2 import Detector
