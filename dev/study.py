@@ -16,7 +16,7 @@ from dino_d2_cli import CommandParser, user_errors  # noqa: E402
 EXAMPLES = [
     "data studies/few_photos.yaml --from FOLDER    # makes the data; without --from it is downloaded",
     "measure studies/few_photos.yaml               # seconds per step, once, on an idle machine",
-    "run studies/few_photos.yaml                   # what is left, one run after the other",
+    "run studies/few_photos.yaml                   # what is left, one run after the other; start it twice for two",
     "status studies/few_photos.yaml",
     "table studies/few_photos.yaml",
     "plot studies/few_photos.yaml --output curves.png",
@@ -25,7 +25,8 @@ DESCRIPTION = """\
 A run lasts for a budget of seconds at the pace that was measured alone, so it may share the machine with other work.
 It can be killed at any time; the next run goes on from its last checkpoint. Results are JSON files in
 studies/results/STUDY; data, checkpoints and logs are in output/studies. A result records the commit of the code, the
-version of torch and digests of settings and data; those of other versions are not mixed with present ones.\
+version of torch and digests of settings and data; different versions are not mixed. To go on with an unfinished study
+after the code has changed, check out the commit of its results.\
 """
 
 
@@ -51,19 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.command == "data":
             data.make(study, args.source)
             return
-        code = results.code_version()
         if args.command == "measure":
-            schedule.measure(study, code, args.busy)
+            schedule.measure(study, results.code_of, args.busy)
         elif args.command == "run":
             try:
-                schedule.run_study(study, code, args.replace)
+                schedule.run_study(study, results.code_of, args.replace)
             except FloatingPointError as error:
                 sys.exit(f"{parser.prog}: {error}")
         elif args.command == "status":
-            found = schedule.states(study, code)
+            found = schedule.states(study, results.code_of)
             print("\n".join(map(str, [*found, schedule.what_is_left(study, found)])))
         else:
-            usable = schedule.usable(study, code, args.any_version, lambda line: print(line, file=sys.stderr))
+            usable = schedule.usable(study, args.any_version, lambda line: print(line, file=sys.stderr))
             if args.command == "table":
                 print(results.table(study, usable))
             else:

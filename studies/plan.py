@@ -1,7 +1,9 @@
 """A study: its YAML file, the runs it asks for, and the config of each.
 
-    budget: 600                      # seconds of training, evaluations not counted
-    evaluate_at: [60, 300, 600]      # seconds, at most the budget
+    budget: 600                      # of training, evaluations not counted
+    unit: seconds                    # or steps: of budget and evaluate_at; optional
+    evaluate_at: [60, 300, 600]      # at most the budget
+    metrics: [AP, AP50]              # shown in the table and the plot; optional
     seeds: [1, 2, 3]
     settings: SETTINGS               # of every run
     data:
@@ -34,6 +36,7 @@ from dino_d2.data.datasets import class_names_of
 from dino_d2.engine.choices import DECAY
 
 WORK = Path("output/studies")  # data, checkpoints and logs; nothing there is committed
+SHOWN = ("AP", "AP50")  # metrics, unless a study names others
 SAVES = 10  # checkpoints per run, of which the newest is kept
 DECIDED = (  # by the study, so not by settings
     "DATASETS.COCO_FORMAT", "DATASETS.TRAIN", "DATASETS.TEST", "MODEL.DINO.NUM_CLASSES", "MODEL.DINO.CLASS_NAMES",
@@ -42,6 +45,7 @@ DECIDED = (  # by the study, so not by settings
 )  # fmt: skip
 PATHS = ("MODEL.WEIGHTS",)  # differ between machines
 COSTLESS = ("SOLVER.", "TEST.", "MODEL.DINO.NMS_THRESHOLD", "MODEL.DINO.LOSS.", "MODEL.DINO.MATCHER.")
+SECONDS, STEPS = "seconds", "steps"  # units
 COSTLY = ("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS", "SOLVER.AMP.", "SOLVER.EMA.")
 
 Settings = dict[str, Any]  # value by dotted config key
@@ -93,12 +97,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as written in `file`. budget, evaluate_at: in seconds. work: for data, checkpoints and logs."""
+    """A study as written in `file`. unit: of budget and evaluate_at. work: for data, checkpoints and logs."""
 
     file: Path
     work: Path
     budget: float
+    unit: str
     evaluate_at: tuple[float, ...]
+    metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Settings
     data: tuple[DataSet, ...]
@@ -179,25 +185,35 @@ def read_study(file: Path, work: Path = WORK) -> Study:
     """
     content = _mapping(_read_yaml(file), str(file))
     _check_keys(
-        content, str(file), needed=("budget", "evaluate_at", "seeds", "data", "detectors"), others=("settings",)
+        content,
+        str(file),
+        needed=("budget", "evaluate_at", "seeds", "data", "detectors"),
+        others=("unit", "metrics", "settings"),
     )
     budget, moments, seeds = content["budget"], content["evaluate_at"], content["seeds"]
+    unit, metrics = content.get("unit", SECONDS), content.get("metrics", SHOWN)
+    if unit not in (SECONDS, STEPS):
+        raise ValueError(f"{file}: unit is {unit!r}; it must be {SECONDS} or {STEPS}")
+    if not _is_list(list(metrics), lambda name: isinstance(name, str)):
+        raise ValueError(f"{file}: metrics is {metrics!r}; it must be a list of names, such as {list(SHOWN)}")
     if not _is_number(budget) or budget <= 0:
-        raise ValueError(f"{file}: budget is {budget!r}; it must be a number of seconds above 0")
+        raise ValueError(f"{file}: budget is {budget!r}; it must be a number of {unit} above 0")
     if (
         not _is_list(moments, _is_number)
         or sorted(set(moments)) != moments
         or not 0 < moments[0] <= moments[-1] <= budget
     ):
         raise ValueError(
-            f"{file}: evaluate_at is {moments!r}; it must be ascending seconds, at most the budget, {budget}"
+            f"{file}: evaluate_at is {moments!r}; it must be ascending {unit}, at most the budget, {budget}"
         )
     if not _is_list(seeds, lambda seed: type(seed) is int and seed >= 0) or len(set(seeds)) < len(seeds):
         raise ValueError(f"{file}: seeds is {seeds!r}; it must be a list of different integers, at least 0")
     data = [_data_set(name, entry, file, work) for name, entry in _named(content, "data", file)]
     detectors = [_candidate(name, entry, file) for name, entry in _named(content, "detectors", file)]
     settings = _settings(content.get("settings"), f"{file}: settings")
-    study = Study(file, work, budget, tuple(moments), tuple(seeds), settings, tuple(data), tuple(detectors))
+    study = Study(
+        file, work, budget, unit, tuple(moments), tuple(metrics), tuple(seeds), settings, tuple(data), tuple(detectors)
+    )
     for pair in study.pairs():
         study.config(*pair)  # unknown keys and wrong values, before anything runs
     return study

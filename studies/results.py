@@ -7,8 +7,8 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,18 @@ from tabulate import tabulate
 
 from dino_d2.checkpoint.files import write_atomically
 
-from .plan import Candidate, DataSet, Run, Study, iterations_at
+from .peers import is_peer
+from .plan import STEPS, Candidate, DataSet, Run, Study, iterations_at
 from .training import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("dino_d2", "configs", "ops", "studies/peers.py", "studies/training.py")  # what results depend on
+# What results depend on, as git's pathspecs. Configs do not count, since their values do.
+CODE = ("dino_d2", "ops", "studies/training.py", "studies/peers.py")
+NOT_IN_A_RUN = ("app.py", "deploy", "detections.py", "detector.py", "model_zoo", "pretrained.py", "report", "tiles.py")
+OF_DINO = (":(exclude,glob)dino_d2/modeling/*.py", ":(exclude)dino_d2/modeling/family", ":(exclude)dino_d2/meta_arch")
+OF_PEERS = (":(exclude)studies/peers.py",)
 PACE = "pace.json"
-SHOWN = ("AP", "AP50")
+CodeOf = Callable[[Study, DataSet, Candidate], str]  # `code_of`
 LEAST = "–"  # for a deviation of fewer than two values
 
 
@@ -31,7 +36,7 @@ LEAST = "–"  # for a deviation of fewer than two values
 class Version:
     """What a result depends on. None: not known here, for want of the data or of a measured pace.
 
-    code: commit of the files in `CODE`. torch: version. settings: digest. data: digest of the annotation files.
+    code: commit of the files that it depends on. torch: version. settings: digest. data: digest of the annotations.
     iterations: of the run, which follow from the budget and the pace."""
 
     code: str
@@ -39,6 +44,10 @@ class Version:
     settings: str
     data: str | None
     iterations: int | None
+
+    def of_code(self) -> Version:
+        """What the results of a detector on different data sets have in common."""
+        return replace(self, settings="", data=None, iterations=None)
 
     def differences(self, now: Version) -> list[str]:
         """What differs from `now`, in words; empty if the results may stand side by side."""
@@ -65,9 +74,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """seconds: of training on the measured machine. iterations: done by then. metrics: in percent."""
+    """at: in the unit of the study: seconds of training on the measured machine, or steps. iterations: done by then.
+    metrics: AP in percent."""
 
-    seconds: float
+    at: float
     iterations: int
     metrics: Metrics
 
@@ -84,9 +94,16 @@ class Result:
     measured_on: str
     evaluations: tuple[Evaluation, ...]
 
-    def at(self, seconds: float) -> Metrics | None:
-        """Metrics of the evaluation at that time, if there was one."""
-        return next((x.metrics for x in self.evaluations if x.seconds == seconds), None)
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.detector}/seed_{self.seed}"
+
+    def metric(self, name: str, moment: float) -> float | None:
+        """A metric of the evaluation at that moment; None if there was none, or if it has no such metric."""
+        return next((x.metrics.get(name) for x in self.evaluations if x.at == moment), None)
+
+
+STEP = Pace(1.0, "", 0, 0.0, "", "", "")
 
 
 def result_file(study: Study, run: Run) -> Path:
@@ -126,16 +143,19 @@ def write_pace(study: Study, data: DataSet, detector: Candidate, pace: Pace) -> 
 
 
 def pace_of(study: Study, data: DataSet, detector: Candidate) -> Pace | None:
-    """The measured pace; None if it was not measured, or with settings by which a step may cost something else."""
+    """The measured pace; None if it was not measured, or with settings by which a step may cost something else. In a
+    study whose unit is steps, one step takes 1."""
+    if study.unit == STEPS:
+        return STEP
     pace = read_paces(study).get(f"{data.name}/{detector.name}")
     return pace if pace and pace.settings == study.cost_digest(data, detector) else None
 
 
-def version_now(study: Study, data: DataSet, detector: Candidate, code: str) -> Version:
-    """The version of a result of this pair if it ran now, with that version of the code."""
+def version_now(study: Study, data: DataSet, detector: Candidate, code: CodeOf) -> Version:
+    """The version of a result of this pair if it ran now, with the code of that version."""
     pace = pace_of(study, data, detector)
     return Version(
-        code,
+        code(study, data, detector),
         torch.__version__,
         study.settings_digest(data, detector),
         _digest_of_data(data),
@@ -143,8 +163,15 @@ def version_now(study: Study, data: DataSet, detector: Candidate, code: str) -> 
     )
 
 
-def code_version(root: Path = ROOT, paths: Sequence[str] = CODE) -> str:
-    """The last commit that changed any of the paths; with a digest of what has changed since, if anything has.
+def code_of(study: Study, data: DataSet, detector: Candidate) -> str:
+    """The version of the code that results of this pair depend on."""
+    of_others = OF_DINO if is_peer(study.config(data, detector)) else OF_PEERS
+    return code_version(ROOT, (*CODE, *(f":(exclude)dino_d2/{name}" for name in NOT_IN_A_RUN), *of_others))
+
+
+def code_version(root: Path, paths: Sequence[str]) -> str:
+    """The last commit that changed any of the paths (git's pathspecs); with a digest of what has changed since, if
+    anything has.
 
     Raises:
         ValueError: not a checkout.
@@ -166,26 +193,36 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean and standard deviation of a sample (n - 1), with one decimal."""
-    deviation = f"{statistics.stdev(values):.1f}" if len(values) > 1 else LEAST
-    return f"{statistics.fmean(values):.1f} ± {deviation}"
+def by_seed(results: Sequence[Result], metric: str, moment: float) -> dict[int, float]:
+    """The values of a metric at that moment, of the seeds that have it."""
+    values = {x.seed: x.metric(metric, moment) for x in results}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def mean_and_deviation(values: Sequence[float], decimals: int = 1) -> str:
+    """Mean and standard deviation of a sample (n - 1)."""
+    deviation = f"{statistics.stdev(values):.{decimals}f}" if len(values) > 1 else LEAST
+    return f"{statistics.fmean(values):.{decimals}f} ± {deviation}"
 
 
 def table(study: Study, results: Sequence[Result]) -> str:
-    """Markdown: for each data set, detector and moment the mean, standard deviation and every seed of AP and AP50."""
+    """Markdown: for each data set, detector and moment the mean, standard deviation and every seed of each metric."""
     rows = []
     for data, detector in study.pairs():
         own = [x for x in results if (x.data, x.detector) == (data.name, detector.name)]
-        for seconds in study.evaluate_at:
-            row: list[Any] = [data.name, detector.name, f"{seconds:g}"]
-            for name in SHOWN:
-                values = {x.seed: x.at(seconds)[name] for x in own if x.at(seconds)}
-                each = [f"{values[seed]:.1f}" if seed in values else LEAST for seed in study.seeds]
-                row += [mean_and_deviation(list(values.values())) if values else LEAST, ", ".join(each)]
+        for moment in study.evaluate_at:
+            row: list[Any] = [data.name, detector.name, f"{moment:g}"]
+            for name in study.metrics:
+                values = by_seed(own, name, moment)
+                decimals = 1 if name.startswith("AP") else 3
+                each = [f"{values[seed]:.{decimals}f}" if seed in values else LEAST for seed in study.seeds]
+                row += [
+                    mean_and_deviation(list(values.values()), decimals) if values else LEAST,
+                    ", ".join(each),
+                ]
             rows.append(row)
     seeds = f"seeds {', '.join(map(str, study.seeds))}"
-    headers = ["data", "detector", "seconds", *(part for name in SHOWN for part in (name, seeds))]
+    headers = ["data", "detector", study.unit, *(part for name in study.metrics for part in (name, seeds))]
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 

@@ -18,15 +18,15 @@ from dino_d2.engine.checkpoints import NUMBERED
 from dino_d2.engine.run_folder import LAST
 
 from . import training
-from .plan import Run, Study, iterations_at
+from .plan import SECONDS, STEPS, Run, Study, iterations_at
 from .results import (
+    CodeOf,
     Evaluation,
     Pace,
     Result,
     Version,
     pace_of,
     processor,
-    read_paces,
     read_result,
     result_file,
     version_now,
@@ -67,14 +67,14 @@ class State:
             return f"{self.run}: another version: {'; '.join(self.differences)}"
         if self.result:
             last = self.result.evaluations[-1]
-            return f"{self.run}: AP {last.metrics['AP']:.1f}, AP50 {last.metrics['AP50']:.1f} at {last.seconds:g} s"
+            return f"{self.run}: AP {last.metrics['AP']:.1f}, AP50 {last.metrics['AP50']:.1f} at {last.at:g}"
         if self.seconds_per_step is None:
             return f"{self.run}: to do, seconds per step not measured"
         return f"{self.run}: {f'{self.done} of' if self.done else 'to do,'} {self.version.iterations} iterations"
 
 
-def states(study: Study, code: str) -> list[State]:
-    """The state of every run, with that version of the code."""
+def states(study: Study, code: CodeOf) -> list[State]:
+    """The state of every run, with the code of that version."""
     found = []
     for run in study.runs():
         version, pace = version_now(study, run.data, run.detector, code), pace_of(study, run.data, run.detector)
@@ -86,31 +86,34 @@ def states(study: Study, code: str) -> list[State]:
 def what_is_left(study: Study, found: Sequence[State]) -> str:
     """One line: the number of runs, and their time at the measured pace."""
     left = [state for state in found if not state.finished]
-    seconds = sum(study.budget - state.done * (state.seconds_per_step or 0) for state in left)
+    amount = max(sum(study.budget - state.done * (state.seconds_per_step or 0) for state in left), 0)
+    how_long = f"{amount:.0f} steps" if study.unit == STEPS else f"{amount / 60:.0f} minutes of training"
+    at_pace = "" if study.unit == STEPS else " at the measured pace"
     return (
-        f"{study.name}: {len(found) - len(left)} of {len(found)} runs finished, "
-        f"{max(seconds, 0) / 60:.0f} minutes of training left at the measured pace, and evaluations"
+        f"{study.name}: {len(found) - len(left)} of {len(found)} runs finished, {how_long} left{at_pace}, and "
+        "evaluations"
     )
 
 
-def run_study(study: Study, code: str, replace: bool, say: Say = print) -> None:
-    """Do the runs that have no result yet. A killed run is resumed, if nothing has changed that it depends on.
+def run_study(study: Study, code: CodeOf, again: bool, say: Say = print) -> None:
+    """Do the runs that have no result yet and that no other process does: several may share the work.
+
+    A killed run is resumed, if nothing has changed that it depends on.
 
     Args:
-        code: version of the code.
-        replace: also do runs again whose results are of another version.
+        code: version of the code of a pair.
+        again: also do runs whose results are of another version.
         say: called with lines for the user.
 
     Raises:
-        ValueError: a pace was not measured; there are results of other versions, and `replace` is False.
+        ValueError: a pace was not measured; there are results of other versions, and `again` is False.
         FileNotFoundError: data or weights have not been made.
-        BlockingIOError: another process runs this study.
         FloatingPointError: the loss of some runs was not finite; the others are done.
     """
     found = states(study, code)
     check_paces(study, found)
     others = [state for state in found if state.differences]
-    if others and not replace:
+    if others and not again:
         raise ValueError(
             f"{len(others)} results are of another version, with which new ones would be mixed:\n  "
             + "\n  ".join(map(str, others))
@@ -119,24 +122,34 @@ def run_study(study: Study, code: str, replace: bool, say: Say = print) -> None:
     left = [state for state in found if not state.finished]
     for state in left:
         study.config_of_run(state.run, state.version.iterations, folder_of(study, state.run))  # before hours of runs
-    diverged = []
-    with _alone(study):
-        for pair, pace in read_paces(study).items():
-            if pace.code != code:
-                say(f"{pair}: seconds per step are of code {pace.code}; measure again if its steps cost something else")
-        for state in left:
+    for state in left:
+        pace, now = pace_of(study, state.run.data, state.run.detector), state.version.code
+        if study.unit == SECONDS and pace.code != now:
+            say(
+                f"{state.run}: seconds per step are of code {pace.code}; measure again if steps cost something else now"
+            )
+    diverged, elsewhere = [], []
+    for state in left:
+        with _alone(study, state.run) as alone:
+            if not alone:
+                elsewhere.append(str(state.run))
+                continue
+            if _result_now(study, state):  # meanwhile, by another process
+                continue
             say(f"{state.run}: {state.version.iterations} iterations of {state.seconds_per_step:.3g} s")
             try:
                 _do(study, state, say)
             except FloatingPointError as error:
                 say(f"  {error}")
                 diverged.append(str(state.run))
-            say(what_is_left(study, states(study, code)))
+        say(what_is_left(study, states(study, code)))
+    if elsewhere:
+        say(f"other processes do {', '.join(elsewhere)}")
     if diverged:
         raise FloatingPointError(f"without a result, because the loss was not finite: {', '.join(diverged)}")
 
 
-def measure(study: Study, code: str, although_busy: bool, say: Say = print) -> None:
+def measure(study: Study, code: CodeOf, although_busy: bool, say: Say = print) -> None:
     """Measure the seconds per step of each detector on each data set, unless they are known for this processor.
 
     Raises:
@@ -150,7 +163,7 @@ def measure(study: Study, code: str, although_busy: bool, say: Say = print) -> N
         )
     for run in (run for run in study.runs() if run.seed == study.seeds[0]):
         pace = pace_of(study, run.data, run.detector)
-        if pace and (pace.processor, pace.code) == (processor(), code):
+        if pace and (pace.processor, pace.code) == (processor(), code(study, run.data, run.detector)):
             say(f"{run.data.name}/{run.detector.name}: {pace.seconds_per_step:.4g} s per step, measured before")
             continue
         folder = study.work / study.name / "measure" / run.data.name / run.detector.name
@@ -158,7 +171,7 @@ def measure(study: Study, code: str, although_busy: bool, say: Say = print) -> N
         cfg = study.config_of_run(run, training.WARM_UP + training.TIMED, folder)
         seconds = training.seconds_per_step(cfg)
         digest = study.cost_digest(run.data, run.detector)
-        versions = {"code": code, "torch": torch.__version__, "settings": digest}
+        versions = {"code": code(study, run.data, run.detector), "torch": torch.__version__, "settings": digest}
         threads = torch.get_num_threads()
         write_pace(study, run.data, run.detector, Pace(seconds, processor(), threads, round(load, 2), **versions))
         say(f"{run.data.name}/{run.detector.name}: {seconds:.4g} s per step")
@@ -183,16 +196,30 @@ def check_paces(study: Study, found: Sequence[State]) -> None:
         )
 
 
-def usable(study: Study, code: str, any_version: bool, say: Say = print) -> list[Result]:
-    """The results for tables and plots: those of this version, or all; what is left out or mixed is said."""
-    found = [state for state in states(study, code) if state.result]
-    others = [state for state in found if state.differences]
-    if others:
-        what = "with other versions mixed in, as asked" if any_version else "left out (--any-version takes them in)"
-        say(f"{len(others)} of {len(found)} results are of another version, {what}:")
-        for state in others:
-            say(f"  {state}")
-    return [state.result for state in found if any_version or state not in others]
+def usable(study: Study, any_version: bool, say: Say = print) -> list[Result]:
+    """The results for tables and plots, of whatever version, if they may stand side by side.
+
+    Raises:
+        ValueError: those of one detector are of different versions, and `any_version` is False.
+    """
+    found = [result for run in study.runs() if (result := read_result(study, run))]
+    lines = []
+    for result in found:
+        of_detector = [x for x in found if x.detector == result.detector]
+        of_pair = [x for x in of_detector if x.data == result.data]
+        differences = result.version.of_code().differences(of_detector[0].version.of_code())
+        differences = differences or result.version.differences(of_pair[0].version)
+        if differences:
+            lines.append(f"{result.name}: {'; '.join(differences)} in the first")
+    if lines and not any_version:
+        raise ValueError(
+            f"{study.file}: results of different versions must not be mixed:\n  "
+            + "\n  ".join(lines)
+            + "\nDo some of them again with run --replace, or mix them with --any-version"
+        )
+    for line in lines:
+        say(f"mixed, as asked: {line}")
+    return found
 
 
 def folder_of(study: Study, run: Run) -> Path:
@@ -238,14 +265,20 @@ def _write(folder: Path, version: Version) -> None:
     write_atomically(str(folder), VERSION, lambda file: file.write(text.encode()))
 
 
+def _result_now(study: Study, state: State) -> bool:
+    result = read_result(study, state.run)
+    return result is not None and not result.version.differences(state.version)
+
+
 @contextmanager
-def _alone(study: Study) -> Iterator[None]:
-    """Keep other processes from the same study; the lock ends with the process, however it ends."""
-    folder = study.work / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+def _alone(study: Study, run: Run) -> Iterator[bool]:
+    """Whether no other process does this run; none will, meanwhile. The lock ends with the process, however it ends."""
+    file = folder_of(study, run).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as opened:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(f"another process is running {study.name} (it holds {folder / 'lock'})") from error
-        yield
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -23,6 +23,7 @@ from torch import nn, optim
 from dino_d2.checkpoint.files import write_atomically, write_checkpoint
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
+from dino_d2.meta_arch.dino import DINO
 
 from . import peers
 
@@ -30,6 +31,7 @@ EVALUATIONS = "evaluations.json"  # in the folder of a run: metrics by iteration
 FINAL = "model_final"  # and model_final_ema
 LOGGERS = ("detectron2", "dino_d2", "fvcore")
 HEADLINES = ("AP", "AP50", "AP75")  # 0 without detections
+NMS, NMS_THRESHOLD = "nms", 0.6  # a second evaluation of DINO tells what dropping duplicates brings
 WARM_UP, TIMED = 5, 30  # steps
 
 Metrics = dict[str, float | None]
@@ -52,6 +54,21 @@ class StudyTrainer(DINOTrainer):
         for hook in super().build_hooks():
             built += self._others if isinstance(hook, hooks.EvalHook) else [hook]
         return built
+
+    def evaluate(self) -> dict[str, Any]:
+        """As `DINOTrainer`; DINO without `MODEL.DINO.NMS_THRESHOLD` also with it, under "nms"."""
+        results = super().evaluate()
+        model = self.ema.model if self.ema else self.model
+        if isinstance(model, DINO) and model.inference.nms_threshold == 1:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.TEST.QUERY_METRICS = False
+            model.inference.nms_threshold = NMS_THRESHOLD
+            try:
+                results[NMS] = self.test(cfg, model)
+            finally:
+                model.inference.nms_threshold = 1.0
+        return results
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
@@ -158,13 +175,20 @@ def read_evaluations(file: Path) -> dict[int, Metrics]:
 def as_metrics(results: dict[str, Any]) -> Metrics:
     """Numbers of an evaluation for JSON: of the moving average of the weights, if the run has one.
 
-    Without any detection AP is 0; other metrics that are not defined are None.
+    Without any detection AP is 0; other metrics that are not defined are None. Those of the queries
+    (`TEST.QUERY_METRICS`) are among them, and AP with NMS as AP_nms, AP50_nms, AP75_nms.
     """
-    bbox = {name: float(value) for name, value in results.get("ema", results)["bbox"].items()}
-    nothing = math.isnan(bbox["AP"])
+    groups = results.get("ema", results)
+    found = _numbers(groups["bbox"]) | _numbers(groups.get("queries", {}))
+    with_nms = _numbers(results.get(NMS, {}).get("bbox", {}))
+    return found | {f"{name}_{NMS}": with_nms[name] for name in HEADLINES if name in with_nms}
+
+
+def _numbers(of_group: dict[str, float]) -> Metrics:
+    nothing = math.isnan(of_group.get("AP", 0))
     return {
-        name: (0.0 if nothing and name in HEADLINES else None) if math.isnan(value) else round(value, 4)
-        for name, value in bbox.items()
+        name: (0.0 if nothing and name in HEADLINES else None) if math.isnan(value) else round(float(value), 4)
+        for name, value in of_group.items()
     }
 
 

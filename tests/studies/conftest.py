@@ -16,7 +16,12 @@ from studies.results import Pace, write_pace
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).parents[2]
-CODE = "abc"  # the version of the code in these tests
+VERSION = "abc"
+
+
+def CODE(*_: object) -> str:
+    """The version of the code in these tests."""
+    return VERSION
 
 
 def tiny_settings() -> dict[str, Any]:
@@ -68,7 +73,7 @@ def make_study(tmp_path: Path, write_study: Callable[..., Path]) -> Callable[...
         study = read_study(write_study(**others), tmp_path / "work")
         for data, detector in study.pairs():
             digest = study.cost_digest(data, detector)
-            write_pace(study, data, detector, Pace(1.0, "a processor", 1, 0.0, CODE, "2", digest))
+            write_pace(study, data, detector, Pace(1.0, "a processor", 1, 0.0, VERSION, "2", digest))
         return study
 
     return make

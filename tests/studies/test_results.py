@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,14 @@ from studies import curves
 from studies.plan import Study
 from studies.results import (
     CODE,
+    NOT_IN_A_RUN,
+    OF_DINO,
+    OF_PEERS,
     ROOT,
     Evaluation,
     Result,
     Version,
+    code_of,
     code_version,
     mean_and_deviation,
     read_result,
@@ -117,13 +122,32 @@ def test_code_version_follows_what_results_depend_on(tmp_path: Path, git: Callab
     assert version() == second != first
 
 
+def test_peers_do_not_depend_on_dino(make_study: Callable[..., Study]) -> None:
+    """A commit to DINO's decoder leaves the results of the peers as they are, one to the backbones does not."""
+    study = make_study(detectors={"dino": DINO, "peer": {"config": str(ROOT / "studies" / "peers.yaml")}})
+    asked: list[tuple[str, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studies.results.code_version", lambda root, paths: asked.append(tuple(paths)))
+        for pair in study.pairs():
+            code_of(study, *pair)
+    files = [subprocess.run(["git", "-C", ROOT, "ls-files", "--", *paths], capture_output=True, text=True, check=True)
+             .stdout.split() for paths in asked]  # fmt: skip
+    of_dino, of_peer = map(set, files)
+    assert {"dino_d2/modeling/decoder.py", "dino_d2/meta_arch/dino.py"} <= of_dino - of_peer
+    assert of_peer - of_dino == {"studies/peers.py"}
+    assert {"dino_d2/modeling/backbone/timm_wrapper.py", "dino_d2/data/mapper.py"} <= of_dino & of_peer
+    assert not {"dino_d2/app.py", "dino_d2/detector.py"} & of_dino
+
+
 def test_code_version_needs_a_checkout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a checkout"):
-        code_version(tmp_path)
+        code_version(tmp_path, ["."])
 
 
 def test_what_results_depend_on_exists() -> None:
-    assert all((ROOT / path).exists() for path in CODE)
+    others = [f"dino_d2/{name}" for name in NOT_IN_A_RUN]
+    excluded = [path.rpartition(")")[2].removesuffix("/*.py") for path in (*OF_DINO, *OF_PEERS)]
+    assert all((ROOT / path).exists() for path in (*CODE, *others, *excluded))
 
 
 def test_no_detection_is_an_ap_of_0() -> None:
@@ -136,3 +160,9 @@ def test_no_detection_is_an_ap_of_0() -> None:
 
 def test_a_run_with_a_moving_average_is_judged_by_it() -> None:
     assert as_metrics({"bbox": {"AP": 1.0}, "ema": {"bbox": {"AP": 2.0}}}) == {"AP": 2.0}
+
+
+def test_metrics_of_queries_and_with_nms_are_kept() -> None:
+    assert as_metrics(
+        {"bbox": {"AP": 1.0}, "queries": {"ATD100": 0.123456, "AP_layer1": float("nan")}, "nms": {"bbox": {"AP": 3.0}}}
+    ) == {"AP": 1.0, "ATD100": 0.1235, "AP_layer1": None, "AP_nms": 3.0}

@@ -14,9 +14,9 @@ import pytest
 
 from studies import schedule, training
 from studies.plan import Study
-from studies.results import pace_of, read_paces, read_result, result_file, write_pace
+from studies.results import pace_of, read_paces, read_result, result_file, write_pace, write_result
 from studies.schedule import folder_of, measure, run_study, states, usable, what_is_left
-from tests.studies.conftest import CODE, ROOT, read_json
+from tests.studies.conftest import CODE, ROOT, VERSION, read_json
 
 PEER = {
     "config": str(ROOT / "studies" / "peers.yaml"),
@@ -29,6 +29,11 @@ PEER = {
 }
 BOTH = {"dino": {"config": "small/dino_mobilenetv2_640"}, "retinanet": PEER}
 NOW = {"AP": 1.0, "AP50": 2.0}
+
+
+def older(*_: object) -> str:
+    """Another version of the code."""
+    return "older"
 
 
 class Killed(BaseException):
@@ -61,9 +66,9 @@ def test_a_study_runs_once(make_study: Callable[..., Study]) -> None:
     assert lines[-1].startswith("tiny: 2 of 2 runs finished, 0 minutes of training left")
     for run in study.runs():
         result = read_result(study, run)
-        assert [(x.seconds, x.iterations) for x in result.evaluations] == [(1, 1), (3, 3)]
+        assert [(x.at, x.iterations) for x in result.evaluations] == [(1, 1), (3, 3)]
         assert all(0 <= x.metrics[name] <= 100 for x in result.evaluations for name in ("AP", "AP50"))
-        assert (result.measured_on, result.version.code, result.version.iterations) == ("a processor", CODE, 3)
+        assert (result.measured_on, result.version.code, result.version.iterations) == ("a processor", VERSION, 3)
         assert [file.name for file in folder_of(study, run).glob("*.pth")] == ["model_final.pth"]
     before = {file: file.stat().st_mtime_ns for file in study.results.rglob("*.json")}
     lines.clear()
@@ -133,12 +138,12 @@ def test_what_is_left_of_another_version_is_not_resumed(
     study = make_study(seeds=[1])
     (run,) = study.runs()
     folder = folder_of(study, run)
-    (state,) = states(study, "older")
+    (state,) = states(study, older)
     folder.mkdir(parents=True)
     schedule._write(folder, state.version)
     (folder / "last_checkpoint").write_text("model_0000003.pth")
-    assert [state.done for state in states(study, "older")] == [4]
-    assert "4 of 6 iterations" in str(states(study, "older")[0])
+    assert [state.done for state in states(study, older)] == [4]
+    assert "4 of 6 iterations" in str(states(study, older)[0])
     assert [state.done for state in states(study, CODE)] == [0]
     run_study(study, CODE, False, silent)
     assert not (folder / "last_checkpoint").exists()
@@ -197,22 +202,17 @@ def test_what_was_not_made_is_said_before_anything_runs(
 
 def test_versions_are_not_mixed(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
     study = make_study(seeds=[1, 2])
-    run_study(study, "older", False, silent)
+    run_study(study, older, False, silent)
     result_file(study, study.runs()[1]).unlink()
     with pytest.raises(ValueError, match=r"1 results are of another version.*\n.*seed_1.*code was older, is now abc"):
         run_study(study, CODE, False, silent)
     assert len(no_training) == 2
 
-    lines: list[str] = []
-    assert usable(study, CODE, False, lines.append) == []
-    assert "1 of 1 results are of another version, left out" in lines[0]
-    assert len(usable(study, CODE, True, lines.append)) == 1
-    assert "mixed in, as asked" in lines[2]
-    assert [result.seed for result in usable(study, "older", False)] == [1]
+    assert [result.seed for result in usable(study, False)] == [1]  # of whatever version, while there is one
 
     run_study(study, CODE, True, silent)
     assert len(no_training) == 4
-    assert len(usable(study, CODE, False)) == 2
+    assert len(usable(study, False)) == 2
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_without_data_results_can_still_be_shown(
     study = make_study(seeds=[1])
     run_study(study, CODE, False, silent)
     (tmp_path / "data" / "train.json").unlink()
-    assert len(usable(study, CODE, False)) == 1
+    assert len(usable(study, False)) == 1
 
 
 def test_budgets_need_a_measured_pace(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
@@ -292,24 +292,63 @@ def test_measuring(make_study: Callable[..., Study], monkeypatch: pytest.MonkeyP
     pace = pace_of(study, *pair)
     assert pace.processor == schedule.processor() != "a processor"
     assert 0 < pace.seconds_per_step < 20
-    assert (pace.load, pace.code) == (3.2, CODE)
+    assert (pace.load, pace.code) == (3.2, VERSION)
     measure(study, CODE, True, lines.append)
     assert "measured before" in lines[1]
     assert pace_of(study, *pair) == pace
 
 
-def test_two_processes_do_not_run_one_study(
+def test_several_processes_share_a_study(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
+    """A run that another process does is left to it; one that another has done meanwhile is not done again."""
+    study = make_study(seeds=[1, 2, 3])
+    first, second, third = study.runs()
+    folder_of(study, first).parent.mkdir(parents=True)
+    lines: list[str] = []
+
+    def other_process(line: str) -> None:
+        lines.append(line)
+        if line.startswith(str(second)):
+            run_study(study, CODE, False, silent)
+
+    with open(folder_of(study, first).with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run_study(study, CODE, False, other_process)
+    assert [folder for folder, _ in no_training] == [str(folder_of(study, run)) for run in (third, second)]
+    assert lines[-1] == f"other processes do {first}"
+    run_study(study, CODE, False, silent)
+    assert len(no_training) == 3
+
+
+def test_results_of_different_versions_are_not_mixed(
     make_study: Callable[..., Study], no_training: list[tuple[str, int]]
 ) -> None:
-    study = make_study()
-    folder = study.work / "tiny"
-    folder.mkdir(parents=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match="another process is running tiny"):
-            run_study(study, CODE, False, silent)
-    assert no_training == []
+    """Neither within a data set nor, for the code, between two; detectors may be of different versions."""
+    study = make_study(detectors=BOTH, seeds=[1, 2])
     run_study(study, CODE, False, silent)
+
+    def change(numbers: list[int]) -> None:
+        for run in (study.runs()[number] for number in numbers):
+            result = read_result(study, run)
+            write_result(study, run, replace(result, version=replace(result.version, code="def")))
+
+    change([1, 3])  # both of one detector
+    assert len(usable(study, False)) == 4
+    change([0])
+    with pytest.raises(ValueError, match=r"must not be mixed:\n  shapes/dino/seed_2: code was abc, is now def"):
+        usable(study, False)
+    lines: list[str] = []
+    assert len(usable(study, True, lines.append)) == 4
+    assert lines == ["mixed, as asked: shapes/dino/seed_2: code was abc, is now def in the first"]
+
+
+def test_a_study_of_steps_needs_no_pace(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
+    study = make_study(unit="steps", seeds=[1], budget=40, evaluate_at=[10, 40])
+    (study.results / "pace.json").unlink()
+    lines: list[str] = []
+    run_study(study, CODE, False, lines.append)
+    assert [length for _, length in no_training] == [40]
+    assert "1 of 1 runs finished, 0 steps left, and evaluations" in lines[-1]
+    assert [x.iterations for x in read_result(study, study.runs()[0]).evaluations] == [10, 40]
 
 
 def test_a_damaged_result_is_named(make_study: Callable[..., Study]) -> None:
