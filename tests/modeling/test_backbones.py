@@ -12,8 +12,13 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from dino_d2 import add_dino_config
-from dino_d2.modeling.backbone import TimmBackbone
-from dino_d2.modeling.backbone.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
+from dino_d2.modeling.backbone import TimmBackbone, timm_wrapper
+from dino_d2.modeling.backbone.frozen_norm import (
+    ConvWithFrozenNorm,
+    ConvWithNextNorm,
+    fold_following_norms,
+    fold_frozen_norms,
+)
 
 
 def config(name: str) -> CfgNode:
@@ -240,3 +245,51 @@ def test_swin_recomputed_block_by_block_has_the_same_gradients_and_no_warning() 
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, msg=name)
+
+
+# --- batch norms of timm's models
+
+
+def frozen_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[TimmBackbone, TimmBackbone]:
+    """A timm model in float64 with norms that do something; and the same with norms folded."""
+    with monkeypatch.context() as patch:
+        patch.setattr(timm_wrapper, "fold_following_norms", lambda model: None)
+        plain = TimmBackbone(name, [2, 3, 4], 3, pretrained=False, freeze_batchnorm=True, freeze_at=1).double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.5)
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 1.5)
+    folded = deepcopy(plain)
+    fold_following_norms(folded.body)
+    return plain, folded
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("mobilenetv2_100", 51), ("resnet18", 20), ("densenet121", 59), ("tf_efficientnet_lite0", 43)],
+)
+def test_norms_of_timm_are_folded_where_nothing_else_uses_the_convolution(
+    name: str, convolutions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those after a concatenation or after a convolution that pads by itself."""
+    plain, folded = frozen_timm(name, monkeypatch)
+    folded = deepcopy(folded)  # as the moving average copies it
+    assert sum(isinstance(module, ConvWithNextNorm) for module in folded.modules()) == convolutions
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    maps = [backbone.train()(image) for backbone in (plain, folded)]
+    for level in plain.output_shape():
+        torch.testing.assert_close(maps[1][level], maps[0][level])
+        for map_ in maps:
+            (map_[level] ** 2).mean().backward(retain_graph=True)
+    for (parameter, a), b in zip(plain.named_parameters(), folded.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), parameter
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad)
+
+
+def test_trained_norms_of_timm_are_not_folded() -> None:
+    backbone = TimmBackbone("mobilenetv2_100", [3, 4], 3, pretrained=False, freeze_batchnorm=False, freeze_at=0)
+    assert not any(isinstance(module, ConvWithNextNorm) for module in backbone.modules())

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor, nn
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+logger = logging.getLogger(__name__)
+
+
+def conv_with_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a frozen norm, one scale and shift per channel, to the weights instead of the much larger feature map."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class ConvWithFrozenNorm(Conv2d):
-    """detectron2's `Conv2d` that applies its frozen norm, one scale and shift per channel, to the weights instead of
-    the much larger feature map. Parameters and their names do not change."""
+    """detectron2's `Conv2d` with its frozen norm folded. Parameters and their names do not change."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias * scale
-        weight = self.weight * scale.view(-1, 1, 1, 1)
-        x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        x = conv_with_norm(self, self.norm, x)
         return x if self.activation is None else self.activation(x)
 
 
@@ -27,3 +35,55 @@ def fold_frozen_norms(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
             module.__class__ = ConvWithFrozenNorm
+
+
+class ConvWithNextNorm(nn.Conv2d):
+    """A convolution with the frozen norm of the module after it folded."""
+
+    following: tuple[nn.Module]  # the norm; in a tuple, so that it keeps its one place and name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_with_norm(self, self.following[0], x)
+
+
+class FoldedBatchNorm(nn.BatchNorm2d):
+    """What is left of a batch norm that the convolution before applies: nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FoldedBatchNormAct(BatchNormAct2d):
+    """The same for timm's, which end with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+
+FOLDED = {nn.BatchNorm2d: FoldedBatchNorm, BatchNormAct2d: FoldedBatchNormAct}
+
+
+class _ConvsAndNorms(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def fold_following_norms(model: nn.Module) -> None:
+    """Fold every batch norm whose input is the output of a convolution that nothing else uses, in place.
+
+    They must be frozen and stay in evaluation mode. Parameters and their names do not change. A model that cannot be
+    traced is left as it is.
+    """
+    try:
+        graph = _ConvsAndNorms().trace(model)
+    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError) as error:
+        logger.info("batch norms are not folded, because the model cannot be traced: %s", error)
+        return
+    modules = dict(model.named_modules())
+    for node in graph.nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        before = node.args[0] if type(norm) in FOLDED else None
+        conv = modules.get(before.target) if before is not None and before.op == "call_module" else None
+        if type(conv) is nn.Conv2d and len(before.users) == 1 and conv.padding_mode == "zeros":
+            conv.__class__, conv.following = ConvWithNextNorm, (norm,)
+            norm.__class__ = FOLDED[type(norm)]

@@ -12,6 +12,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import Format
 from torch import Tensor, nn
 
+from .frozen_norm import fold_following_norms
+
 
 class TimmBackbone(Backbone):
     """`timm.create_model(name, features_only=True)`; timm's feature map i is named "stage{i}".
@@ -52,6 +54,7 @@ class TimmBackbone(Backbone):
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
             self.train()
+            fold_following_norms(self.body)
         # Some of timm's transformers return (B, h, w, channels).
         self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.body.feature_info
