@@ -64,7 +64,7 @@ def batch_norms(backbone: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def test_frozen_batchnorm_ignores_the_batch() -> None:
-    backbone, images = timm_backbone(), torch.rand(2, 3, 64, 64)
+    backbone, images = timm_backbone().double(), torch.rand(2, 3, 64, 64, dtype=torch.float64)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     for _ in range(2):
         together = backbone.train()(images)["stage4"]
