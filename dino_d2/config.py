@@ -16,6 +16,8 @@ from detectron2.utils.file_io import PathManager
 
 from dino_d2_cli import shipped
 
+OVERLAYS = "overlays"  # folder in configs/ of settings that are laid over any recipe
+
 
 def add_dino_config(cfg: CN) -> None:
     """Add DINO's keys to a config made by `detectron2.config.get_cfg()`."""
@@ -198,7 +200,8 @@ def default_device() -> str:
 def find_config_file(name: str | os.PathLike) -> str:
     """The path of an existing config file, else of the recipe of that name.
 
-    Recipes are named after their files in `configs/`: "dino_r50_4scale_12ep", "small/dino_r18_640".
+    Recipes are named after their files in `configs/`, bases and overlays left out: "dino_r50_4scale_12ep",
+    "small/dino_r18_640".
 
     Raises:
         FileNotFoundError: neither exists; the message suggests similar recipes.
@@ -218,8 +221,17 @@ def find_config_file(name: str | os.PathLike) -> str:
 def recipe_files() -> dict[str, str]:
     """Map the name of every recipe to its path."""
     folder = shipped("configs")
-    files = sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("Base-"))
+    files = sorted(
+        path
+        for path in folder.rglob("*.yaml")
+        if not path.name.startswith("Base-") and path.parent != folder / OVERLAYS
+    )
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
+
+
+def overlay(name: str) -> list[tuple[str, Any]]:
+    """KEY and VALUE of the settings in `configs/overlays/`."""
+    return list(flat(yaml.safe_load((shipped("configs") / OVERLAYS / f"{name}.yaml").read_text())).items())
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

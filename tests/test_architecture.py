@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "dino_d2").rglob("*.py"))
 OP = sorted((ROOT / "ops").glob("*.py"))
 TOOLS = [ROOT / "dino_d2_cli.py", *sorted((ROOT / "tools").rglob("*.py")), *sorted((ROOT / "dev").rglob("*.py"))]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "overlays")
 
 
 def each(files: list[Path]) -> pytest.MarkDecorator:

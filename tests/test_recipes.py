@@ -17,7 +17,7 @@ EPOCH = 7392  # iterations at batch 16: 118287 images of train2017, rounded down
 NAMES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent != CONFIGS / "demo"  # smaller, and tested by the demo itself
+    if path.parent not in (CONFIGS / "demo", CONFIGS / "overlays")  # tested by the demo; not recipes
 )
 LONGER = [name for name in NAMES if name.endswith(("24ep", "36ep", "50ep"))]
 COMPLETE = [name for name in NAMES if "Base-" not in name]

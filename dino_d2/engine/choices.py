@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from dino_d2.config import flat, load_config
+from dino_d2.config import load_config, overlay
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset, load_config_for_files, register_datasets
 from dino_d2.data.datasets import class_names_of
 from dino_d2.data.inspection import report
@@ -29,7 +28,7 @@ from dino_d2.pretrained import find_pretrained
 from .batch_size import largest_batch
 from .run_folder import EVALUATION, check_run_folder, holds_run
 
-FEW_PHOTOS = Path(__file__).with_name("few_photos.yaml")  # settings that `--data` applies on top of any recipe
+FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; the second if a detector is the start
 EPOCHS = 24  # default with `--data`
 EVALUATIONS = 12  # per run, at most one per epoch
 DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
@@ -73,7 +72,8 @@ def choose(args: Namespace) -> Run:
     if args.output:
         choices.append(Choice("OUTPUT_DIR", args.output, "--output"))
     if args.data and not args.eval_only:
-        choices += [Choice(key, value, FEW_PHOTOS.name) for key, value in few_photos()]
+        names = [FEW_PHOTOS, FINE_TUNING] if args.weights else [FEW_PHOTOS]
+        choices += [Choice(key, value, f"{name}.yaml") for name in names for key, value in overlay(name)]
     train, val = (CocoFiles(*files) if files else None for files in (args.train, args.val))
     if args.data:
         found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
@@ -83,11 +83,6 @@ def choose(args: Namespace) -> Run:
         choices += _training(args, Run(config_file, (*_flat(choices), *args.opts), train, val))
     _show(choices, args.opts)
     return Run(config_file, (*_flat(choices), *args.opts), train, val)
-
-
-def few_photos() -> list[tuple[str, Any]]:
-    """KEY and VALUE of the settings for fine-tuning on few images."""
-    return list(flat(yaml.safe_load(FEW_PHOTOS.read_text())).items())
 
 
 def schedule(images: int, batch: int, epochs: int, warmup: int) -> list[Choice]:

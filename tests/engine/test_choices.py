@@ -12,10 +12,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
+from dino_d2.config import overlay
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size
 from dino_d2.engine.batch_size import largest_batch, largest_divisor, largest_size, make_steps
-from dino_d2.engine.choices import Run, choose, few_photos, schedule
+from dino_d2.engine.choices import Run, choose, schedule
 from dino_d2.engine.run import train_or_evaluate
 from dino_d2.tools import train_net
 from tests.synthetic import COLOURS, make_batch, write_rectangles
@@ -167,10 +168,10 @@ def test_a_folder_makes_the_config(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert (str(output), (TRAIN_NAME,), (VAL_NAME,)) == (cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     assert (2, list(COLOURS)) == (cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DINO.CLASS_NAMES)
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD) == (12, (10,), 2)  # 8 of 10 images are left
-    overlay = dict(few_photos())
-    rate = overlay["SOLVER.BASE_LR"] * 4 / overlay["SOLVER.IMS_PER_BATCH"]
+    settings = dict(overlay("few_photos"))
+    rate = settings["SOLVER.BASE_LR"] * 4 / settings["SOLVER.IMS_PER_BATCH"]
     assert (4, pytest.approx(rate)) == (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR)
-    assert cfg.SOLVER.BEST_METRIC == overlay["SOLVER.BEST_METRIC"] == "bbox/AP"
+    assert cfg.SOLVER.BEST_METRIC == settings["SOLVER.BEST_METRIC"] == "bbox/AP"
     assert not cfg.SOLVER.AMP.ENABLED or torch.cuda.is_available()
     printed = capsys.readouterr().out
     assert "held out" in printed
@@ -202,7 +203,7 @@ def test_every_process_gets_a_photograph(data: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
     cfg = chosen("--data", data, "--config-file", RECIPE, "--output", tmp_path / "out").config()
     assert cfg.SOLVER.IMS_PER_BATCH == 3  # not 2
-    assert pytest.approx(1.5 * dict(few_photos())["SOLVER.BASE_LR"]) == cfg.SOLVER.BASE_LR
+    assert pytest.approx(1.5 * dict(overlay("few_photos"))["SOLVER.BASE_LR"]) == cfg.SOLVER.BASE_LR
     assert cfg.SOLVER.MAX_ITER == 24 * 3
     assert cfg.SOLVER.ACCUMULATION_STEPS == 1
 
@@ -317,3 +318,17 @@ def test_epochs_and_batch_alone_change_nothing_else(data: Path) -> None:
         "SOLVER.CHECKPOINT_PERIOD",
     }  # no evaluation without data for it
     assert (given["SOLVER.MAX_ITER"], given["SOLVER.BASE_LR"]) == (6, pytest.approx(1e-4 * 5 / 16, rel=1e-3))
+
+
+def test_a_detector_is_fine_tuned_and_a_backbone_trained(data: Path, tmp_path: Path) -> None:
+    """With other learning rates; what the two have in common is the same."""
+    common = ("--data", data, "--output", tmp_path / "out")
+    trained = chosen("--config-file", RECIPE, *common).config()
+    tuned = chosen("--weights", RECIPE, *common).config()
+    few_photos, fine_tuning = dict(overlay("few_photos")), dict(overlay("fine_tuning"))
+    assert trained.SOLVER.BASE_LR == few_photos["SOLVER.BASE_LR"] > tuned.SOLVER.BASE_LR
+    assert tuned.SOLVER.BASE_LR == fine_tuning["SOLVER.BASE_LR"]
+    assert (trained.MODEL.DINO.MATCHER.COPIES, tuned.MODEL.DINO.MATCHER.COPIES) == (4, 1)
+    assert (trained.SOLVER.EARLY_STOPPING, tuned.SOLVER.EARLY_STOPPING) == (0, 5)
+    for cfg in (trained, tuned):
+        assert few_photos["MODEL.DINO.DN.MAX_QUERIES"] == cfg.MODEL.DINO.DN.MAX_QUERIES
