@@ -97,7 +97,7 @@ def main() -> None:
         create_venv()
     step("venv", version, lambda: None)
     # setup.json records the requirements, so that the index is not queried if nothing changed.
-    requirements = sorted((ROOT / "requirements").glob("*.txt"))
+    requirements = sorted([*(ROOT / "requirements").glob("*.txt"), *(ROOT / "examples").glob("*/requirements.txt")])
     step(
         "packages (torch alone can take minutes)",
         digest(*requirements),

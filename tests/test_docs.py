@@ -26,14 +26,19 @@ from dino_d2 import load_config, model_zoo
 from dino_d2.config import find_config_file, flat, recipe_files
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
 RECIPE = "dino_r50_4scale_12ep"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 KEY = re.compile(r"\b(?:DATALOADER|DATASETS|INPUT|MODEL|SOLVER|TEST)(?:\.[A-Z][A-Z0-9_]*)+")
 NAME = re.compile(r"(?:\w+/)*dino_(?:convnext|mobilenet|r\d|swin|vitdet)\w*")
-PATH = re.compile(r"(?<![\w./-])(?:configs|dev|dino_d2|docs|ops|tests|tools)/[\w./-]*\w")
+PATH = re.compile(r"(?<![\w./-])(?:configs|dev|dino_d2|docs|examples|ops|tests|tools)/[\w./-]*\w")
 REFERENCE = re.compile(r"^::: ([\w.]+)\n(?:    options:\n      members: \[(.*)\]\n)?", re.M)
 SCRIPT = re.compile(r"(?:dev|tools|tests)/\w+\.(?:py|sh)")
 

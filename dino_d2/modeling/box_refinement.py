@@ -1,6 +1,6 @@
 """Box refinement: how the box of decoder layer i becomes its prediction and the anchor of layer i + 1 (section 3.5).
 
-To reuse this file in another DETR, copy `geometry` too.
+To reuse this file in another DETR, see docs/lifting.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dino_d2.geometry import inverse_sigmoid
+from ..geometry import inverse_sigmoid
 
 
 class Refinement(NamedTuple):

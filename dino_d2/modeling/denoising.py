@@ -1,6 +1,6 @@
 """Contrastive denoising: noised objects as extra queries with known targets (paper section 3.3).
 
-To reuse this file in another DETR, copy `geometry` and `structures` too.
+To reuse this file in another DETR, see docs/lifting.md.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dino_d2.geometry import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from dino_d2.structures import DenoisingQueries, Pairs, Targets
+from ..geometry import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from ..structures import DenoisingQueries, Pairs, Targets
 
 
 def noise_labels(labels: Tensor, num_classes: int, ratio: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Where the decoder's queries come from (paper section 3.4).
 
-Lifted into another DETR, this file needs nothing but `structures`: the heads that score tokens are given to it.
+To reuse this file in another DETR, see docs/lifting.md. The heads that score tokens are given to it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_d2.structures import Memory, Predictions, Queries, topk
+from ..structures import Memory, Predictions, Queries, topk
 
 SMALLEST_PROPOSAL = 0.05  # relative to the image, at the finest level; doubles with each level
 VALID_RANGE = (0.01, 0.99)

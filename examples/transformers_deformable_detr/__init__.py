@@ -1,0 +1,1 @@
+"""Transformers' Deformable DETR, with and without three ideas of DINO. See README.md."""

@@ -1,0 +1,1 @@
+../../../dino_d2/geometry.py

@@ -1,0 +1,1 @@
+../../../../dino_d2/modeling/box_refinement.py
