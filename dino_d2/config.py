@@ -49,7 +49,6 @@ def add_dino_config(cfg: CN) -> None:
     c.OP = "auto"  # auto | compiled | reference: best available; error without compiled kernels; plain PyTorch
     c.DROPOUT = 0.0  # of attention and feed-forward blocks
     c.QUERY_SELECTION = "mixed"  # mixed | pure | static: what queries take from the encoder (section 3.4)
-    c.DISTINCT_QUERIES = 1.0  # skip tokens whose box overlaps a better one's by more than this IoU (DDQ); 1: none
     c.QUERY_SCORE_THRESHOLD = 0.0  # at inference, drop queries from tokens that score less; 0: always NUM_QUERIES
     c.LOOK_FORWARD = "twice"  # twice | once: how many layers a box loss trains (section 3.5)
     c.SHARE_HEADS = True  # share the class and box head between decoder layers, or one of each per layer

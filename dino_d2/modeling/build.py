@@ -17,7 +17,6 @@ from .decoder import DecoderLayer, DINODecoder, class_head
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, NoDenoising, PlainDenoising
 from .encoder import DeformableEncoder, EncoderLayer
-from .family.distinct_queries import DistinctProposals
 from .family.iou_aware import iou_aware_loss
 from .family.matchability import matchability_loss
 from .family.memory_fusion import FusingEncoder
@@ -84,9 +83,7 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
     choice = _choice("MODEL.DINO.QUERY_SELECTION", c.QUERY_SELECTION, ("mixed", "pure", "static"))
     if choice == "static":
         return StaticQueries(c.NUM_QUERIES, c.HIDDEN_DIM)
-    parts = c.HIDDEN_DIM, class_head(c.HIDDEN_DIM, c.NUM_CLASSES), box_head(c.HIDDEN_DIM)
-    distinct = c.DISTINCT_QUERIES < 1
-    proposals = DistinctProposals(*parts, c.DISTINCT_QUERIES) if distinct else EncoderProposals(*parts)
+    proposals = EncoderProposals(c.HIDDEN_DIM, class_head(c.HIDDEN_DIM, c.NUM_CLASSES), box_head(c.HIDDEN_DIM))
     nn.init.xavier_uniform_(proposals.project.weight)
     if choice == "pure":
         return PureQuerySelection(c.NUM_QUERIES, proposals)

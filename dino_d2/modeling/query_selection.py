@@ -111,21 +111,14 @@ class EncoderProposals(nn.Module):
         tokens = memory.tokens.masked_fill(~valid[..., None], 0)
         with torch.no_grad(), _autocast_without_cache(tokens.device.type):
             features, logits = self.score(tokens)
-            best = self.select(features, logits, proposal_logits, num_queries)
+            # Tiny images have fewer tokens than queries.
+            _, best = topk(logits.max(-1).values, num_queries)
         if torch.is_grad_enabled():
-            features, logits = self.score(gather(tokens, best))
+            features, logits = self.score(_gather(tokens, best))
         else:
-            features, logits = gather(features, best), gather(logits, best)
-        boxes = (self.box_head(features) + gather(proposal_logits, best)).sigmoid()
+            features, logits = _gather(features, best), _gather(logits, best)
+        boxes = (self.box_head(features) + _gather(proposal_logits, best)).sigmoid()
         return Proposals(best, features, Predictions(logits, boxes))
-
-    def select(self, features: Tensor, logits: Tensor, proposal_logits: Tensor, num_queries: int) -> Tensor:
-        """Indices (B, Q) of the tokens to keep, best first; fewer for tiny images, which have fewer tokens.
-
-        Args:
-            features, logits, proposal_logits: (B, N, C), (B, N, K), (B, N, 4).
-        """
-        return topk(logits.max(-1).values, num_queries)[1]
 
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n, C) -> features (B, n, C) and class logits (B, n, K)."""
@@ -205,6 +198,6 @@ def _autocast_without_cache(device_type: str) -> torch.autocast:
     return torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
+def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, Q) of `x` (B, N, C): (B, Q, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
