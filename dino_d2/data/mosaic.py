@@ -28,7 +28,7 @@ def mosaic(samples: Sequence[dict[str, Any]], fill: Sequence[float]) -> dict[str
     Returns:
         the first sample with another "image" and other "instances".
     """
-    channels, height, width = samples[0]["image"].shape
+    height, width = samples[0]["image"].shape[-2:]
     x, y = (round(side * np.random.uniform(*CENTRE)) for side in (width, height))
     canvas = samples[0]["image"].new_tensor([round(value) for value in fill]).view(-1, 1, 1)
     canvas = canvas.repeat(1, height, width)

@@ -327,7 +327,7 @@ def test_a_detector_is_fine_tuned_and_a_backbone_trained(data: Path, tmp_path: P
     tuned = chosen("--weights", RECIPE, *common).config()
     few_photos, fine_tuning = dict(overlay("few_photos")), dict(overlay("fine_tuning"))
     assert trained.SOLVER.BASE_LR == few_photos["SOLVER.BASE_LR"] > tuned.SOLVER.BASE_LR
-    assert tuned.SOLVER.BASE_LR == fine_tuning["SOLVER.BASE_LR"]
+    assert fine_tuning["SOLVER.BASE_LR"] == tuned.SOLVER.BASE_LR
     assert (trained.MODEL.DINO.MATCHER.COPIES, tuned.MODEL.DINO.MATCHER.COPIES) == (4, 1)
     assert (trained.SOLVER.EARLY_STOPPING, tuned.SOLVER.EARLY_STOPPING) == (0, 5)
     for cfg in (trained, tuned):
