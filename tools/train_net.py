@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=_at_least_one, metavar="N", help="length of the run (default with --data: 24)")
     parser.add_argument(
+        "--minutes", type=_minutes, metavar="M", help="length in time instead: some steps are measured first"
+    )
+    parser.add_argument(
         "--batch-size", type=_batch_size, metavar="N|auto", help="images per step; auto: accumulated to fit memory"
     )
     parser.add_argument("--output", metavar="FOLDER", help="where everything is written (OUTPUT_DIR)")
@@ -58,8 +61,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give --weights NAME_OR_PATH to start from, or --config-file CONFIG")
     if args.data and (args.train_json or args.val_json):
         parser.error("--data conflicts with annotation files: give only one of them")
-    if args.eval_only and (args.epochs or args.batch_size):
-        parser.error("--epochs and --batch-size have no effect with --eval-only: remove them")
+    if args.eval_only and (args.epochs or args.minutes or args.batch_size):
+        parser.error("--epochs, --minutes and --batch-size have no effect with --eval-only: remove them")
+    if args.epochs and args.minutes:
+        parser.error("--epochs and --minutes both set the length: give only one of them")
     if isinstance(args.batch_size, int) and "SOLVER.IMS_PER_BATCH" in args.opts[::2]:
         parser.error("--batch-size conflicts with SOLVER.IMS_PER_BATCH: give only one of them")
     for which in ("train", "val"):
@@ -81,6 +86,16 @@ def _at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return number
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
+    return minutes
 
 
 def _batch_size(text: str) -> int | str:

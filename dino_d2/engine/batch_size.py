@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -47,7 +48,8 @@ def largest_batch(cfg: CfgNode, share: int, most_objects: int) -> int:
 
     def fits(size: int) -> bool:
         try:
-            make_steps(cfg, [example(height, width, most_objects) for _ in range(size)])
+            batch = [example(height, width, most_objects) for _ in range(size)]
+            make_steps(cfg, [batch] * 2)  # in the second the optimizer's state is in memory
             fitted = True
         except torch.OutOfMemoryError:
             fitted = False
@@ -78,20 +80,36 @@ def example(height: int, width: int, objects: int) -> dict:
     return {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "instances": instances}
 
 
-def make_steps(cfg: CfgNode, batch: list[dict]) -> None:
-    """Make two training steps of a new model; during the second the optimizer state is in memory."""
+def make_steps(cfg: CfgNode, batches: Iterable[list[dict]], parts: int = 1) -> list[float]:
+    """Train a new model for a step on each batch, of which nothing is kept.
+
+    Args:
+        parts: forward and backward passes per batch (gradient accumulation).
+
+    Returns:
+        when each step ended, in seconds of `time.perf_counter`.
+    """
     model: nn.Module = build_model(cfg).train()
     model.criterion.count_boxes = boxes_of_this_process  # the others do not take part
     optimizer = build_optimizer(cfg, model)
-    for _ in range(2):
-        with autocast(torch.device(cfg.MODEL.DEVICE).type, autocast_of_config("SOLVER.AMP", cfg.SOLVER.AMP)):
-            losses = model(batch)
-        sum(losses.values()).backward()
+    device = torch.device(cfg.MODEL.DEVICE)
+    ends = []
+    for batch in batches:
+        size = len(batch) // parts
+        for first in range(0, len(batch), size):
+            with autocast(device.type, autocast_of_config("SOLVER.AMP", cfg.SOLVER.AMP)):
+                losses = model(batch[first : first + size])
+            sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+        ends.append(time.perf_counter())
+    return ends
 
 
 def release(device: torch.device) -> None:
     """Free the memory of a trial."""
     gc.collect()
-    torch.get_device_module(device).empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()

@@ -1,4 +1,4 @@
-"""Derive config values from command-line options (folder, weights, epochs, batch size), and print them as KEY VALUE.
+"""Derive config values from command-line options (folder, weights, length, batch size), and print them as KEY VALUE.
 
 They override the recipe and are overridden by the user's own KEY VALUEs.
 """
@@ -26,6 +26,7 @@ from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
 
 from .batch_size import largest_batch
+from .pace import seconds_per_step
 from .run_folder import EVALUATION, check_run_folder, holds_run
 
 FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; the second if a detector is the start
@@ -79,28 +80,26 @@ def choose(args: Namespace) -> Run:
         found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
         choices += _classes(found)
         train, val = None if args.eval_only else found.train, found.val
-    if not args.eval_only and (args.data or args.epochs or args.batch_size):
+    if not args.eval_only and (args.data or args.epochs or args.minutes or args.batch_size):
         choices += _training(args, Run(config_file, (*_flat(choices), *args.opts), train, val))
     _show(choices, args.opts)
     return Run(config_file, (*_flat(choices), *args.opts), train, val)
 
 
-def schedule(images: int, batch: int, epochs: int, warmup: int) -> list[Choice]:
+def schedule(length: int, epoch: int, warmup: int, reason: str) -> list[Choice]:
     """Length, learning rate decay and evaluation period of a run.
 
     Args:
-        images: number of training images.
-        batch: images per step, over all processes.
-        epochs: each rounded up to whole steps.
+        length: steps.
+        epoch: steps of an epoch.
         warmup: the config's warmup iterations.
+        reason: for the length.
     """
-    epoch = math.ceil(images / batch)
-    length = epochs * epoch
-    every = math.ceil(epochs / EVALUATIONS)
+    every = math.ceil(length / epoch / EVALUATIONS)
     drop = length * DECAY[0] // DECAY[1]
     each = "every epoch" if every == 1 else f"every {every} epochs"
     choices = [
-        Choice("SOLVER.MAX_ITER", length, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"),
+        Choice("SOLVER.MAX_ITER", length, reason),
         Choice("SOLVER.STEPS", (drop,) if drop else (), f"after {DECAY[0]}/{DECAY[1]} of the run"),
         Choice("TEST.EVAL_PERIOD", every * epoch, each),
         Choice("SOLVER.CHECKPOINT_PERIOD", every * epoch, each),
@@ -158,11 +157,25 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     if args.data and not _goes_on(args, cfg):
         _inspect(cfg, run.train, run.val)
     choices = [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
-    epochs = args.epochs or (EPOCHS if args.data else 0)
-    if epochs:
-        batch = next((x.value for x in choices if x.key == "SOLVER.IMS_PER_BATCH"), cfg.SOLVER.IMS_PER_BATCH)
-        choices += schedule(_images(cfg), batch, epochs, cfg.SOLVER.WARMUP_ITERS)
+    epochs = args.epochs or (EPOCHS if args.data and not args.minutes else 0)
+    if epochs or args.minutes:
+        choices += _length(cfg, [*_flat(choices), *args.opts], epochs, args.minutes)
     return [choice for choice in choices if cfg.DATASETS.TEST or choice.key != "TEST.EVAL_PERIOD"]
+
+
+def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | None) -> list[Choice]:
+    """So many epochs, each rounded up to whole steps, or as many steps as take so many minutes."""
+    cfg = cfg.clone()
+    cfg.merge_from_list(list(chosen))
+    images, batch = _images(cfg), cfg.SOLVER.IMS_PER_BATCH
+    epoch = math.ceil(images / batch)
+    length, reason = epochs * epoch, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"
+    if minutes:
+        cfg.MODEL.TIMM.PRETRAINED = False
+        pace = seconds_per_step(cfg, batch // comm.get_world_size(), cfg.SOLVER.ACCUMULATION_STEPS)
+        length = max(int(60 * minutes / pace), 1)
+        reason = f"{minutes:g} minutes at {pace:.3g} s per step, measured now; {length / epoch:.1f} epochs"
+    return schedule(length, epoch, cfg.SOLVER.WARMUP_ITERS, reason)
 
 
 def _classes(found: FoundDataset) -> list[Choice]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from dino_d2.config import overlay
+from dino_d2.data import ImageMapper, register_datasets
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
-from dino_d2.engine import batch_size
+from dino_d2.engine import batch_size, choices, pace
 from dino_d2.engine.batch_size import largest_batch, largest_divisor, largest_size, make_steps
 from dino_d2.engine.choices import Run, choose, schedule
 from dino_d2.engine.run import train_or_evaluate
@@ -59,7 +62,8 @@ def chosen(*arguments: object) -> Run:
     ],
 )
 def test_schedule_in_epochs(images: int, batch: int, epochs: int, length: int, drop: int, period: int) -> None:
-    values = {choice.key: choice.value for choice in schedule(images, batch, epochs, warmup=0)}
+    epoch = math.ceil(images / batch)
+    values = {choice.key: choice.value for choice in schedule(epochs * epoch, epoch, 0, "")}
     assert values == {
         "SOLVER.MAX_ITER": length,
         "SOLVER.STEPS": (drop,),
@@ -68,9 +72,39 @@ def test_schedule_in_epochs(images: int, batch: int, epochs: int, length: int, d
     }
 
 
+def test_length_in_minutes(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As many steps as fit, at the pace of this process with its share of the batch, in parts."""
+    asked = []
+    monkeypatch.setattr(choices, "seconds_per_step", lambda cfg, *how: asked.append((cfg, *how)) or 0.3)
+    arguments = ("--data", data, "--config-file", RECIPE, "--minutes", 2, "--batch-size", 4)
+    cfg = chosen(*arguments, "SOLVER.ACCUMULATION_STEPS", "2").config()
+    assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (400, 34)  # 200 epochs of 2 steps, 17 between evaluations
+    assert asked[0][1:] == (4, 2)
+    assert asked[0][0].SOLVER.IMS_PER_BATCH == 4
+    said = "SOLVER.MAX_ITER 400  # 2 minutes at 0.3 s per step, measured now; 200.0 epochs"
+    assert said in capsys.readouterr().out
+
+
+def test_pace_is_that_of_a_step_with_its_data(tiny_cfg: CfgNode, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is loaded; the first steps do not count."""
+    loaded, clock = [], itertools.count()
+    read = ImageMapper.__call__
+    monkeypatch.setattr(ImageMapper, "__call__", lambda mapper, x: loaded.append(1) or read(mapper, x))
+    monkeypatch.setattr(batch_size.time, "perf_counter", lambda: float(max(0, next(clock) - pace.WARM_UP + 1)))
+    tiny_cfg.DATASETS.COCO_FORMAT = [["own", str(data / "train.json"), str(data / "train")]]
+    tiny_cfg.DATASETS.TRAIN = ("own",)
+    register_datasets(tiny_cfg)
+    try:
+        assert pace.seconds_per_step(tiny_cfg, share=2, parts=2) == 1
+    finally:
+        DatasetCatalog.remove("own")
+        MetadataCatalog.remove("own")
+    assert len(loaded) == 2 * (pace.WARM_UP + pace.TIMED)
+
+
 def test_warmup_is_no_longer_than_an_epoch() -> None:
-    assert {choice.key: choice.value for choice in schedule(20, 2, 24, warmup=150)}["SOLVER.WARMUP_ITERS"] == 10
-    assert "SOLVER.WARMUP_ITERS" not in {choice.key for choice in schedule(400, 2, 24, warmup=150)}
+    assert {choice.key: choice.value for choice in schedule(240, 10, 150, "")}["SOLVER.WARMUP_ITERS"] == 10
+    assert "SOLVER.WARMUP_ITERS" not in {choice.key for choice in schedule(4800, 200, 150, "")}
 
 
 def test_a_run_of_one_step_has_no_decay() -> None:
@@ -101,7 +135,8 @@ class Memory:
     def __init__(self, limit: int):
         self.limit, self.batches = limit, []
 
-    def __call__(self, cfg: CfgNode, batch: list[dict]) -> None:
+    def __call__(self, cfg: CfgNode, batches: list[list[dict]]) -> None:
+        batch = batches[0]
         self.batches.append(batch)
         if len(batch) > self.limit:
             raise torch.OutOfMemoryError("of the test")
@@ -144,7 +179,7 @@ def test_the_steps_that_try_are_steps_of_the_training(tiny_cfg: CfgNode, monkeyp
     build = batch_size.build_model
     monkeypatch.setattr(batch_size, "build_model", lambda cfg: models.append(build(cfg)) or models[-1])
     torch.manual_seed(0)
-    make_steps(tiny_cfg, make_batch([2, 0]))
+    make_steps(tiny_cfg, [make_batch([2, 0])] * 2)
     (model,) = models
     moved = model.decoder.norm.weight
     assert not torch.equal(moved, torch.ones_like(moved))
@@ -158,7 +193,7 @@ def test_the_steps_that_try_ask_no_other_process(tiny_cfg: CfgNode, monkeypatch:
     """The others wait for the choices of the main process."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *arguments: pytest.fail("asks the others"))
-    make_steps(tiny_cfg, make_batch([2, 0]))
+    make_steps(tiny_cfg, [make_batch([2, 0])] * 2)
 
 
 def test_a_folder_makes_the_config(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -293,6 +328,10 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
         (["--config-file", RECIPE, "--batch-size", "some"], "some is not a positive integer"),
         (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "give only one of them"),
         (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "have no effect"),
+        (["--config-file", RECIPE, "--eval-only", "--minutes", "3"], "have no effect"),
+        (["--config-file", RECIPE, "--minutes", "-1"], "-1 is not a number of minutes above 0"),
+        (["--config-file", RECIPE, "--minutes", "nan"], "nan is not a number of minutes above 0"),
+        (["--config-file", RECIPE, "--minutes", "3", "--epochs", "3"], "both set the length"),
         (["--config-file", RECIPE, "--batch-size", "3", "SOLVER.IMS_PER_BATCH", "3"], "give only one of them"),
     ],
 )
