@@ -108,7 +108,7 @@ def test_warmup_is_no_longer_than_an_epoch() -> None:
 
 
 def test_a_run_of_one_step_has_no_decay() -> None:
-    assert {choice.key: choice.value for choice in schedule(1, 2, 1, warmup=0)}["SOLVER.STEPS"] == ()
+    assert {choice.key: choice.value for choice in schedule(1, 1, 0, "")}["SOLVER.STEPS"] == ()
 
 
 # --- batch
