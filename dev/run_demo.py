@@ -39,12 +39,17 @@ from demo_data import (
     write_coco,
 )
 from dino_d2 import Detector
+from dino_d2.config import load_config, overlay
 from dino_d2.evaluation import APSettings, COCOEvaluator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
+SETTINGS = [  # those of `dino-d2 train --data`, but on a CPU, and without a look at the test photograph
+    *(str(part) for item in overlay("few_photos") for part in item),
+    *("SOLVER.AMP.ENABLED", "False", "SOLVER.BEST_METRIC", ""),
+]
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
@@ -71,8 +76,8 @@ def prepare() -> None:
 def train(seed: int, folder: Path) -> None:
     """Train into `folder`, or resume an interrupted run; a finished run is kept."""
     made_from = folder / "made_from.txt"
-    config = "".join(Path(path).read_text() for path in ("configs/Base-DINO.yaml", CONFIG)) + f"seed {seed}"
-    digest = hashlib.sha256(config.encode()).hexdigest()
+    settings = [*SETTINGS, "SEED", str(seed)]
+    digest = hashlib.sha256(load_config(CONFIG, settings).dump().encode()).hexdigest()
     same = made_from.exists() and made_from.read_text() == digest
     if same and (folder / "model_final.pth").exists():
         print(f"[demo] {folder} is already trained; delete it to train again", flush=True)
@@ -83,7 +88,7 @@ def train(seed: int, folder: Path) -> None:
         made_from.write_text(digest)
     resume = ["--resume"] if (folder / "last_checkpoint").exists() else []
     print("[demo] training; the lines below end with the time left (eta)", flush=True)
-    command = ["tools/train_net.py", "--config-file", CONFIG, *resume, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    command = ["tools/train_net.py", "--config-file", CONFIG, *resume, *settings, "OUTPUT_DIR", str(folder)]
     subprocess.run([sys.executable, *command], check=True)
 
 
