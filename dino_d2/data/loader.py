@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_d2.randomness import own_random_numbers
 
-from . import mosaic
 from .datasets import check_classes
 from .images import UnreadableImage
 from .records import SharedRecords, load_records
@@ -31,14 +29,6 @@ DATA = 0  # first key of the random numbers for augmentation
 MOST_UNREADABLE = 10  # images in a row before training stops
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Mosaics:
-    """probability: of four samples in the place of one. fill: see `mosaic`."""
-
-    probability: float
-    fill: tuple[float, ...]
 
 
 class SeededSamples(Dataset):
@@ -55,10 +45,9 @@ class SeededSamples(Dataset):
         mapper: Callable[[dict], dict],
         key: tuple[int, ...],
         skip_unreadable: bool,
-        mosaics: Mosaics,
     ):
         self.records, self.groups, self.mapper, self.key = records, groups, mapper, key
-        self.skip_unreadable, self.mosaics = skip_unreadable, mosaics
+        self.skip_unreadable = skip_unreadable
 
     def __len__(self) -> int:
         return len(self.records)
@@ -67,26 +56,18 @@ class SeededSamples(Dataset):
         place, index = place_and_index
         complaints: list[str] = []
         with own_random_numbers(*self.key, place):
-            sample = self._map(index, complaints)
-            if np.random.random() < self.mosaics.probability:
-                others = np.random.choice(np.flatnonzero(self.groups == self.groups[index]), mosaic.PARTS - 1)
-                parts = [sample, *(self._map(int(other), complaints) for other in others)]
-                sample = mosaic.mosaic(parts, self.mosaics.fill)
-        return sample, complaints
-
-    def _map(self, index: int, complaints: list[str]) -> dict[str, Any]:
-        while True:
-            try:
-                return self.mapper(self.records[index])
-            except (UnreadableImage, FileNotFoundError) as error:
-                if not self.skip_unreadable:
-                    raise
-                complaints.append(str(error))
-                if len(complaints) == MOST_UNREADABLE:
-                    raise ValueError(
-                        f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
-                    ) from error
-            index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
+            while True:
+                try:
+                    return self.mapper(self.records[index]), complaints
+                except (UnreadableImage, FileNotFoundError) as error:
+                    if not self.skip_unreadable:
+                        raise
+                    complaints.append(str(error))
+                    if len(complaints) == MOST_UNREADABLE:
+                        raise ValueError(
+                            f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
+                        ) from error
+                index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
 
 
 class GroupedBatches:
@@ -130,7 +111,6 @@ class TrainingLoader:
         num_workers: int,
         seed: int,
         skip_unreadable: bool,
-        mosaics: Mosaics,
     ):
         """
         Args:
@@ -144,12 +124,11 @@ class TrainingLoader:
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.first_batch = seed, 0
         self.skip_unreadable, self.unreadable = skip_unreadable, 0
-        self.mosaics = mosaics
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         key = (self.seed, DATA, comm.get_rank())
         loader = DataLoader(
-            SeededSamples(self.records, self.groups, self.mapper, key, self.skip_unreadable, self.mosaics),
+            SeededSamples(self.records, self.groups, self.mapper, key, self.skip_unreadable),
             batch_sampler=GroupedBatches(self.indices(self.seed), self.groups, self.batch_size, self.first_batch),
             num_workers=self.num_workers,
             collate_fn=list,
@@ -211,7 +190,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         cfg.DATALOADER.NUM_WORKERS,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         cfg.INPUT.ON_UNREADABLE == "skip",
-        Mosaics(cfg.INPUT.MOSAIC, tuple(cfg.MODEL.PIXEL_MEAN)),
     )
 
 
