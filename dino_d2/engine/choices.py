@@ -6,6 +6,7 @@ They override the recipe and are overridden by the user's own KEY VALUEs.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from dino_d2.config import load_config, overlay
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset, load_config_for_files, register_datasets
@@ -159,18 +162,24 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     choices = [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
     epochs = args.epochs or (EPOCHS if args.data and not args.minutes else 0)
     if epochs or args.minutes:
-        choices += _length(cfg, [*_flat(choices), *args.opts], epochs, args.minutes)
+        begun = _goes_on(args, cfg)
+        choices += _length(cfg, [*_flat(choices), *args.opts], epochs, args.minutes, begun)
     return [choice for choice in choices if cfg.DATASETS.TEST or choice.key != "TEST.EVAL_PERIOD"]
 
 
-def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | None) -> list[Choice]:
-    """So many epochs, each rounded up to whole steps, or as many steps as take so many minutes."""
+def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | None, begun: bool) -> list[Choice]:
+    """So many epochs, each rounded up to whole steps, or as many steps as take so many minutes. A run that has begun
+    keeps its length: the pace would be measured otherwise now."""
     cfg = cfg.clone()
     cfg.merge_from_list(list(chosen))
     images, batch = _images(cfg), cfg.SOLVER.IMS_PER_BATCH
     epoch = math.ceil(images / batch)
     length, reason = epochs * epoch, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"
-    if minutes:
+    if minutes and begun:
+        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as file:
+            length = yaml.safe_load(file)["SOLVER"]["MAX_ITER"]
+        reason = "as the run was begun"
+    elif minutes:
         cfg.MODEL.TIMM.PRETRAINED = False
         pace = seconds_per_step(cfg, batch // comm.get_world_size(), cfg.SOLVER.ACCUMULATION_STEPS)
         length = max(int(60 * minutes / pace), 1)

@@ -85,6 +85,20 @@ def test_length_in_minutes(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert said in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_the_length_it_was_begun_with(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its steps would take another time now."""
+    output = tmp_path / "out"
+    monkeypatch.setattr(choices, "seconds_per_step", lambda cfg, *how: 0.5)
+    arguments = ("--data", data, "--config-file", RECIPE, "--minutes", 1, "--output", output, "--resume")
+    cfg = chosen(*arguments).config()
+    (output / "config.yaml").write_text(cfg.dump())
+    (output / "last_checkpoint").write_text("model_0000009.pth")
+    monkeypatch.setattr(choices, "seconds_per_step", lambda cfg, *how: 0.1)
+    assert chosen(*arguments).config().SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER == 120
+
+
 def test_pace_is_that_of_a_step_with_its_data(tiny_cfg: CfgNode, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image is loaded; the first steps do not count."""
     loaded, clock = [], itertools.count()
