@@ -141,6 +141,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16
     cfg.TEST.COCO_BACKEND = "auto"  # auto | pycocotools | hotcoco: computes COCO AP; auto: faster if equal
     cfg.TEST.MAX_DETS_PER_IMAGE = 100  # per image and class, counted in AP; other values deviate from COCO
+    cfg.TEST.REPORT = False  # after the last evaluation make OUTPUT_DIR/report, a page that shows what goes wrong
     cfg.TEST.QUERY_METRICS = False  # also report anchor distances, duplicates and the AP of every decoder layer
 
     cfg.WANDB_PROJECT = ""  # Weights & Biases project that logs all training scalars; empty: not used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -15,12 +16,13 @@ from torch import nn
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import find_config_file
 from dino_d2.data import register_datasets
+from dino_d2.report.make import report_on_run
 from dino_d2.report.own_dataset import own_dataset, report_on_own_dataset
 from dino_d2_cli import user_errors
 
 from .checkpoints import BEST
 from .choices import choose
-from .run_folder import check_run_folder, set_up_folder
+from .run_folder import LAST, check_run_folder, keep_results, set_up_folder
 from .trainer import DINOTrainer
 
 
@@ -44,13 +46,17 @@ def train_or_evaluate(args: Namespace) -> dict | None:
             else:
                 trainer.resume_or_load(resume=args.resume)
     if args.eval_only:
-        return DINOTrainer.test(cfg, model)
-    results = trainer.train()
-    if not own_dataset(cfg):
-        return results
-    results = of_best_weights(trainer, results)
+        results, weights = DINOTrainer.test(cfg, model), evaluated_file(cfg, args.resume)
+    else:
+        results, weights = trainer.train(), evaluated_file(cfg, resume=True)
+        if own_dataset(cfg) or cfg.TEST.REPORT:
+            results, weights = of_best_weights(trainer, results)
     if comm.is_main_process() and results:
-        report_on_own_dataset(cfg, results)
+        keep_results(cfg, weights, results)
+        if not args.eval_only and own_dataset(cfg):
+            report_on_own_dataset(cfg, results)
+        if cfg.TEST.REPORT:
+            report_on_run(Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST)
     return results
 
 
@@ -74,20 +80,29 @@ def load_for_evaluation(cfg: CfgNode, resume: bool) -> nn.Module:
     return model
 
 
-def of_best_weights(trainer: DINOTrainer, results: dict | None) -> dict | None:
-    """Results of the best weights: those of the last evaluation, or else they are loaded and evaluated again. All
-    processes must call this."""
+def evaluated_file(cfg: CfgNode, resume: bool) -> str:
+    """The weights that `load_for_evaluation` loaded."""
+    last = os.path.join(cfg.OUTPUT_DIR, LAST)
+    if not (resume and PathManager.isfile(last)):
+        return cfg.MODEL.WEIGHTS
+    with PathManager.open(last) as file:
+        return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+
+
+def of_best_weights(trainer: DINOTrainer, results: dict | None) -> tuple[dict | None, str]:
+    """Results of the best weights, and their file: those of the last evaluation, or else they are loaded and evaluated
+    again. All processes must call this."""
     cfg = trainer.cfg
     path = os.path.join(cfg.OUTPUT_DIR, f"{BEST}.pth")
     # The main process wrote the file; the others might still see the one before.
     best = comm.all_gather(_iteration_of(path) if comm.is_main_process() else None)[0]
     is_last = best is not None and best >= trainer.iter and not cfg.SOLVER.BEST_METRIC.startswith("ema/")
     if not cfg.SOLVER.BEST_METRIC or best is None or is_last:
-        return results
+        return results, evaluated_file(cfg, resume=True)
     logging.getLogger(__name__).info("Evaluating the best weights, from iteration %d", best)
     model = trainer.checkpointer.model
     DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(path)
-    return DINOTrainer.test(cfg, model)
+    return DINOTrainer.test(cfg, model), path
 
 
 def _iteration_of(path: str) -> int | None:

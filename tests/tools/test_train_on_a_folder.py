@@ -60,7 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     names = {"names": list(COLOURS), "train": "../train/images", "val": "../valid/images", "test": "../test/images"}
     (data / "data.yaml").write_text(yaml.safe_dump(names))
     options = ("--data", data, "--config-file", RECIPE, "--epochs", 2, "--output", output)
-    result = run("-m", "dino_d2", "train", *options, *small(output), "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    result = run("-m", "dino_d2", "train", *options, *small(output), "INPUT.MIN_SIZE_TRAIN", "(64,)",
+                 "TEST.REPORT", "True")  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return output, result
 
@@ -70,6 +71,18 @@ def test_it_says_what_it_found_and_chose(trained: tuple[Path, subprocess.Complet
     assert "YOLO, 5 images to train on, 7 to evaluate on" in printed
     assert "SOLVER.MAX_ITER 6  # 2 epochs of 3: 5 images, 2 per step" in printed
     assert "SOLVER.BASE_LR" not in printed.split("Rank of current process")[0]  # the command's own
+
+
+def test_it_ends_with_a_report_of_the_best_weights(
+    trained: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    output, result = trained
+    assert f"{output}/report/index.html" in result.stdout
+    numbers = json.loads((output / "report" / "report.json").read_text())
+    recorded = json.loads((output / "inference" / "results.json").read_text())
+    assert numbers["metrics"]["AP"]["value"] == pytest.approx(recorded["metrics"]["bbox"]["AP"] or 0)
+    assert numbers["about"]["weights"] == recorded["weights"]
+    assert "total_loss" in (output / "report" / "index.html").read_text()  # curves
 
 
 def test_it_ends_with_ap_by_class_examples_and_the_next_command(

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Make a page that shows where a detector fails, or which of two is better."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dino_d2_cli import CommandParser, load_script, user_errors
+
+EXAMPLES = [
+    "output/mine",
+    "output/first output/second -o comparison",
+    "coco_instances_results.json --annotations val.json --images val -o report",
+    "--weights dino_r50_4scale_12ep -o output/val2017    # evaluates it first",
+]
+DESCRIPTION = """\
+Makes a folder with a page (index.html; it needs neither a server nor a network), every number (report.json) and every
+plot (plots/). RUN is the OUTPUT_DIR of an evaluated run, or a file of detections in COCO's results format with
+--annotations and --images. Two RUNs on the same images are compared. Without RUN, --weights are evaluated first; for
+other options and settings of the evaluation use dino-d2 evaluate … TEST.REPORT True.\
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(EXAMPLES, DESCRIPTION)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: RUN/report")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="in COCO format; default: the run's")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of --annotations")
+    parser.add_argument("--dataset", metavar="NAME", help="which, if the run was evaluated on several")
+    parser.add_argument("--weights", metavar="NAME_OR_PATH", help="evaluate these first")
+    parser.add_argument("--config-file", metavar="CONFIG", help="recipe or config file (default: that of --weights)")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="default: the one with the highest F1")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="for the 95 %% intervals, default %(default)s; 0: none"
+    )
+    parser.add_argument("--robustness", type=Path, metavar="FILE", help="robustness.json of dino-d2 robustness")
+    args = parser.parse_args(arguments)
+    if (args.annotations is None) != (args.images is None):
+        parser.error("--annotations and --images must be given together")
+    if len(args.runs) > 2:
+        parser.error("two RUNs can be compared, not more")
+    if bool(args.runs) == bool(args.weights):
+        parser.error("give a RUN, or --weights to evaluate")
+    if args.config_file and not args.weights:
+        parser.error("--config-file is for --weights")
+    if args.resamples < 0:
+        parser.error(f"--resamples {args.resamples} is negative")
+    if not args.output and (args.weights or len(args.runs) == 2 or args.runs[0].is_file()):
+        parser.error("give -o FOLDER")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.weights:
+        code = _evaluate(args)
+        if code:
+            return code
+        args.runs = [args.output]
+
+    from dino_d2.data import CocoFiles
+    from dino_d2.report.evaluated import find_evaluated
+    from dino_d2.report.make import FOLDER, make_comparison, make_report
+    from dino_d2.report.numbers import NumbersOptions
+
+    options = NumbersOptions(threshold=args.threshold, resamples=args.resamples)
+    with user_errors():
+        files = CocoFiles(args.annotations, args.images) if args.annotations else None
+        found = [find_evaluated(run, files, args.dataset) for run in args.runs]
+        folder = args.output or args.runs[0] / FOLDER
+        if len(found) == 2:
+            page = make_comparison(*found, folder, options)
+        else:
+            robustness = json.loads(args.robustness.read_text()) if args.robustness else None
+            page = make_report(found[0], folder, options, robustness)
+    print(page)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int | None:
+    """Evaluate --weights; the results go to --output."""
+    arguments = ["--eval-only", "--weights", args.weights, "--output", str(args.output)]
+    if args.config_file:
+        arguments += ["--config-file", args.config_file]
+    if args.annotations:
+        arguments += ["--val-json", str(args.annotations), "--val-images", str(args.images)]
+    return load_script("train_net")([*arguments, "TEST.QUERY_METRICS", "True"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
