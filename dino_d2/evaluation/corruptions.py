@@ -3,8 +3,8 @@
 They are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) in the form of COCO-C, for images of any size
 (Michaelis et al., arXiv 1907.07484), whose program is the PyPI package imagecorruptions. That package, last released in
 2021, is not used: it needs OpenCV, and NumPy 2 and scikit-image 0.26 lack functions that it calls (`np.float_`, the
-argument `multichannel`), as newer setuptools lack `pkg_resources`, so it would run only with shims. Here they are written
-with NumPy, SciPy and Pillow; the constants in `CORRUPTIONS` are the published ones. What differs:
+argument `multichannel`), as newer setuptools lack `pkg_resources`, so it would run only with shims. Here they are
+written with NumPy, SciPy and Pillow; the constants in `CORRUPTIONS` are the published ones. What differs:
 
 - Frost lays ice over the image. Their ice is one of five photographs without a known licence; ours is drawn, with the
   colour and contrast of those photographs.
@@ -97,6 +97,7 @@ def _defocus_blur(image: np.ndarray, rng: np.random.Generator, radius: int, blur
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = (x**2 + y**2 <= radius**2).astype(np.float32)
     taps = 1 if radius <= 8 else 2  # of the Gaussian that smooths the edge, on either side
+    # As published: mirrored at its border, the largest disk gains 1 % of its sum.
     disk = ndimage.gaussian_filter(disk / disk.sum(), blur, mode="mirror", radius=taps)
     padded = np.pad(image, [(reach, reach), (reach, reach), (0, 0)], mode="reflect")
     return signal.fftconvolve(padded, disk[..., None], mode="valid", axes=(0, 1))

@@ -87,7 +87,7 @@ def test_noise_has_the_published_size() -> None:
 @pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform"])
 def test_blurs_leave_a_plain_image_as_it_is(name: str) -> None:
     plain = np.full((40, 60, 3), (200, 90, 30), np.uint8)
-    assert np.abs(corrupt(plain, name, 5, 1).astype(int) - plain).max() <= 1
+    assert np.abs(corrupt(plain, name, 5, 1).astype(int) - plain).max() <= 2
 
 
 def test_a_point_is_blurred_to_a_disk() -> None:
