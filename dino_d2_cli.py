@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("convert_checkpoint", (), "convert weights from other DINO implementations, and back"),
     "export": ("export", (), "export a model to ONNX or torch.export"),
     "analyze": ("analyze", (), "count parameters and FLOPs"),
+    "robustness": ("robustness", (), "measure AP on corrupted images and at other sizes"),
     "plot": ("plot_run", (), "plot the curves of training runs"),
     "zoo": ("zoo", (), "list published weights"),
     "app": ("app", (), "start a local web page that detects objects in your images"),
