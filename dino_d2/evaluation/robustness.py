@@ -90,7 +90,7 @@ class Evaluation:
         annotations = MetadataCatalog.get(self.dataset).get("json_file")
         return {
             "data set": self.dataset,
-            "annotations": _digest([Path(annotations).read_bytes()]) if annotations else "",
+            "annotations": hashlib.sha256(Path(annotations).read_bytes()).hexdigest() if annotations else "",
             "weights": digest_of_weights(self.model),
         } | {key: value for key, value in values.items() if key.startswith(MATTERS) and key not in INDIFFERENT}
 
@@ -185,16 +185,10 @@ def measure(source: Source, cells: Sequence[Cell], folder: Path, processes: int 
 
 def digest_of_weights(model: nn.Module) -> str:
     """SHA-256 of all names and values of a model, the same whatever file they came from."""
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        parts += [name.encode(), tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
-    return _digest(parts)
-
-
-def _digest(parts: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
