@@ -20,19 +20,22 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
+from PIL import Image
 from torch import nn
 
 from dino_d2.config import flat
-from dino_d2.data import ImageMapper, build_test_augmentation, build_test_loader, register_datasets
+from dino_d2.data import ImageMapper, build_test_augmentation, build_test_loader, read_image, register_datasets
 from dino_d2.detector import Detector
 
 from .build import build_evaluator
+from .corruption_sheet import draw_corruptions
 from .corruptions import STRENGTHS, check_corruption, corrupt
 from .robustness_folder import CLEAN, Cell, check_folder, read_cells, write_cell, write_result
 from .settings import APSettings
 
+SHEET, STRENGTH_OF_SHEET = "corruptions.jpg", 3
 SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 MATTERS = ("MODEL.", "INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.")  # for AP
 INDIFFERENT = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.TRUST_WEIGHTS", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS")
@@ -83,6 +86,11 @@ class Evaluation:
         if cell == CLEAN and math.isnan(ap):
             raise ValueError(f"AP is not defined: {self.dataset} has no annotated objects, or nothing is found in it")
         return 0.0 if math.isnan(ap) else float(ap)
+
+    def draw_first_image(self) -> Image.Image:
+        """The first image of the test set under every corruption."""
+        record = next(iter(DatasetCatalog.get(self.dataset)))
+        return draw_corruptions(read_image(record["file_name"], "RGB"), STRENGTH_OF_SHEET)
 
     def settings(self) -> dict[str, Any]:
         """What AP depends on: digests of the weights and the annotations, and config values by key."""
@@ -154,6 +162,8 @@ def choose_cells(corruptions: Sequence[str], strengths: Sequence[int], sizes: Se
 def measure(source: Source, cells: Sequence[Cell], folder: Path, processes: int = 1) -> Iterator[tuple[Cell, float]]:
     """Evaluate the cells that are not yet in the folder; `robustness.json` there is kept up to date.
 
+    `corruptions.jpg` shows the first image under every corruption.
+
     Args:
         processes: that evaluate at the same time, each with a model of its own, on the same device.
 
@@ -170,6 +180,8 @@ def measure(source: Source, cells: Sequence[Cell], folder: Path, processes: int 
         resized(evaluate.cfg, cell.size)
     check_folder(folder, evaluate.settings())
     write_result(folder)
+    if not (folder / SHEET).is_file():
+        evaluate.draw_first_image().save(folder / SHEET)
     done = read_cells(folder)
     waiting = [cell for cell in cells if cell not in done]
     if processes == 1 or len(waiting) < 2:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 
 from dino_d2 import load_config
 from dino_d2.data import register_datasets
@@ -70,6 +71,8 @@ def test_ap_is_measured_in_every_cell(model_files: Path, tmp_path: Path, capsys:
     assert "size_2: AP " in printed
     assert "(7 of 7)" in printed
     assert "AP on clean images: " in printed
+    with Image.open(tmp_path / "corruptions.jpg") as sheet:  # four rows of four
+        assert min(sheet.size) > 4 * 320
 
 
 def test_processes_give_the_same(model_files: Path, tmp_path: Path) -> None:
