@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "export": ("export", (), "export a model to ONNX or torch.export"),
     "analyze": ("analyze", (), "count parameters and FLOPs"),
     "report": ("report", (), "make a page that shows where a detector fails, or which of two is better"),
+    "robustness": ("robustness", (), "measure AP on corrupted images and at other sizes"),
     "plot": ("plot_run", (), "plot the curves of training runs"),
     "zoo": ("zoo", (), "list published weights"),
     "app": ("app", (), "start a local web page that detects objects in your images"),

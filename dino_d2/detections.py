@@ -167,6 +167,54 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
+    def to_label_studio(
+        self,
+        image: str | None = None,
+        *,
+        from_name: str = "label",
+        to_name: str = "image",
+        model_version: str = "dino_d2",
+    ) -> dict[str, Any]:
+        """A task of Label Studio with the detections as pre-annotations; a list of tasks is a file to import.
+
+        Args:
+            image: what Label Studio shows: a URL, or a path that it serves; by default the path or URL that the
+                detections are from.
+            from_name, to_name: names of `RectangleLabels` and `Image` in the labelling config. The task's data has
+                the image under "image".
+            model_version: shown beside the pre-annotations.
+
+        Raises:
+            ValueError: the detections are from an array, and no `image` is given.
+        """
+        image = self.image if image is None else image
+        if not isinstance(image, str):
+            raise ValueError("Label Studio needs a URL or a path: pass it to to_label_studio")
+        height, width = self.image_size
+        scale = np.array([100 / width, 100 / height] * 2)  # to percent
+        limits = (self.boxes.reshape(-1, 4) * scale).clip(0, 100)
+        corners, sides = limits[:, :2].tolist(), (limits[:, 2:] - limits[:, :2]).tolist()
+        regions = [
+            {
+                "id": f"object_{number}",
+                "type": "rectanglelabels",
+                "from_name": from_name,
+                "to_name": to_name,
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "value": dict(zip(("x", "y", "width", "height"), (*corner, *side), strict=True))
+                | {"rotation": 0, "rectanglelabels": [name]},
+                "score": score,
+            }
+            for number, (name, score, corner, side) in enumerate(
+                zip(self.names, self.scores.tolist(), corners, sides, strict=True)
+            )
+        ]
+        mean = float(self.scores.mean()) if len(self) else 0.0  # Label Studio sorts tasks by it
+        prediction = {"model_version": model_version, "score": mean, "result": regions}
+        return {"data": {"image": image}, "predictions": [prediction]}
+
     def to_instances(self) -> Instances:
         """As detectron2's `Instances`, with pred_boxes, scores and pred_classes."""
         import torch

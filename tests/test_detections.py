@@ -128,6 +128,54 @@ def test_other_libraries_take_them() -> None:
     assert frame.loc[1, ["name", "x2"]].tolist() == ["dog", 60]
 
 
+def test_label_studio_takes_them() -> None:
+    """The fields that its documentation requires of pre-annotations with rectangles, in percent of the image."""
+    detections = found()
+    detections.image = "photo.jpg"
+    task = json.loads(json.dumps(detections.to_label_studio()))
+    assert task["data"] == {"image": "photo.jpg"}
+    (prediction,) = task["predictions"]
+    assert prediction["model_version"] == "dino_d2"
+    assert prediction["score"] == pytest.approx((0.9 + 0.6 + 0.2) / 3)
+    first, second, _ = prediction["result"]
+    assert first == {
+        "id": "object_0",
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": 80,
+        "original_height": 60,
+        "image_rotation": 0,
+        "value": {
+            "x": pytest.approx(12.5),
+            "y": pytest.approx(100 * 20 / 60),
+            "width": pytest.approx(25),
+            "height": pytest.approx(50),
+            "rotation": 0,
+            "rectanglelabels": ["cat"],
+        },
+        "score": pytest.approx(0.9),
+    }
+    assert second["value"]["rectanglelabels"] == ["dog"]
+    assert len({region["id"] for region in prediction["result"]}) == 3
+
+
+def test_label_studio_gets_names_and_boxes_inside_the_image() -> None:
+    detections = found(np.zeros((60, 80, 3), np.uint8))
+    detections.boxes = np.array([[-8, -6, 88, 66], [0, 0, 1, 1], [79, 59, 90, 90]], np.float32)
+    options = {"from_name": "box", "to_name": "photo", "model_version": "mine"}
+    task = detections.to_label_studio("https://example.org/photo.jpg", **options)
+    regions = task["predictions"][0]["result"]
+    assert {(region["from_name"], region["to_name"]) for region in regions} == {("box", "photo")}
+    assert [regions[0]["value"][side] for side in ("x", "y", "width", "height")] == [0, 0, 100, 100]
+    last = regions[2]["value"]
+    assert (last["x"] + last["width"], last["y"] + last["height"]) == (100, 100)
+    empty = detections[[]].to_label_studio("photo.jpg")["predictions"][0]
+    assert empty == {"model_version": "dino_d2", "score": 0.0, "result": []}
+    with pytest.raises(ValueError, match="needs a URL or a path: pass it to to_label_studio"):
+        detections.to_label_studio()
+
+
 def test_supervision_takes_them() -> None:
     pytest.importorskip("supervision")
     detections = found().to_supervision()

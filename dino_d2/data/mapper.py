@@ -30,7 +30,7 @@ class ImageMapper(DatasetMapper):
             ValueError: its size differs from the record's, a box is not four numbers, or a category is not an integer.
         """
         record = dict(dataset_dict)
-        pixels = read_image(record["file_name"], self.image_format)
+        pixels = self.read(record)
         detection_utils.check_image_size(record, pixels)
         augmented = T.AugInput(pixels)
         transforms = self.augmentations(augmented)
@@ -42,6 +42,10 @@ class ImageMapper(DatasetMapper):
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
             self._transform_annotations(record, transforms, augmented.image.shape[:2])
         return record
+
+    def read(self, record: dict[str, Any]) -> np.ndarray:
+        """The image of a record before any augmentation: (H, W, 3) uint8 in `INPUT.FORMAT`."""
+        return read_image(record["file_name"], self.image_format)
 
 
 def check_annotations(record: dict[str, Any]) -> None:
