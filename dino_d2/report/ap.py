@@ -78,9 +78,9 @@ def average_precision(evaluation: hotcoco.COCOeval, max_dets: int) -> AveragePre
 def tide(evaluation: hotcoco.COCOeval) -> dict[str, float | None]:
     """AP50 in percent, and how many points it would gain without each kind of error."""
     errors = evaluation.tide_errors(pos_thr=IOU, bg_thr=FAINT)
-    return {"ap50": 100 * errors["ap_base"]} | {
-        name: 100 * errors["delta_ap"][short] for name, short in TIDE.items()
-    }
+    if not (evaluation.eval["precision"] > -1).any():  # no objects
+        return dict.fromkeys(("ap50", *TIDE))
+    return {"ap50": 100 * errors["ap_base"]} | {name: 100 * errors["delta_ap"][short] for name, short in TIDE.items()}
 
 
 def calibration(evaluation: hotcoco.COCOeval) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,41 +13,6 @@ from .errors import KINDS, Judgement
 FAINTEST = 0.05  # score of the detections that are drawn
 DRAWN = 100  # detections of an image
 CASES = ("missed", "false", "wrong_class", "badly_placed", "duplicate", "sure_but_wrong")
-
-
-@dataclass(frozen=True)
-class Model:
-    """What one model found, and what it is worth."""
-
-    found: Found
-    judgement: Judgement
-
-
-@dataclass(frozen=True)
-class ImageScores:
-    """right, wrong, missed: (images,) int64, numbers of sure detections and of objects without one."""
-
-    right: np.ndarray
-    wrong: np.ndarray
-    missed: np.ndarray
-
-    @property
-    def f1(self) -> np.ndarray:
-        """(images,) in percent; 100 where there is nothing to find and nothing found."""
-        total = 2 * self.right + self.wrong + self.missed
-        return np.where(total > 0, 200 * self.right / np.maximum(total, 1), 100.0)
-
-    def worst_first(self) -> np.ndarray:
-        """(images,) indices."""
-        return np.lexsort((-self.wrong - self.missed, self.f1))
-
-
-def image_scores(truth: Truth, found: Found, judgement: Judgement) -> ImageScores:
-    right = judgement.sure & judgement.is_kind("right")
-    wrong = judgement.sure & ~right & ~judgement.is_kind("ignored")
-    missed = ~judgement.found & ~truth.crowd
-    images = (found.image[right], found.image[wrong], truth.image[missed])
-    return ImageScores(*(np.bincount(x, minlength=len(truth.ids)) for x in images))
 
 
 def rank_cases(truth: Truth, found: Found, judgement: Judgement, sure_score: float) -> dict[str, np.ndarray]:
@@ -95,9 +59,8 @@ def truth_of_image(truth: Truth, judgement: Judgement, image: int) -> list[list]
     return [[*box, *map(int, row)] for box, row in zip(_rounded(truth.xywh[part]), rows, strict=True)]
 
 
-def found_of_image(model: Model, image: int) -> list[list]:
+def found_of_image(found: Found, judgement: Judgement, image: int) -> list[list]:
     """[x1, y1, x2, y2, class, score, kind] of each detection that is drawn, surest first."""
-    found, judgement = model.found, model.judgement
     part = _part(found.image, image)
     number = int((found.score[part] >= min(FAINTEST, judgement.threshold)).sum())
     part = slice(part.start, part.start + min(number, DRAWN))

@@ -70,16 +70,14 @@ def resample(truth: Truth, found: Found, matches: Matches, weights: np.ndarray) 
     samples = weights.shape[1]
     sums, numbers = (np.zeros((len(AREAS), len(THRESHOLDS), samples)) for _ in range(2))
     classes, classes50 = (np.full((len(truth.classes), samples), np.nan, np.float32) for _ in range(2))
-    by_class = [np.split(np.argsort(x, kind="stable"), _ends(x, len(truth.classes))) for x in (found.label, truth.label)]
+    by_class = (_by_class(labels, len(truth.classes)) for labels in (found.label, truth.label))
     for label, (mine, objects) in enumerate(zip(*by_class, strict=True)):
         mine = mine[np.argsort(-found.score[mine], kind="stable")]
         for area in range(len(AREAS)):
             counted = objects[matches.counted[area, objects]]
             if not len(counted):
                 continue
-            ap = average_precision(
-                matches.status[area][:, mine], found.image[mine], truth.image[counted], weights
-            )
+            ap = average_precision(matches.status[area][:, mine], found.image[mine], truth.image[counted], weights)
             if area == 0:
                 classes[label], classes50[label] = 100 * ap.mean(0), 100 * ap[0]
             known = np.isfinite(ap)
@@ -113,9 +111,7 @@ def average_precision(
     place = np.cumsum(single)
     others = np.flatnonzero(some & ~single & (place < place[-1:]))
     width = int(place[-1]) if len(place) else 0
-    before = csr_matrix(
-        (np.ones(len(others), np.float32), (place[others], image[others])), shape=(width, len(weights))
-    )
+    before = csr_matrix((np.ones(len(others), np.float32), (place[others], image[others])), shape=(width, len(weights)))
     status, image = status[:, single], image[single]
     objects = np.bincount(object_image, minlength=len(weights)).astype(np.float32) @ weights
     ap = np.zeros((len(status), weights.shape[1]), np.float32)
@@ -150,5 +146,7 @@ def _area(right: np.ndarray, counted: np.ndarray, objects: np.ndarray) -> np.nda
     return np.einsum("ns,ns->s", precision, reached) / (RECALLS + 1)
 
 
-def _ends(labels: np.ndarray, classes: int) -> np.ndarray:
-    return np.cumsum(np.bincount(labels, minlength=classes))[:-1]
+def _by_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """Indices of the entries of each class."""
+    ends = np.cumsum(np.bincount(labels, minlength=classes))
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])

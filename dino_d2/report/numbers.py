@@ -3,50 +3,244 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from dino_d2.data import CocoFiles
-from dino_d2.detections import DEFAULT_THRESHOLD
-from dino_d2.evaluation import f1
+from dino_d2.evaluation.f1 import Matches as ScoredMatches
+from dino_d2.evaluation.f1 import best_f1
 
-from . import ap, cases
-from .dataset import Found, Truth, read_found, read_truth
-from .errors import BACKGROUND, LISTED, Judgement, confusion, judge
-from .intervals import draw_samples, interval, ratio, resample
+from .cases import (
+    CASES,
+    DRAWN,
+    FAINTEST,
+    choose_images,
+    found_of_image,
+    image_entry,
+    places_in,
+    rank_cases,
+    truth_of_image,
+)
+from .dataset import Truth, read_truth
+from .errors import BACKGROUND, LISTED, confusion
+from .intervals import Samples, draw_samples
 from .label_errors import LabelError, label_errors, sure_score
-from .matches import IGNORED, RIGHT, Matches, match, overlapping
+from .model import Model, NumbersOptions, evaluate_model, metric, scored_matches
 from .slices import neighbours, slices
 
+__all__ = ["NumbersOptions", "report_numbers"]
+
 FORMAT = 1
-THRESHOLDS = np.linspace(0, 1, 101)  # of the curves of F1
+CURVE = np.linspace(0, 1, 101)  # thresholds of the curves of F1
 CONFUSED = 3  # classes that a class is most often taken for
-FEWEST_DETS = 10  # hotcoco's limit
 
 
-@dataclass(frozen=True)
-class NumbersOptions:
-    """max_dets: detections of an image and class that count. threshold: score that a detection must exceed for
-    precision, recall and the like, in [0, 1); None: the one with the best F1. resamples: for intervals; 0: none.
-    gallery: number of images that are shown.
+def report_numbers(
+    files: CocoFiles,
+    detections: Sequence[dict[str, Any]],
+    about: dict[str, str],
+    title: str,
+    options: NumbersOptions,
+    queries: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Everything that the page of a report shows, ready for JSON: numbers that are not known are None.
+
+    Percentages are in [0, 100], scores and calibration in [0, 1]; boxes are x1, y1, x2, y2 in pixels.
+
+    Args:
+        detections: in COCO's results format.
+        about: text by its label, shown as it is.
+        queries: metrics of :class:`dino_d2.evaluation.QueryEvaluator`.
 
     Raises:
-        ValueError: a value is out of its range.
+        FileNotFoundError, ValueError: see :func:`dino_d2.report.dataset.read_truth` and
+            :func:`dino_d2.report.dataset.read_found`.
     """
+    truth = read_truth(files)
+    model = evaluate_model(truth, detections, options, errors=True)
+    weights = sample_weights(truth, options)
+    samples = None if weights is None else model.samples(weights)
+    near = neighbours(truth)
+    cells = confusion(truth, model.found, model.judgement)
+    values = model.values()
+    shown, left_out = _pictures(model, label_errors(truth, model.found, model.judgement, near), options)
+    numbers = {
+        "format": FORMAT,
+        "title": title,
+        "made": made(),
+        "about": about,
+        "dataset": dataset_entry(truth, options)
+        | {
+            "detections": model.found.given,
+            "detections_counted": len(model.found),
+        },
+        "threshold": {"score": model.judgement.threshold, "chosen": model.chosen},
+        "metrics": {name: metric(value, samples.metrics[name] if samples else None) for name, value in values.items()},
+        "queries": queries,
+        "classes": _classes(model, samples, cells),
+        "f1": _f1_curve(scored_matches(truth, model.found, model.matches)),
+        "tide": model.tide,
+        "confusion": {"cells": cells},
+        "calibration": model.calibration,
+        "slices": slices(truth, model.judgement.found, near, [values[name] for name in ("APs", "APm", "APl")], weights),
+        **shown,
+        "left_out": [*left_out_of_data(model), *left_out, *left_out_of_intervals(truth, options)],
+    }
+    return tidy(numbers, exact=("metrics", "threshold"))
 
-    max_dets: int = 100
-    threshold: float | None = None
-    resamples: int = 1000
-    seed: int = 0
-    gallery: int = 200
 
-    def __post_init__(self) -> None:
-        if self.max_dets < FEWEST_DETS:
-            raise ValueError(f"max_dets is {self.max_dets}; a report needs at least {FEWEST_DETS}")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}; it must be at least 0 and less than 1")
-        if self.resamples < 0 or self.gallery < 0 or self.seed < 0:
-            raise ValueError("resamples, gallery and seed must not be negative")
+def sample_weights(truth: Truth, options: NumbersOptions) -> np.ndarray | None:
+    """How often each image is in each bootstrap sample; None without intervals."""
+    if not options.resamples or len(truth.ids) < 2:
+        return None
+    return draw_samples(len(truth.ids), options.resamples, options.seed)
+
+
+def dataset_entry(truth: Truth, options: NumbersOptions) -> dict[str, int]:
+    objects = int((~truth.crowd).sum())
+    return {
+        "images": len(truth.ids),
+        "objects": objects,
+        "crowds": len(truth.crowd) - objects,
+        "max_dets": options.max_dets,
+    }
+
+
+def made() -> str:
+    return datetime.now().strftime("%Y-%m-%d %H:%M")
+
+
+def tidy(value: Any, exact: tuple[str, ...] = ()) -> Any:
+    """Ready for JSON: NaN is None, and numbers have four decimals, except under the keys `exact`."""
+    if isinstance(value, dict):
+        return {key: x if key in exact else tidy(x, exact) for key, x in value.items()}
+    if isinstance(value, list):
+        return [tidy(x, exact) for x in value]
+    if isinstance(value, float):  # NumPy's float64, too
+        return round(float(value), 4) if np.isfinite(value) else None
+    return value
+
+
+def left_out_of_intervals(truth: Truth, options: NumbersOptions) -> list[str]:
+    if not options.resamples:
+        return ["There are no intervals: they were switched off."]
+    if len(truth.ids) < 2:
+        return ["There are no intervals: they need two images."]
+    return [
+        f"Intervals hold in 95 of 100 cases: they are the middle 95 % of {options.resamples} bootstrap samples of the "
+        "images. They say how much depends on the choice of images, not on the training's random numbers."
+    ]
+
+
+def left_out_of_data(model: Model) -> list[str]:
+    sentences = list(model.truth.notes)
+    beyond = model.found.given - len(model.found)
+    if beyond:
+        sentences.append(f"{beyond} detections do not count: they are not among the best of their image and class.")
+    return sentences
+
+
+def left_out_of_gallery(shown: int, images: int) -> list[str]:
+    sentences = [
+        f"Pictures show detections that score at least {FAINTEST}, at most {DRAWN} of an image. Cells of the confusion "
+        f"matrix name at most {LISTED} images."
+    ]
+    if shown < images:
+        sentences.append(f"{shown} of {images} images are shown: the worst, and the clearest of each kind of error.")
+    return sentences
+
+
+def _classes(model: Model, samples: Samples | None, cells: list[list]) -> list[dict[str, Any]]:
+    truth, found, judgement = model.truth, model.found, model.judgement
+    number = len(truth.classes)
+    objects = np.bincount(truth.label[~truth.crowd], minlength=number)
+    pairs = np.unique(np.stack([truth.label, truth.image], axis=1)[~truth.crowd], axis=0)
+    images = np.bincount(pairs[:, 0], minlength=number)
+    right = judgement.sure & judgement.is_kind("right")
+    all_sure = judgement.sure & ~judgement.is_kind("ignored")
+    hits, sure = (np.bincount(found.label[x], minlength=number) for x in (right, all_sure))
+    confused = _confused_with(cells, number)
+    rows = []
+    for label, name in enumerate(truth.classes):
+        matches = scored_matches(truth, found, model.matches, label)
+        best, threshold = best_f1(matches)
+        ap = metric(model.precision.classes[label], samples.classes[label] if samples else None)
+        rows.append(
+            {
+                "name": name,
+                "objects": int(objects[label]),
+                "images": int(images[label]),
+                "AP": ap["value"],
+                "AP_low": ap["low"],
+                "AP_high": ap["high"],
+                "AP50": model.precision.classes50[label],
+                "precision": 100 * hits[label] / sure[label] if sure[label] else None,
+                "recall": 100 * hits[label] / objects[label] if objects[label] else None,
+                "best_threshold": threshold,
+                "best_F1": 100 * best,
+                "confused_with": confused[label],
+                "pr": model.precision.curves[:, label].tolist() if objects[label] else None,
+                "f1": _f1_curve(matches),
+            }
+        )
+    return rows
+
+
+def _confused_with(cells: list[list], classes: int) -> list[list[list[int]]]:
+    confused: list[list[list[int]]] = [[] for _ in range(classes)]
+    for true, other, count, _ in sorted(cells, key=lambda cell: -cell[2]):
+        if BACKGROUND not in (true, other) and true != other and len(confused[true]) < CONFUSED:
+            confused[true].append([other, count])
+    return confused
+
+
+def _f1_curve(matches: ScoredMatches) -> list[list[float]] | None:
+    """Thresholds, and F1 in percent of the detections that score more; None without objects."""
+    if not matches.objects:
+        return None
+    all_scores, right = np.sort(matches.scores), np.sort(matches.scores[matches.right])
+    above, hits = (len(x) - np.searchsorted(x, CURVE, side="right") for x in (all_scores, right))
+    return [CURVE.tolist(), (200 * hits / (above + matches.objects)).tolist()]
+
+
+def _pictures(model: Model, errors: list[LabelError], options: NumbersOptions) -> tuple[dict[str, Any], list[str]]:
+    """The images of the gallery, the cases in them, and what is left out."""
+    truth, found, judgement = model.truth, model.found, model.judgement
+    ranked = rank_cases(truth, found, judgement, sure_score(found, judgement))
+    worst = np.lexsort((-model.counts.wrong - model.counts.missed, model.counts.f1))
+    of_images = {case: truth.image if case == "missed" else found.image for case in CASES}
+    rankings = [worst, np.array([x.image for x in errors], np.int64), *(of_images[x][ranked[x]] for x in CASES)]
+    chosen = set(choose_images(rankings, options.gallery))
+    gallery = [image for image in worst.tolist() if image in chosen]
+    images = [
+        image_entry(truth, image)
+        | {
+            "F1": float(model.counts.f1[image]),
+            "truth": truth_of_image(truth, judgement, image),
+            "found": found_of_image(found, judgement, image),
+        }
+        for image in gallery
+    ]
+    cases: dict[str, list] = {
+        case: places_in(gallery, of_images[case], ranked[case], None if case == "missed" else DRAWN) for case in CASES
+    }
+    cases["worst_images"] = [place for place, image in enumerate(gallery) if model.counts.f1[image] < 100]
+    place = {image: number for number, image in enumerate(gallery)}
+    likely = [
+        {
+            "image": place[x.image],
+            "box": np.round(x.box, 1).tolist(),
+            "class": x.label,
+            "score": x.score,
+            "kind": x.kind,
+            "reason": x.reason,
+        }
+        for x in errors
+        if x.image in place
+    ]
+    left_out = left_out_of_gallery(len(gallery), len(truth.ids))
+    if len(likely) < len(errors):
+        left_out.append(f"{len(likely)} of {len(errors)} likely label errors are shown: those in the images shown.")
+    return {"images": images, "cases": cases, "label_errors": likely}, left_out

@@ -11,10 +11,24 @@ from .intervals import interval, ratio
 from .matches import AREAS, Pairs, overlapping
 
 # (name, upper limit); a value on the limit is in the next bin.
-SIZES = (("small (under 32 px)", AREAS["small"][1]), ("medium (32 to 96 px)", AREAS["medium"][1]), ("large", np.inf))
-SHAPES = (("tall (over 2:1)", 0.5), ("upright", 0.8), ("square (up to 5:4)", 1.25), ("lying", 2), ("wide", np.inf))
-CROWDING = (("free (IoU with others under 0.1)", 0.1), ("overlapped (0.1 to 0.3)", 0.3), ("crowded", np.inf))
-BORDER = (("at the border (under 2 px)", 2), ("near it (2 to 16 px)", 16), ("inside", np.inf))
+SIZES = (
+    ("small (under 32 px)", AREAS["small"][1]),
+    ("medium (32 to 96 px)", AREAS["medium"][1]),
+    ("large (over 96 px)", np.inf),
+)
+SHAPES = (  # width / height
+    ("tall (over 2:1)", 1 / 2),
+    ("upright", 4 / 5),
+    ("square (within 5:4)", 5 / 4),
+    ("lying", 2),
+    ("wide (over 2:1)", np.inf),
+)
+CROWDING = (  # largest IoU with another object
+    ("free (IoU with others under 0.1)", 0.1),
+    ("overlapped (0.1 to 0.3)", 0.3),
+    ("crowded (over 0.3)", np.inf),
+)
+BORDER = (("at the border (under 2 px)", 2), ("near it (2 to 16 px)", 16), ("inside (over 16 px)", np.inf))
 Bins = tuple[tuple[str, float], ...]
 
 
