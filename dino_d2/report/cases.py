@@ -1,17 +1,14 @@
-"""Which images are shown, and where to look in them."""
+"""Missed objects and wrong detections, the clearest first, and a choice of images with some of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from .dataset import Found, Truth, corners, rank_in_group
-from .errors import KINDS, Judgement
+from .dataset import Found, Truth, rank_in_group
+from .errors import Judgement
 
-FAINTEST = 0.05  # score of the detections that are drawn
-DRAWN = 100  # detections of an image
 CASES = ("missed", "false", "wrong_class", "badly_placed", "duplicate", "sure_but_wrong")
 
 
@@ -50,55 +47,3 @@ def choose_images(rankings: Sequence[np.ndarray], number: int) -> list[int]:
         if len(chosen) == number:
             break
     return list(chosen)
-
-
-def truth_of_image(truth: Truth, judgement: Judgement, image: int) -> list[list]:
-    """[x1, y1, x2, y2, class, found, crowd] of each object."""
-    part = _part(truth.image, image)
-    rows = zip(truth.label[part], judgement.found[part], truth.crowd[part], strict=True)
-    return [[*box, *map(int, row)] for box, row in zip(_rounded(truth.xywh[part]), rows, strict=True)]
-
-
-def found_of_image(found: Found, judgement: Judgement, image: int) -> list[list]:
-    """[x1, y1, x2, y2, class, score, kind] of each detection that is drawn, surest first."""
-    part = _part(found.image, image)
-    number = int((found.score[part] >= min(FAINTEST, judgement.threshold)).sum())
-    part = slice(part.start, part.start + min(number, DRAWN))
-    rows = zip(found.label[part], found.score[part], judgement.kind[part], strict=True)
-    return [
-        [*box, int(label), round(float(score), 4), KINDS[kind]]
-        for box, (label, score, kind) in zip(_rounded(found.xywh[part]), rows, strict=True)
-    ]
-
-
-def image_entry(truth: Truth, image: int) -> dict[str, Any]:
-    """What the models have in common; objects are counted without crowds."""
-    part = _part(truth.image, image)
-    width, height = truth.sizes[image].tolist()
-    entry = {"id": truth.ids[image], "file": truth.names[image], "width": width, "height": height}
-    return entry | {"objects": int((~truth.crowd[part]).sum())}
-
-
-def places_in(gallery: Sequence[int], of_images: np.ndarray, items: np.ndarray, limit: int | None) -> list[list[int]]:
-    """[place of the image in the gallery, place of the item in the image] of the items that are shown.
-
-    Args:
-        of_images: (n,) sorted images of all objects or detections.
-        items: indices into them.
-        limit: number of items of an image that are shown; None: all.
-    """
-    place = {image: number for number, image in enumerate(gallery)}
-    inside = items - np.searchsorted(of_images, of_images[items])
-    return [
-        [place[image], number]
-        for image, number in zip(of_images[items].tolist(), inside.tolist(), strict=True)
-        if image in place and (limit is None or number < limit)
-    ]
-
-
-def _part(of_images: np.ndarray, image: int) -> slice:
-    return slice(*np.searchsorted(of_images, [image, image + 1]))
-
-
-def _rounded(xywh: np.ndarray) -> list[list[float]]:
-    return np.round(corners(xywh), 1).tolist()

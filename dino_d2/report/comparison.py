@@ -9,15 +9,15 @@ import numpy as np
 
 from dino_d2.data import CocoFiles
 
-from .cases import choose_images, found_of_image, image_entry, truth_of_image
-from .dataset import Truth, read_truth
+from .cases import choose_images
+from .dataset import read_truth
+from .gallery import found_of_image, image_entry, left_out_of_gallery, truth_of_image
 from .intervals import interval
 from .model import Model, NumbersOptions, evaluate_model
 from .numbers import (
     FORMAT,
     dataset_entry,
     left_out_of_data,
-    left_out_of_gallery,
     left_out_of_intervals,
     made,
     sample_weights,
@@ -60,7 +60,7 @@ def compare_numbers(
         )
         for label, name in enumerate(truth.classes)
     ]
-    pictures = _pictures(truth, models, options)
+    gallery, pictures = _pictures(models, options.gallery)
     notes = dict.fromkeys(sentence for model in models for sentence in left_out_of_data(model))
     numbers = {
         "format": FORMAT,
@@ -74,7 +74,7 @@ def compare_numbers(
         **pictures,
         "left_out": [
             *notes,
-            *left_out_of_gallery(len(pictures["images"]), len(truth.ids)),
+            *left_out_of_gallery(models[0], gallery),
             *left_out_of_intervals(truth, options),
             "Of 20 classes that are equally good, about one looks significantly different by chance.",
         ],
@@ -105,31 +105,28 @@ def _verdict(names: Sequence[str], ap: dict[str, Any]) -> str:
     return f"{better} is better by {abs(difference):.1f} AP (95 % interval {low:.1f} to {high:.1f})."
 
 
-def _pictures(truth: Truth, models: Sequence[Model], options: NumbersOptions) -> dict[str, list]:
-    """Images that changed most, in both directions; if there is room, the worst, too."""
+def _pictures(models: Sequence[Model], number: int) -> tuple[list[int], dict[str, list]]:
+    """Images that changed most, in both directions; if there is room, the worst of the others, too."""
     scores = [model.counts.f1 for model in models]
     change = scores[1] - scores[0]
-    better = np.argsort(-change, kind="stable")
-    better = better[change[better] > 0]
-    worse = np.argsort(change, kind="stable")
-    worse = worse[change[worse] < 0]
-    changed = choose_images([better, worse], options.gallery)
+    better, worse = (np.argsort(-sign * change, kind="stable") for sign in (1, -1))
+    better, worse = better[change[better] > 0], worse[change[worse] < 0]
+    gallery = choose_images([better, worse], number)
     alike = np.flatnonzero(change == 0)
-    rest = choose_images([alike[np.argsort(scores[1][alike], kind="stable")]], options.gallery - len(changed))
-    gallery = [*changed, *rest]
+    gallery += choose_images([alike[np.argsort(scores[1][alike], kind="stable")]], number - len(gallery))
     place = {image: number for number, image in enumerate(gallery)}
-    return {
-        "images": [_image(truth, models, image) for image in gallery],
+    return gallery, {
+        "images": [_image(models, image) for image in gallery],
         "better": [place[image] for image in better.tolist() if image in place],
         "worse": [place[image] for image in worse.tolist() if image in place],
     }
 
 
-def _image(truth: Truth, models: Sequence[Model], image: int) -> dict[str, Any]:
-    """`truth` says which objects the second model found, `found_by_a` which the first."""
-    entry = image_entry(truth, image) | {"truth": truth_of_image(truth, models[1].judgement, image)}
-    entry["found_by_a"] = [row[5] for row in truth_of_image(truth, models[0].judgement, image)]
+def _image(models: Sequence[Model], image: int) -> dict[str, Any]:
+    """In "truth" stands which objects the second model found, in "found_by_a" which the first."""
+    entry = image_entry(models[1].truth, image) | {"truth": truth_of_image(models[1], image)}
+    entry["found_by_a"] = [row[5] for row in truth_of_image(models[0], image)]
     for name, model in zip("ab", models, strict=True):
         entry[f"F1_{name}"] = float(model.counts.f1[image])
-        entry[f"found_{name}"] = found_of_image(model.found, model.judgement, image)
+        entry[f"found_{name}"] = found_of_image(model, image)
     return entry

@@ -74,6 +74,15 @@ def corners(xywh: np.ndarray) -> np.ndarray:
     return np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
 
 
+def part_of(of_images: np.ndarray, image: int) -> slice:
+    """Where the entries of an image are.
+
+    Args:
+        of_images: (n,) sorted images of all entries.
+    """
+    return slice(*np.searchsorted(of_images, [image, image + 1]))
+
+
 def read_truth(files: CocoFiles) -> Truth:
     """
     Raises:

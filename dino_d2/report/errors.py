@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,8 +85,12 @@ def _is_found(truth: Truth, found: Found, pairs: Pairs, matches: Matches, sure: 
     return by_sure[pairs.object] | (by[pairs.object] < pairs.found)
 
 
-def confusion(truth: Truth, found: Found, judgement: Judgement) -> list[list]:
-    """Cells [true class, found class, count, ids of images], of the sure detections; `BACKGROUND` for no class."""
+def confusion(truth: Truth, found: Found, judgement: Judgement, first: Sequence[int]) -> list[list]:
+    """Cells [true class, found class, count, ids of images], of the sure detections; `BACKGROUND` for no class.
+
+    Args:
+        first: indices of images whose ids come first.
+    """
     matched = judgement.sure & (judgement.is_kind("right") | judgement.is_kind("wrong_class"))
     alone = judgement.sure & ~matched & ~judgement.is_kind("ignored")
     missed = ~truth.crowd
@@ -96,7 +101,9 @@ def confusion(truth: Truth, found: Found, judgement: Judgement) -> list[list]:
     both = np.stack([np.concatenate(true_class), np.concatenate(found_class)], axis=1)
     cells, cell, counts = np.unique(both, axis=0, return_inverse=True, return_counts=True)
     images = np.split(image[np.argsort(cell.ravel(), kind="stable")], np.cumsum(counts)[:-1])
-    return [
-        [*map(int, pair), int(count), [truth.ids[x] for x in np.unique(part)[:LISTED]]]
-        for pair, count, part in zip(cells, counts, images, strict=False)
-    ]
+    rows = []
+    for pair, count, part in zip(cells, counts, images, strict=False):
+        part = np.unique(part)
+        part = part[np.argsort(~np.isin(part, first), kind="stable")][:LISTED]
+        rows.append([*map(int, pair), int(count), [truth.ids[x] for x in part]])
+    return rows

@@ -82,7 +82,7 @@ def match(truth: Truth, found: Found, pairs: Pairs, areas: tuple[str, ...] = tup
         for place, threshold in enumerate(THRESHOLDS):
             objects = take_in_turn(ordered[ordered.iou >= threshold], groups, truth.crowd)
             status[number, place] = np.where(objects < 0, -outside.astype(np.int8), RIGHT)
-            status[number, place, (objects >= 0) & ignored[objects]] = IGNORED
+            status[number, place, np.append(ignored, False)[objects]] = IGNORED  # -1 is the appended one
             if number == place == 0:
                 matched = objects
     return Matches(status, counted, matched)

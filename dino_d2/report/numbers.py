@@ -12,21 +12,11 @@ from dino_d2.data import CocoFiles
 from dino_d2.evaluation.f1 import Matches as ScoredMatches
 from dino_d2.evaluation.f1 import best_f1
 
-from .cases import (
-    CASES,
-    DRAWN,
-    FAINTEST,
-    choose_images,
-    found_of_image,
-    image_entry,
-    places_in,
-    rank_cases,
-    truth_of_image,
-)
 from .dataset import Truth, read_truth
 from .errors import BACKGROUND, LISTED, confusion
+from .gallery import choose_gallery, left_out_of_errors, left_out_of_gallery, show
 from .intervals import Samples, draw_samples
-from .label_errors import LabelError, label_errors, sure_score
+from .label_errors import label_errors
 from .model import Model, NumbersOptions, evaluate_model, metric, scored_matches
 from .slices import neighbours, slices
 
@@ -63,19 +53,17 @@ def report_numbers(
     weights = sample_weights(truth, options)
     samples = None if weights is None else model.samples(weights)
     near = neighbours(truth)
-    cells = confusion(truth, model.found, model.judgement)
+    errors = label_errors(truth, model.found, model.judgement, near)
+    gallery = choose_gallery(model, errors, options.gallery)
+    cells = confusion(truth, model.found, model.judgement, gallery)
     values = model.values()
-    shown, left_out = _pictures(model, label_errors(truth, model.found, model.judgement, near), options)
     numbers = {
         "format": FORMAT,
         "title": title,
         "made": made(),
         "about": about,
         "dataset": dataset_entry(truth, options)
-        | {
-            "detections": model.found.given,
-            "detections_counted": len(model.found),
-        },
+        | {"detections": model.found.given, "detections_counted": len(model.found)},
         "threshold": {"score": model.judgement.threshold, "chosen": model.chosen},
         "metrics": {name: metric(value, samples.metrics[name] if samples else None) for name, value in values.items()},
         "queries": queries,
@@ -85,8 +73,14 @@ def report_numbers(
         "confusion": {"cells": cells},
         "calibration": model.calibration,
         "slices": slices(truth, model.judgement.found, near, [values[name] for name in ("APs", "APm", "APl")], weights),
-        **shown,
-        "left_out": [*left_out_of_data(model), *left_out, *left_out_of_intervals(truth, options)],
+        **show(model, gallery, errors),
+        "left_out": [
+            *left_out_of_data(model),
+            *left_out_of_gallery(model, gallery),
+            f"Cells of the confusion matrix name at most {LISTED} images.",
+            *left_out_of_errors(errors, gallery),
+            *left_out_of_intervals(truth, options),
+        ],
     }
     return tidy(numbers, exact=("metrics", "threshold"))
 
@@ -142,16 +136,6 @@ def left_out_of_data(model: Model) -> list[str]:
     return sentences
 
 
-def left_out_of_gallery(shown: int, images: int) -> list[str]:
-    sentences = [
-        f"Pictures show detections that score at least {FAINTEST}, at most {DRAWN} of an image. Cells of the confusion "
-        f"matrix name at most {LISTED} images."
-    ]
-    if shown < images:
-        sentences.append(f"{shown} of {images} images are shown: the worst, and the clearest of each kind of error.")
-    return sentences
-
-
 def _classes(model: Model, samples: Samples | None, cells: list[list]) -> list[dict[str, Any]]:
     truth, found, judgement = model.truth, model.found, model.judgement
     number = len(truth.classes)
@@ -203,44 +187,3 @@ def _f1_curve(matches: ScoredMatches) -> list[list[float]] | None:
     all_scores, right = np.sort(matches.scores), np.sort(matches.scores[matches.right])
     above, hits = (len(x) - np.searchsorted(x, CURVE, side="right") for x in (all_scores, right))
     return [CURVE.tolist(), (200 * hits / (above + matches.objects)).tolist()]
-
-
-def _pictures(model: Model, errors: list[LabelError], options: NumbersOptions) -> tuple[dict[str, Any], list[str]]:
-    """The images of the gallery, the cases in them, and what is left out."""
-    truth, found, judgement = model.truth, model.found, model.judgement
-    ranked = rank_cases(truth, found, judgement, sure_score(found, judgement))
-    worst = np.lexsort((-model.counts.wrong - model.counts.missed, model.counts.f1))
-    of_images = {case: truth.image if case == "missed" else found.image for case in CASES}
-    rankings = [worst, np.array([x.image for x in errors], np.int64), *(of_images[x][ranked[x]] for x in CASES)]
-    chosen = set(choose_images(rankings, options.gallery))
-    gallery = [image for image in worst.tolist() if image in chosen]
-    images = [
-        image_entry(truth, image)
-        | {
-            "F1": float(model.counts.f1[image]),
-            "truth": truth_of_image(truth, judgement, image),
-            "found": found_of_image(found, judgement, image),
-        }
-        for image in gallery
-    ]
-    cases: dict[str, list] = {
-        case: places_in(gallery, of_images[case], ranked[case], None if case == "missed" else DRAWN) for case in CASES
-    }
-    cases["worst_images"] = [place for place, image in enumerate(gallery) if model.counts.f1[image] < 100]
-    place = {image: number for number, image in enumerate(gallery)}
-    likely = [
-        {
-            "image": place[x.image],
-            "box": np.round(x.box, 1).tolist(),
-            "class": x.label,
-            "score": x.score,
-            "kind": x.kind,
-            "reason": x.reason,
-        }
-        for x in errors
-        if x.image in place
-    ]
-    left_out = left_out_of_gallery(len(gallery), len(truth.ids))
-    if len(likely) < len(errors):
-        left_out.append(f"{len(likely)} of {len(errors)} likely label errors are shown: those in the images shown.")
-    return {"images": images, "cases": cases, "label_errors": likely}, left_out
