@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from benchmark_evaluation import CLASSES, DETECTIONS, HEIGHT, OBJECTS, WIDTH, boxes
 
+from benchmark_evaluation import CLASSES, DETECTIONS, HEIGHT, OBJECTS, WIDTH, boxes
 from dino_d2.data import CocoFiles
 from dino_d2.report.comparison import compare_numbers
 from dino_d2.report.numbers import NumbersOptions, report_numbers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,8 +90,8 @@ def read_truth(files: CocoFiles) -> Truth:
     """
     content = read_coco(files.annotations)
     try:
-        return _truth(content, files.annotations)
-    except (KeyError, TypeError) as error:
+        return _truth(content)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{files.annotations}: an entry is not as in COCO's format ({type(error).__name__}: {error}); "
             "dino-d2 check_dataset lists what is wrong"
@@ -114,7 +113,7 @@ def read_found(detections: Sequence[dict[str, Any]], truth: Truth, max_dets: int
         label = _indices((x["category_id"] for x in detections), truth.category_ids)
         score = np.fromiter((x["score"] for x in detections), np.float64, len(detections))
         xywh = _boxes(detections)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "Detections must be in COCO's results format, with image_id, category_id, bbox and score, "
             f"as in coco_instances_results.json ({type(error).__name__}: {error})"
@@ -135,7 +134,7 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _truth(content: dict[str, list[dict[str, Any]]], file: Path) -> Truth:
+def _truth(content: dict[str, list[dict[str, Any]]]) -> Truth:
     images = {entry["id"]: entry for entry in content["images"]}
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     ids, category_ids = sorted(images), sorted(names)
@@ -148,7 +147,7 @@ def _truth(content: dict[str, list[dict[str, Any]]], file: Path) -> Truth:
     xywh = _boxes(kept)
     area = np.array([x.get("area", x["bbox"][2] * x["bbox"][3]) for x in kept], np.float64)
     if not (np.isfinite(xywh).all() and np.isfinite(area).all()):
-        raise ValueError(f"{file}: the box or area of an annotation is infinite or NaN; correct or remove it")
+        raise ValueError("a box or area is infinite or NaN")
     sizes = np.array([[images[x]["width"], images[x]["height"]] for x in ids], np.int64).reshape(-1, 2)
     return Truth(
         ids=ids,
@@ -188,7 +187,7 @@ def _indices(ids: Any, known: Sequence[Hashable]) -> np.ndarray:
 
 def _boxes(entries: Sequence[dict[str, Any]]) -> np.ndarray:
     if any(len(x["bbox"]) != 4 for x in entries):
-        raise ValueError("A bbox must have four numbers: x, y, width, height")
+        raise ValueError("a bbox must have four numbers: x, y, width, height")
     return np.fromiter(chain.from_iterable(x["bbox"] for x in entries), np.float64, 4 * len(entries)).reshape(-1, 4)
 
 
