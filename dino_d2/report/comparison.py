@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from .numbers import (
 )
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
-NamedDetections = tuple[str, Sequence[dict[str, Any]]]
+NamedDetections = tuple[str, Iterable[dict[str, Any]]]
 
 
 def compare_numbers(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -98,30 +99,37 @@ def read_truth(files: CocoFiles) -> Truth:
         ) from error
 
 
-def read_found(detections: Sequence[dict[str, Any]], truth: Truth, max_dets: int) -> Found:
+def read_found(detections: Iterable[dict[str, Any]], truth: Truth, max_dets: int) -> Found:
     """
     Args:
-        detections: in COCO's results format.
+        detections: in COCO's results format; read once, so that a file can be streamed
+            (:func:`dino_d2.data.stream_results`).
         max_dets: highest-scoring detections of an image and class that count.
 
     Raises:
         ValueError: a detection is not in that format, of an unknown image or category, or not finite, or its score is
             not in [0, 1].
     """
-    try:
-        image = _indices((x["image_id"] for x in detections), truth.ids)
-        label = _indices((x["category_id"] for x in detections), truth.category_ids)
-        score = np.fromiter((x["score"] for x in detections), np.float64, len(detections))
-        xywh = _boxes(detections)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            "Detections must be in COCO's results format, with image_id, category_id, bbox and score, "
-            f"as in coco_instances_results.json ({type(error).__name__}: {error})"
-        ) from error
-    _check_found(detections, image, label, score, xywh)
-    order = np.lexsort((-score, image))
-    order = order[rank_in_group(image[order].astype(np.int64) * len(truth.classes) + label[order]) < max_dets]
-    return Found(image[order], label[order], xywh[order], score[order], len(detections))
+    images, labels = _places(truth.ids), _places(truth.category_ids)
+    image, label, numbers = array("i"), array("i"), array("d")
+    for entry in detections:
+        try:
+            image.append(images.get(entry["image_id"], -1))
+            label.append(labels.get(entry["category_id"], -1))
+            x, y, width, height = entry["bbox"]
+            numbers.extend((x, y, width, height, entry["score"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "Detections must be in COCO's results format, with image_id, category_id, bbox and score, as in "
+                f"coco_instances_results.json; this is not: {entry} ({type(error).__name__}: {error})"
+            ) from error
+        for index, key in ((image, "image_id"), (label, "category_id")):
+            if index[-1] < 0:
+                raise ValueError(
+                    f"A detection has the {key} {entry[key]!r}, which the annotations do not have: "
+                    "are they of another dataset?"
+                )
+    return _found(np.asarray(image), np.asarray(label), np.asarray(numbers).reshape(-1, 5), truth, max_dets)
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -179,10 +187,14 @@ def _notes(given: Sequence[dict[str, Any]], kept: int) -> list[str]:
     return notes
 
 
-def _indices(ids: Any, known: Sequence[Hashable]) -> np.ndarray:
+def _indices(ids: Iterable[Hashable], known: Sequence[Hashable]) -> np.ndarray:
     """Index of each id in `known`; -1 for unknown ones."""
-    place = {number: index for index, number in enumerate(known)}
-    return np.fromiter((place.get(number, -1) for number in ids), np.int32)
+    places = _places(known)
+    return np.fromiter((places.get(number, -1) for number in ids), np.int32)
+
+
+def _places(known: Sequence[Hashable]) -> dict[Hashable, int]:
+    return {number: index for index, number in enumerate(known)}
 
 
 def _boxes(entries: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -191,17 +203,13 @@ def _boxes(entries: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(x["bbox"] for x in entries), np.float64, 4 * len(entries)).reshape(-1, 4)
 
 
-def _check_found(
-    detections: Sequence[dict[str, Any]], image: np.ndarray, label: np.ndarray, score: np.ndarray, xywh: np.ndarray
-) -> None:
-    for index, key in ((image, "image_id"), (label, "category_id")):
-        unknown = np.flatnonzero(index < 0)
-        if len(unknown):
-            raise ValueError(
-                f"{len(unknown)} detections have a {key} that the annotations do not have, the first is "
-                f"{detections[unknown[0]][key]!r}: are they of another dataset?"
-            )
-    if not (np.isfinite(xywh).all() and np.isfinite(score).all()):
+def _found(image: np.ndarray, label: np.ndarray, numbers: np.ndarray, truth: Truth, max_dets: int) -> Found:
+    """Check, sort, and drop what is beyond the limit. numbers: (n, 5) x, y, width, height, score."""
+    score = numbers[:, 4]
+    if not np.isfinite(numbers).all():
         raise ValueError("The box or score of a detection is infinite or NaN; remove such detections")
     if len(score) and not (score.min() >= 0 and score.max() <= 1):
         raise ValueError(f"Scores of detections must be in [0, 1], but are from {score.min():g} to {score.max():g}")
+    order = np.lexsort((-score, image))
+    order = order[rank_in_group(image[order].astype(np.int64) * len(truth.classes) + label[order]) < max_dets]
+    return Found(image[order], label[order], numbers[order, :4], score[order], len(score))

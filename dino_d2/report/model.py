@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,7 +107,7 @@ class ImageCounts:
         return np.where(total > 0, 200 * self.right / np.maximum(total, 1), 100.0)
 
 
-def evaluate_model(truth: Truth, detections: Sequence[dict[str, Any]], options: NumbersOptions, errors: bool) -> Model:
+def evaluate_model(truth: Truth, detections: Iterable[dict[str, Any]], options: NumbersOptions, errors: bool) -> Model:
     """
     Args:
         detections: in COCO's results format.

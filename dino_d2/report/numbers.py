@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +29,7 @@ CONFUSED = 3  # classes that a class is most often taken for
 
 def report_numbers(
     files: CocoFiles,
-    detections: Sequence[dict[str, Any]],
+    detections: Iterable[dict[str, Any]],
     about: dict[str, str],
     title: str,
     options: NumbersOptions,

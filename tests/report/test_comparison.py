@@ -17,9 +17,7 @@ from tests.report.known import Known, add_false_detection, leave_out_detection, 
 OPTIONS = NumbersOptions(resamples=200)
 
 
-def compare(
-    dataset: dict, first: list, second: list, folder: Path, options: NumbersOptions = OPTIONS
-) -> dict[str, Any]:
+def compare(dataset: dict, first: list, second: list, folder: Path, options: NumbersOptions = OPTIONS) -> dict:
     files = Known(dataset, first).write(folder)
     return json.loads(json.dumps(compare_numbers(files, ("old", first), ("new", second), options), allow_nan=False))
 

@@ -350,12 +350,12 @@ def test_bad_annotations_are_named(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 99}, "image_id that the annotations do not have, the first is 99"),
-        ({"category_id": 1}, "category_id that the annotations do not have, the first is 1"),
+        ({"image_id": 99}, "image_id 99, which the annotations do not have"),
+        ({"category_id": 1}, "category_id 1, which the annotations do not have"),
         ({"score": 1.5}, r"must be in \[0, 1\]"),
         ({"score": float("nan")}, "infinite or NaN"),
         ({"bbox": [0, 0, float("inf"), 1]}, "infinite or NaN"),
-        ({"bbox": [0, 0, 1]}, "four numbers"),
+        ({"bbox": [0, 0, 1]}, "results format"),
         ({"bbox": None}, "results format"),
         ({"score": "high"}, "results format"),
     ],
