@@ -54,6 +54,7 @@ def judge(truth: Truth, found: Found, pairs: Pairs, matches: Matches, threshold:
     pairs = pairs[np.lexsort((-pairs.iou, pairs.found))]
     same = found.label[pairs.found] == truth.label[pairs.object]
     on_it = pairs.iou >= IOU
+    # Each kind overwrites those before it.
     for name, which in (("badly_placed", same & ~on_it), ("duplicate", on_it)):
         _set(kind, objects, name, pairs[which])
     left = pairs[on_it & ~same & ~_is_found(truth, found, pairs, matches, sure)]

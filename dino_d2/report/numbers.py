@@ -133,6 +133,11 @@ def left_out_of_data(model: Model) -> list[str]:
     beyond = model.found.given - len(model.found)
     if beyond:
         sentences.append(f"{beyond} detections do not count: they are not among the best of their image and class.")
+    if model.chosen:
+        sentences.append(
+            "The threshold was chosen on these images, and is the same in all bootstrap samples: on other images, F1, "
+            "precision and recall may be a little lower."
+        )
     return sentences
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from dino_d2.evaluation.f1 import best_f1, matches_of_pycocotools
+from dino_d2.report import ap
+from dino_d2.report.dataset import read_found, read_truth
 from dino_d2.report.numbers import NumbersOptions, report_numbers
 from tests.evaluation.generated import Generated, generate
 from tests.evaluation.test_hotcoco import by_pycocotools
@@ -184,6 +186,18 @@ def test_confusion_counts_every_object_and_detection_once(tmp_path: Path) -> Non
         assert row["recall"] == pytest.approx(100 * right / row["objects"], abs=1e-4)
         assert row["precision"] == pytest.approx(100 * right / found[:, 2].sum(), abs=1e-4)
     assert not (cells[:, :2] == -1).all(1).any()
+
+
+def test_confusion_of_plain_errors_is_that_of_hotcoco(tmp_path: Path) -> None:
+    changes = (known.rename_detection, known.move_detection, known.double_detection, known.leave_out_detection)
+    made = perfect().changed(*changes, known.add_false_detection)
+    truth = read_truth(made.write(tmp_path))
+    evaluation = ap.evaluate(truth, read_found(made.detections, truth, 100), 100)
+    expected = evaluation.confusion_matrix(iou_thr=0.5, min_score=0.3)["matrix"]
+    mine = np.zeros_like(expected)
+    for true, found, count, _ in report(made, tmp_path)["confusion"]["cells"]:
+        mine[true, found] = count
+    assert mine.tolist() == expected.tolist()
 
 
 def test_f1_of_a_class_is_highest_at_its_threshold(tmp_path: Path) -> None:
