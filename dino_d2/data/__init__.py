@@ -1,6 +1,7 @@
 """Image reading, augmentation, datasets and their inspection, and resumable data loaders."""
 
 from .augmentation import build_test_augmentation, build_train_augmentation
+from .coco import stream_results
 from .datasets import CocoFiles, check_classes, class_names, load_config_for_files, read_coco, register_datasets
 from .formats import FoundDataset, find_dataset
 from .images import UnreadableImage, read_image
@@ -26,4 +27,5 @@ __all__ = [
     "read_image",
     "register_datasets",
     "share_on_node",
+    "stream_results",
 ]

@@ -48,6 +48,21 @@ def stream_lists(path: str) -> Iterator[tuple[str, Iterator[Any]]]:
             raise text.error("unexpected data after the end", text.at)
 
 
+def stream_results(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield the entries of a JSON file that is a list, such as detections in COCO's results format.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not JSON, or no list; the message names it.
+    """
+    with PathManager.open(str(path), "r", encoding="utf-8") as file:
+        text = _JsonText(str(path), file)
+        for _ in text.separated("[", "]"):
+            yield text.value()
+        if text.peek():
+            raise text.error("unexpected data after the end", text.at)
+
+
 class _JsonText:
     """A buffer of the file, parsed from position `at` on."""
 

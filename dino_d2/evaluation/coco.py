@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from detectron2 import evaluation
@@ -19,6 +19,9 @@ from pycocotools.cocoeval import COCOeval
 
 from .f1 import best_f1, matches_of_hotcoco, matches_of_pycocotools
 from .settings import APSettings, hotcoco_is_installed
+
+if TYPE_CHECKING:
+    import hotcoco
 
 logger = logging.getLogger(__name__)
 
@@ -147,17 +150,37 @@ def evaluate_boxes(
         iscrowd=np.array([x["iscrowd"] for x in annotations], bool),
     )
     rows = np.array([(x["image_id"], *x["bbox"], x["score"], x["category_id"]) for x in detections], np.float64)
+    matched = match_boxes(ground_truth, rows, max_dets, img_ids)
+    summary = summary_of(matched, max_dets)
+    summary.eval["matches"] = matches_of_hotcoco(matched, rows[:, 5])
+    return summary
+
+
+def match_boxes(
+    ground_truth: hotcoco.COCO, rows: np.ndarray, max_dets: int, img_ids: list[int] | None = None
+) -> hotcoco.COCOeval:
+    """Match boxes with hotcoco, and accumulate precision and recall.
+
+    Args:
+        rows: (n, 7) float64, of each detection the image's id, x, y, width and height in pixels, score, category's id.
+        max_dets, img_ids: as for :func:`evaluate_boxes`.
+    """
+    import hotcoco  # imported late: not needed without evaluation
+
     matched = hotcoco.COCOeval(ground_truth, ground_truth.load_res(rows), "bbox")
     matched.params.max_dets = [*COUNTS, max_dets]
     if img_ids is not None:
         matched.params.img_ids = img_ids
     matched.evaluate()
     matched.accumulate()
+    return matched
 
+
+def summary_of(matched: hotcoco.COCOeval, max_dets: int) -> COCOevalMaxDets:
+    """`stats` and `eval` as pycocotools has them, of the result of :func:`match_boxes`."""
     summary = COCOevalMaxDets(iouType="bbox")
     summary.params.maxDets = [*COUNTS, max_dets]
     summary.eval = {key: matched.eval[key] for key in ("precision", "recall", "scores")}
-    summary.eval["matches"] = matches_of_hotcoco(matched, rows[:, 5])
     summary.summarize()
     return summary
 

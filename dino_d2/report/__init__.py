@@ -1,1 +1,1 @@
-"""Reports on training runs."""
+"""Reports on training runs and on evaluations."""

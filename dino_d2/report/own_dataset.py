@@ -6,25 +6,26 @@ import json
 import logging
 import math
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 
-from dino_d2.data import CocoFiles, class_names, read_coco, read_image
+from dino_d2.data import CocoFiles, class_names, read_image
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
 
+from .dataset import corners, part_of, read_found, read_truth
+from .matches import IGNORED, RIGHT, match, overlapping
+
 EXAMPLES = "examples"  # folder in OUTPUT_DIR
 EACH = 3  # number of best images, and of worst images
-IOU = 0.5  # to match an object
 PANEL, TITLE, GAP = 800, 40, 10  # pixels: longest side of an image, height of the title, gap
 NARROWEST = 400  # minimum width for a title, in pixels
 PAPER, INK = (255, 255, 255), (0, 0, 0)
@@ -37,12 +38,9 @@ class Objects:
     """Objects of an image. boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. scores: n, in [0, 1]; 1
     for annotations."""
 
-    boxes: torch.Tensor
-    labels: torch.Tensor
-    scores: torch.Tensor
-
-    def __getitem__(self, which: torch.Tensor) -> Objects:
-        return Objects(self.boxes[which], self.labels[which], self.scores[which])
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,27 +118,28 @@ def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, 
 def score_images(
     files: CocoFiles, detections: Sequence[dict[str, Any]], threshold: float = DEFAULT_THRESHOLD
 ) -> list[ScoredImage]:
-    """Match the detections of each image, in the order of the annotation file.
+    """Match the detections of each image, in the order of the images' ids.
+
+    Unmatched detections inside a crowd of their class are ignored.
 
     Args:
         detections: in COCO's results format.
-        threshold: minimum score to count as a detection.
+        threshold: score that a detection must exceed to count.
     """
-    content = read_coco(files.annotations)
-    labels = {number: label for label, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
-    truth, crowds, found = (defaultdict(list) for _ in range(3))
-    for entry in content["annotations"]:
-        (crowds if entry.get("iscrowd") else truth)[entry["image_id"]].append(entry)
-    for entry in detections:
-        if entry["score"] > threshold:
-            found[entry["image_id"]].append(entry)
-    return [
-        _scored(
-            files.images / image["file_name"],
-            *(_objects(entries[image["id"]], labels) for entries in (truth, crowds, found)),
-        )
-        for image in content["images"]
-    ]
+    truth = read_truth(files)
+    found = read_found(detections, truth, max_dets=max(1, len(detections)))
+    status = match(truth, found, overlapping(truth, found), areas=("all",)).status[0, 0]
+    counts = (found.score > threshold) & (status != IGNORED)
+    right = np.bincount(found.image[counts & (status == RIGHT)], minlength=len(truth.ids))
+    images = []
+    for index, name in enumerate(truth.names):
+        objects, mine = part_of(truth.image, index), part_of(found.image, index)
+        objects = objects.start + np.flatnonzero(~truth.crowd[objects])
+        mine = mine.start + np.flatnonzero(counts[mine])[::-1]  # high scores are drawn last, on top
+        annotated = Objects(corners(truth.xywh[objects]), truth.label[objects], np.ones(len(objects)))
+        detected = Objects(corners(found.xywh[mine]), found.label[mine], found.score[mine])
+        images.append(ScoredImage(files.images / name, annotated, detected, int(right[index])))
+    return images
 
 
 def best_and_worst(images: Sequence[ScoredImage]) -> tuple[list[ScoredImage], list[ScoredImage]]:
@@ -172,33 +171,3 @@ def draw(image: ScoredImage, names: Sequence[str]) -> Image.Image:
         drawn = draw_boxes(picture.copy(), (objects.boxes * scale).tolist(), objects.labels.tolist(), texts)
         sheet.paste(drawn, (left, TITLE))
     return sheet
-
-
-def _objects(entries: Sequence[dict[str, Any]], labels: dict[Hashable, int]) -> Objects:
-    """Convert from COCO format, sorted by ascending score, so that high scores are drawn on top."""
-    entries = sorted(entries, key=lambda entry: entry.get("score", 1.0))
-    boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Objects(
-        boxes,
-        torch.tensor([labels[entry["category_id"]] for entry in entries], dtype=torch.int64),
-        torch.tensor([entry.get("score", 1.0) for entry in entries]),
-    )
-
-
-def _scored(path: Path, truth: Objects, crowds: Objects, found: Objects) -> ScoredImage:
-    """Match detections, highest score first, to unmatched objects of their class. Unmatched detections inside a crowd
-    of their class are ignored."""
-    overlap = pairwise_iou(Boxes(found.boxes), Boxes(truth.boxes))
-    overlap[found.labels[:, None] != truth.labels] = 0
-    inside = pairwise_ioa(Boxes(crowds.boxes), Boxes(found.boxes))
-    inside[crowds.labels[:, None] != found.labels] = 0
-    counts, right = torch.ones(len(found), dtype=torch.bool), 0
-    for index in reversed(range(len(found))):
-        best = overlap[index].argmax() if len(truth) else None
-        if best is not None and overlap[index, best] >= IOU:
-            overlap[:, best] = 0
-            right += 1
-        elif len(crowds) and inside[:, index].max() >= IOU:
-            counts[index] = False
-    return ScoredImage(path, truth, found[counts], right)

@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from dino_d2.data import coco
-from dino_d2.data.coco import CocoRecords, stream_lists
+from dino_d2.data.coco import CocoRecords, stream_lists, stream_results
 
 Content = dict[str, Any]
 TRIANGLE, LINE = [[1, 1, 5, 1, 5.5, 5]], [[1, 1, 5, 1]]
@@ -162,6 +162,20 @@ def test_lists_hold_what_json_says(chunk: int, tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path / "values.json", values)
     assert {name: list(entries) for name, entries in stream_lists(path)} == {"a": values["a"], "e": []}
     assert [name for name, _ in stream_lists(path)] == ["a", "e"]  # what is not asked for is passed over
+
+
+@pytest.mark.parametrize("chunk", [1, 2**20])
+@pytest.mark.parametrize("values", [[], [{"image_id": 1, "bbox": [1, 2.5, 3, 4e1]}, {"score": 0.25}]])
+def test_results_are_read_one_by_one(values: list, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "CHUNK", chunk)
+    assert list(stream_results(write(tmp_path / "results.json", values))) == values
+
+
+@pytest.mark.parametrize(("text", "place"), [("", 0), ('{"a": []}', 0), ("[{}", 3), ("[{},]", 4), ("[] x", 3)])
+def test_results_that_are_no_list_are_named(text: str, place: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"bad\.json is not JSON: .* at character {place}$"):
+        list(stream_results(tmp_path / "bad.json"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""Which of two models is better, and where: differences with intervals by a paired bootstrap over images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dino_d2.data import CocoFiles
+
+from .cases import choose_images
+from .dataset import read_truth
+from .gallery import found_of_image, image_entry, left_out_of_gallery, truth_of_image
+from .intervals import interval
+from .model import Model, NumbersOptions, evaluate_model
+from .numbers import (
+    FORMAT,
+    dataset_entry,
+    left_out_of_data,
+    left_out_of_intervals,
+    made,
+    sample_weights,
+    tidy,
+)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
+NamedDetections = tuple[str, Iterable[dict[str, Any]]]
+
+
+def compare_numbers(
+    files: CocoFiles, first: NamedDetections, second: NamedDetections, options: NumbersOptions
+) -> dict[str, Any]:
+    """Everything that the page of a comparison shows, ready for JSON. Differences are second minus first.
+
+    Both models are evaluated on the same samples of images, so that images that are hard for both do not matter.
+
+    Args:
+        first, second: name of the model, and its detections in COCO's results format.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`dino_d2.report.numbers.report_numbers`.
+    """
+    truth = read_truth(files)
+    models = [evaluate_model(truth, detections, options, errors=False) for _, detections in (first, second)]
+    weights = sample_weights(truth, options)
+    samples = None if weights is None else [model.samples(weights) for model in models]
+    values = [model.values() for model in models]
+    names = [first[0], second[0]]
+    metrics = {
+        name: _difference(*(x[name] for x in values), None if samples is None else [x.metrics[name] for x in samples])
+        for name in METRICS
+    }
+    objects = np.bincount(truth.label[~truth.crowd], minlength=len(truth.classes)).tolist()
+    classes = [
+        {"name": name, "objects": objects[label]}
+        | _difference(
+            *(model.precision.classes[label] for model in models),
+            None if samples is None else [x.classes[label] for x in samples],
+        )
+        for label, name in enumerate(truth.classes)
+    ]
+    gallery, pictures = _pictures(models, options.gallery)
+    notes = dict.fromkeys(sentence for model in models for sentence in left_out_of_data(model))
+    numbers = {
+        "format": FORMAT,
+        "made": made(),
+        "names": names,
+        "dataset": dataset_entry(truth, options),
+        "thresholds": [model.judgement.threshold for model in models],
+        "metrics": metrics,
+        "classes": classes,
+        "verdict": _verdict(names, metrics["AP"]),
+        **pictures,
+        "left_out": [
+            *notes,
+            *left_out_of_gallery(models[0], gallery),
+            *left_out_of_intervals(truth, options),
+            "Of 20 classes that are equally good, about one looks significantly different by chance.",
+        ],
+    }
+    return tidy(numbers, exact=("metrics", "thresholds"))
+
+
+def _difference(first: float | None, second: float | None, samples: Sequence[np.ndarray] | None) -> dict[str, Any]:
+    if first is None or second is None:
+        difference, low, high = None, None, None
+    else:
+        difference = second - first
+        low, high = (None, None) if samples is None else interval(samples[1] - samples[0])
+    significant = low is not None and (low > 0 or high < 0)
+    return {"a": first, "b": second, "difference": difference, "low": low, "high": high, "significant": significant}
+
+
+def _verdict(names: Sequence[str], ap: dict[str, Any]) -> str:
+    difference, low, high = ap["difference"], ap["low"], ap["high"]
+    if difference is None:
+        return "There is nothing to compare: the dataset has no objects."
+    if low is None:
+        return f"{names[1]} has {difference:+.1f} AP; without an interval, this may be chance."
+    if not ap["significant"]:
+        return f"The difference is not significant: {difference:+.1f} AP (95 % interval {low:+.1f} to {high:+.1f})."
+    better, sign = (names[1], 1) if difference > 0 else (names[0], -1)
+    low, high = sorted((sign * low, sign * high))
+    return f"{better} is better by {abs(difference):.1f} AP (95 % interval {low:.1f} to {high:.1f})."
+
+
+def _pictures(models: Sequence[Model], number: int) -> tuple[list[int], dict[str, list]]:
+    """Images that changed most, in both directions; if there is room, the worst of the others, too."""
+    scores = [model.counts.f1 for model in models]
+    change = scores[1] - scores[0]
+    better, worse = (np.argsort(-sign * change, kind="stable") for sign in (1, -1))
+    better, worse = better[change[better] > 0], worse[change[worse] < 0]
+    gallery = choose_images([better, worse], number)
+    alike = np.flatnonzero(change == 0)
+    gallery += choose_images([alike[np.argsort(scores[1][alike], kind="stable")]], number - len(gallery))
+    place = {image: number for number, image in enumerate(gallery)}
+    return gallery, {
+        "images": [_image(models, image) for image in gallery],
+        "better": [place[image] for image in better.tolist() if image in place],
+        "worse": [place[image] for image in worse.tolist() if image in place],
+    }
+
+
+def _image(models: Sequence[Model], image: int) -> dict[str, Any]:
+    """In "truth" stands which objects the second model found, in "found_by_a" which the first."""
+    entry = image_entry(models[1].truth, image) | {"truth": truth_of_image(models[1], image)}
+    entry["found_by_a"] = [row[5] for row in truth_of_image(models[0], image)]
+    for name, model in zip("ab", models, strict=True):
+        entry[f"F1_{name}"] = float(model.counts.f1[image])
+        entry[f"found_{name}"] = found_of_image(model, image)
+    return entry
