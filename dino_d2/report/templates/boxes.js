@@ -1,0 +1,80 @@
+// Pictures with boxes over them.
+
+/** Intersection over union of two boxes [x1, y1, x2, y2, …]. */
+function iou(a, b) {
+  const width = Math.min(a[2], b[2]) - Math.max(a[0], b[0]);
+  const height = Math.min(a[3], b[3]) - Math.max(a[1], b[1]);
+  if (width <= 0 || height <= 0) return 0;
+  const area = (box) => (box[2] - box[0]) * (box[3] - box[1]);
+  return (width * height) / (area(a) + area(b) - width * height);
+}
+
+/** What a threshold leaves of an image: indices of the boxes found, and of the objects that none of them hits. */
+function judge(image, found, threshold) {
+  const shown = found.flatMap((box, index) => (box[5] >= threshold - 1e-9 ? [index] : []));
+  const objects = image.truth.flatMap((box, index) => (box[6] ? [] : [index]));
+  const open = new Set(objects);
+  const right = shown.filter((index) => found[index][6] === "right").sort((a, b) => found[b][5] - found[a][5]);
+  for (const index of right) {
+    const fitting = [...open].filter((object) => image.truth[object][4] === found[index][4]);
+    const overlap = (object) => iou(image.truth[object], found[index]);
+    if (fitting.length) open.delete(fitting.reduce((best, object) => (overlap(object) > overlap(best) ? object : best)));
+  }
+  const wrong = shown.filter((index) => !["right", "ignored"].includes(found[index][6]));
+  const f1 = objects.length + wrong.length ? (200 * right.length) / (objects.length + right.length + wrong.length) : 100;
+  return { shown, objects, missed: [...open], right, wrong, f1 };
+}
+
+/** "5 objects: 3 found, 2 missed; 1 wrong box" and the F1. */
+function summary({ objects, missed, wrong, f1 }) {
+  const found = objects.length - missed.length;
+  return `F1 ${number(f1, 0)} · ${plural(objects.length, "object")}: ${found} found, ${missed.length} missed · ${wrong.length} wrong`;
+}
+
+function outline(box, kind) {
+  const width = Math.max(box[2] - box[0], 0);
+  const height = Math.max(box[3] - box[1], 0);
+  return shape("rect", { x: box[0], y: box[1], width, height, class: kind });
+}
+
+/**
+ * The boxes of an image as SVG. found: its detections. verdict: from `judge`. marked: { truth, found: Sets of indices,
+ * boxes: more boxes }, drawn heavier while the others are faint.
+ */
+function overlay(image, found, verdict, marked = {}) {
+  const missed = new Set(verdict.missed);
+  const any = marked.truth?.size || marked.found?.size || marked.boxes?.length;
+  const weight = (set, index) => (set?.has(index) ? " marked" : any ? " faint" : "");
+  const truth = image.truth.map((box, index) =>
+    outline(box, `box truth${box[6] ? " crowd" : missed.has(index) ? " missed" : ""}${weight(marked.truth, index)}`),
+  );
+  const boxes = verdict.shown.map((index) => outline(found[index], `box found ${found[index][6]}${weight(marked.found, index)}`));
+  const extra = (marked.boxes ?? []).map((box) => outline(box, "box extra marked"));
+  const all = [...image.truth, ...verdict.shown.map((index) => found[index]), ...(marked.boxes ?? [])];
+  const halos = all.map((box) => outline(box, "halo")); // dark lines under bright ones are seen on any ground
+  const view = { viewBox: `0 0 ${image.width} ${image.height}`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  return shape("svg", { ...view, class: "boxes" }, halos, boxes, extra, truth);
+}
+
+/** A frame of the image's shape for a picture and its boxes. large: the full picture instead of the small one. */
+function frame(image, large = false) {
+  const ground = element("span", { class: "frame", style: `aspect-ratio:${image.width}/${image.height};--shape:${image.width / image.height}` });
+  const picture = element("img", { alt: "" });
+  const small = () => {
+    picture.onerror = null;
+    if (image.thumbnail) picture.src = image.thumbnail;
+    else picture.replaceWith(element("span", { class: "absent" }, "picture not found"));
+  };
+  ground.append(picture);
+  if (large) {
+    picture.onerror = small;
+    picture.src = image.link;
+  } else {
+    small();
+  }
+  return ground;
+}
+
+function fileName(image) {
+  return image.file.split("/").pop();
+}

@@ -1,0 +1,87 @@
+// The confusion matrix: a grid of buttons that open the pictures behind them.
+
+function drawConfusion() {
+  const { classes, cells } = data.confusion;
+  const order = [...classes, BACKGROUND];
+  const counts = new Map(cells.map(([truth, found, count, ids]) => [`${truth} ${found}`, { count, ids }]));
+  const total = new Map(order.map((truth) => [truth, order.reduce((sum, found) => sum + (counts.get(`${truth} ${found}`)?.count ?? 0), 0)]));
+  const name = (index, found) => (index === BACKGROUND ? (found ? "missed" : "nothing") : className(index));
+  const head = element(
+    "tr",
+    {},
+    element("td", { class: "corner" }, "truth ↓ found →"),
+    order.map((found) => element("th", { scope: "col" }, element("span", {}, element("bdi", {}, name(found, true))))),
+  );
+  const body = order.map((truth) =>
+    element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, element("bdi", {}, name(truth, false))),
+      order.map((found) => {
+        const cell = counts.get(`${truth} ${found}`);
+        if (!cell) return element("td", {});
+        const share = cell.count / total.get(truth);
+        const text = `${name(truth, false)}, found as ${name(found, true)}: ${cell.count}`;
+        return element(
+          "td",
+          {},
+          element(
+            "button",
+            {
+              type: "button",
+              class: truth === found ? "cell right" : "cell",
+              style: `--share:${(100 * Math.sqrt(share)).toFixed(0)}%`,
+              "aria-label": text,
+              title: text,
+              "data-truth": truth,
+              "data-found": found,
+              click: (event) => openCell(event.currentTarget, truth, found, cell),
+            },
+            cell.count < 10000 ? String(cell.count) : `${Math.round(cell.count / 1000)}k`,
+          ),
+        );
+      }),
+    ),
+  );
+  const size = order.length > 16 ? "matrix small" : "matrix";
+  byId("confusion").replaceChildren(element("table", { class: size }, element("thead", {}, head), element("tbody", {}, body)));
+}
+
+/** Which boxes of an image a cell counts, at the report's threshold. */
+function boxesOfCell(image, truth, found) {
+  const missed = new Set(judge(image, image.found, data.threshold.score).missed);
+  const objects = image.truth.flatMap((box, index) => (box[4] === truth && !box[6] && (truth === found ? !missed.has(index) : missed.has(index)) ? [index] : []));
+  const boxes = image.found.flatMap((box, index) => {
+    if (box[4] !== found || box[5] < data.threshold.score) return [];
+    const fits =
+      truth === found
+        ? box[6] === "right"
+        : truth === BACKGROUND
+          ? !["right", "wrong_class", "ignored"].includes(box[6])
+          : image.truth.some((object) => object[4] === truth && iou(object, box) >= 0.5);
+    return fits ? [index] : [];
+  });
+  return { truth: new Set(objects), found: new Set(boxes) };
+}
+
+function openCell(button, truth, found, { count, ids }) {
+  document.querySelectorAll(".cell[aria-pressed]").forEach((one) => one.removeAttribute("aria-pressed"));
+  button.setAttribute("aria-pressed", "true");
+  const byImage = new Map(data.images.map((image) => [image.id, image]));
+  const items = ids.filter((id) => byImage.has(id)).map((id) => itemOf(byImage.get(id), boxesOfCell(byImage.get(id), truth, found)));
+  const others = ids.filter((id) => !byImage.has(id));
+  const what =
+    truth === BACKGROUND
+      ? [element("bdi", {}, className(found)), " found where there is none"]
+      : found === BACKGROUND
+        ? [element("bdi", {}, className(truth)), " missed"]
+        : [element("bdi", {}, className(truth)), " found as ", element("bdi", {}, className(found))];
+  const panel = byId("confusion-pictures");
+  const heading = element("h4", { tabindex: -1 }, what, `: ${count}`);
+  panel.replaceChildren(heading, element("div", { class: "cards" }, items.map((_, at) => card(items, at))));
+  if (others.length) {
+    panel.append(element("p", { class: "note" }, `Not in the gallery: ${plural(others.length, "image")} with the id ${others.join(", ")}.`));
+  }
+  heading.focus({ preventScroll: true });
+  panel.scrollIntoView({ block: "nearest" });
+}
