@@ -81,7 +81,7 @@ def write_comparison_page(numbers: Report, images: Path, folder: Path) -> Path:
     Raises:
         ValueError: as in :func:`write_page`.
     """
-    keys = ("names", "images", "better", "worse")
+    keys = ("names", "thresholds", "images", "better", "worse")
 
     def for_scripts(report: Report) -> Report:
         return {key: report[key] for key in keys} | {"classes": [{"name": x["name"]} for x in report["classes"]]}

@@ -150,11 +150,11 @@ def _ap_by_class(classes: Sequence[Report]) -> Figure:
 def _precision_recall(classes: Sequence[Report]) -> Figure:
     """Every class in grey and their mean."""
     figure, axes = _axes()
-    recalls = np.linspace(0, 1, len(classes[0]["pr"]))
+    recalls = np.linspace(0, 100, len(classes[0]["pr"]))
     for x in classes:
         axes.plot(recalls, x["pr"], color=GREY, alpha=0.35, lw=0.8)
     axes.plot(recalls, np.mean([x["pr"] for x in classes], axis=0), color=TRUTH, lw=2, label="mean over the classes")
-    axes.set(xlabel="Recall", ylabel="Precision, IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel="Recall", ylabel="Precision, IoU 0.5", xlim=(0, 100), ylim=(0, 102))
     axes.legend(frameon=False)
     return figure
 

@@ -85,7 +85,7 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
             "wrong_class": [[i, 1] for i in range(images)],
             "badly_placed": [],
             "duplicate": [[i, 2] for i in range(images)],
-            "sure_but_wrong": [[images - 1, 1]],
+            "sure_but_wrong": [[i, 1] for i in range(images)][-1:],
             "worst_images": list(reversed(range(images))),
         },
         "label_errors": [
@@ -97,7 +97,7 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
                 "kind": "missing label",
                 "reason": "Found with a score of 0.97 where nothing is annotated.",
             }
-        ],
+        ][:images],
         "left_out": ["Images beyond the 8 of the gallery."],
     }
 
@@ -137,7 +137,8 @@ def made_comparison(images: int = 4) -> dict[str, Any]:
         "format": 1,
         "made": "2026-11-29 12:00",
         "names": ["first <run>", "second & last"],
-        "dataset": {"images": images, "objects": 2 * images},
+        "dataset": {"images": images, "objects": 2 * images, "crowds": images, "max_dets": 100},
+        "thresholds": [0.4, 0.3],
         "metrics": {"AP": significant, "AP50": doubtful, "APs": unknown},
         "classes": [
             {"name": NASTY[0], "objects": 9} | doubtful,
@@ -176,7 +177,7 @@ def _class(index: int, empty: bool) -> dict[str, Any]:
         **{"AP": 50.0 - index, "AP_low": 45.0 - index, "AP_high": 55.0 - index, "AP50": 70.0 - index},
         **{"precision": 80.0, "recall": 60.0 + index % 20, "best_threshold": best, "best_F1": 70.0},
         "confused_with": [[(index + 1) % 3, 4]],
-        "pr": (1 - RECALLS**2).tolist(),
+        "pr": (100 - 100 * RECALLS**2).tolist(),
         "f1": [RECALLS.tolist(), (70 - 100 * (RECALLS - best) ** 2).tolist()],
     }
 

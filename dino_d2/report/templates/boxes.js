@@ -1,5 +1,37 @@
 // Pictures with boxes over them.
 
+/** The score from which on boxes are shown: the report's, of each detector, until the slider chooses one for all. */
+class Threshold {
+  /** scores: one for each detector. change: called whenever it changes. */
+  constructor(scores, change) {
+    Object.assign(this, { scores, change, chosen: null });
+    this.slider = byId("threshold");
+    this.slider.addEventListener("input", () => this.set(Number(this.slider.value)));
+    byId("threshold-reset").textContent = `Back to ${this.text()}`;
+    byId("threshold-reset").addEventListener("click", () => this.set(null));
+  }
+
+  get(view = 0) {
+    return this.chosen ?? this.scores[view];
+  }
+
+  set(value) {
+    this.chosen = value;
+    this.show();
+    this.change();
+  }
+
+  show() {
+    this.slider.value = this.get();
+    byId("threshold-value").textContent = this.text();
+  }
+
+  text() {
+    const scores = this.chosen === null ? this.scores : [this.chosen];
+    return [...new Set(scores.map((score) => number(score, 2)))].join(" and ");
+  }
+}
+
 /** Intersection over union of two boxes [x1, y1, x2, y2, …]. */
 function iou(a, b) {
   const width = Math.min(a[2], b[2]) - Math.max(a[0], b[0]);

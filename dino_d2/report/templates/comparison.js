@@ -1,19 +1,6 @@
 // The page of two detectors: the images that got better and worse, side by side.
 
-const threshold = {
-  get() {
-    return Number(byId("threshold").value);
-  },
-  set(value) {
-    byId("threshold").value = value;
-    redraw();
-  },
-};
-
-function redraw() {
-  byId("threshold-value").textContent = number(threshold.get(), 2);
-  document.querySelectorAll(".card").forEach((one) => one.redraw());
-}
+const threshold = new Threshold(data.thresholds, () => document.querySelectorAll(".card").forEach((one) => one.redraw()));
 
 /** A pair of small pictures that opens the viewer on `items[at]`. */
 function pairCard(items, at) {
@@ -30,7 +17,7 @@ function pairCard(items, at) {
   button.redraw = () =>
     frames.forEach((ground, index) => {
       ground.querySelector("svg")?.remove();
-      ground.append(overlay(image, views[index].found, judge(image, views[index].found, threshold.get())));
+      ground.append(overlay(image, views[index].found, judge(image, views[index].found, threshold.get(index))));
     });
   button.redraw();
   return button;
@@ -45,6 +32,5 @@ for (const kind of ["better", "worse"]) {
   });
   showInSteps(byId(`${kind}-pictures`), byId(`${kind}-more`), items.map((_, at) => at), (at) => pairCard(items, at), 12);
 }
-byId("threshold").addEventListener("input", redraw);
-redraw();
+threshold.show();
 if (byId("find-class")) filterRows(byId("find-class"), byId("class-table"));

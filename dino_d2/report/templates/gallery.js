@@ -11,18 +11,7 @@ const FILTERS = {
   sure_but_wrong: "Sure but wrong",
 };
 
-const threshold = {
-  value: data.threshold.score,
-  get() {
-    return this.value;
-  },
-  set(value) {
-    this.value = value;
-    byId("threshold").value = value;
-    byId("threshold-value").textContent = number(value, 2);
-    redraw();
-  },
-};
+const threshold = new Threshold([data.threshold.score], redraw);
 const choice = { kind: "all", ofClass: null };
 
 /** What a card and the viewer show of an image. */
@@ -109,10 +98,8 @@ function startGallery() {
     choice.ofClass = select.value === "" ? null : Number(select.value);
     showGallery();
   });
-  byId("threshold").addEventListener("input", (event) => threshold.set(Number(event.target.value)));
-  byId("threshold-reset").addEventListener("click", () => threshold.set(data.threshold.score));
+  threshold.show();
   showGallery();
-  threshold.set(data.threshold.score);
 }
 
 function startLabelErrors() {

@@ -13,13 +13,12 @@ function showClass(index) {
     panel.append(element("p", { class: "note" }, one.objects ? "No curve." : "No object of this class is annotated."));
     return;
   }
-  const recall = one.pr.map((_, at) => at / (one.pr.length - 1));
-  const unit = [0, 1];
+  const recall = one.pr.map((_, at) => (100 * at) / (one.pr.length - 1));
   panel.append(
     lineChart({
       label: `Precision against recall of ${one.name}`,
-      x: { title: "Recall", domain: unit },
-      y: { title: "Precision", domain: unit },
+      x: { title: "Recall", domain: [0, 100] },
+      y: { title: "Precision", domain: [0, 100] },
       series: [{ name: one.name, points: points(recall, one.pr) }],
     }),
     f1Chart(one.f1, one.best_threshold, `F1 against the score threshold of ${one.name}`),
@@ -64,7 +63,7 @@ function apChart(label, title, values) {
 function drawTraining() {
   if (!byId("curves")) return;
   const runs = Object.entries(data.curves);
-  runs.forEach(([name], index) => byId("runs").append(element("i", { class: `c${index % COLOURS}` }), ` ${name} `));
+  runs.forEach(([name], index) => byId("runs").append(element("span", {}, element("i", { class: `c${index % COLOURS}` }), ` ${name}`)));
   const last = Math.max(1, ...runs.flatMap(([, curves]) => Object.values(curves).map((curve) => curve.at(-1)[0])));
   for (const [key, { title, log }] of Object.entries(data.panels)) {
     if (!runs.some(([, curves]) => curves[key])) continue;

@@ -1,8 +1,8 @@
 // A picture in a window over the page, with a list of its boxes. In a comparison: one picture for each detector.
 
-/** Boxes to draw of an item: `views` are [{ title, found }], one for each detector. */
+/** `views` of an item are [{ title, found }], one for each detector; its other keys are those of `overlay`. */
 class Viewer {
-  /** items: [{ image, views, marked, note }]. threshold: { get(), set(value) }, which the slider shows and changes. */
+  /** items: [{ image, views, marked, note }]. threshold: a `Threshold`, which the slider shows and changes. */
   constructor(items, at, threshold) {
     Object.assign(this, { items, at, threshold, shown: { truth: true, found: true, names: true } });
     this.window = byId("viewer");
@@ -21,7 +21,9 @@ class Viewer {
     const opener = document.activeElement;
     this.window.onclose = () => opener?.focus();
     this.window.onkeydown = (event) => this.press(event);
-    this.window.onclick = (event) => event.target === this.window && this.window.close(); // beside it
+    this.window.onclick = (event) => {
+      if (event.target === this.window) this.window.close(); // beside what it shows
+    };
     this.open();
     this.window.showModal();
   }
@@ -71,10 +73,9 @@ class Viewer {
   /** Draw the boxes and their list anew. */
   draw() {
     const { image, views } = this.items[this.at];
-    const value = this.threshold.get();
-    this.slider.value = value;
-    this.score.textContent = number(value, 2);
-    this.verdicts = views.map(({ found }) => judge(image, found, value));
+    this.slider.value = this.threshold.get(0);
+    this.score.textContent = this.threshold.text();
+    this.verdicts = views.map(({ found }, view) => judge(image, found, this.threshold.get(view)));
     this.status.replaceChildren(...this.verdicts.map((verdict) => element("span", {}, summary(verdict))));
     this.list.replaceChildren(...views.map((view, index) => this.table(index)));
     this.drawBoxes();
@@ -118,8 +119,9 @@ class Viewer {
 function tags(image, found, verdict) {
   const percent = (part, whole) => `${((100 * part) / whole).toFixed(2)}%`;
   const tag = (box, kind, text) => {
-    const style = `left:${percent(box[0], image.width)};top:${percent(box[1], image.height)}`;
-    return element("span", { class: `tag ${kind}`, "aria-hidden": "true", style }, text);
+    const place = kind === "found" && box[1] > 0.05 * image.height ? "above" : "inside";
+    const style = `left:${percent(Math.max(box[0], 0), image.width)};top:${percent(Math.max(box[1], 0), image.height)}`;
+    return element("span", { class: `tag ${kind} ${place}`, "aria-hidden": "true", style }, text);
   };
   const missed = verdict.missed.filter((index) => image.truth[index]);
   return [
