@@ -11,7 +11,7 @@ from PIL import Image
 NASTY = ['<b>cat</b> & "co"', "</script><script>alert(1)</script>", "собака 狗", "$x$ 'cup'"]
 WIDTH, HEIGHT = 160, 120
 THRESHOLD = 0.4
-HERE, THERE, NEAR = [10, 10, 50, 60], [80, 40, 140, 100], [12, 12, 52, 60]
+HERE, THERE, NEAR = [10, 10, 30, 30], [80, 40, 140, 100], [12, 12, 32, 32]
 RECALLS = np.linspace(0, 1, 101)
 
 

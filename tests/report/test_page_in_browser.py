@@ -168,10 +168,10 @@ def test_slider_decides_which_boxes_are_drawn(report: Path, visit: Any) -> None:
     expect(tab.locator("#threshold-value")).to_have_text("0.70")
     tab.locator("#threshold").fill("0.05")
     assert boxes(tab) == 4 * 24
-    expect(tab.locator("#gallery .summary").first).to_contain_text("2 objects: 2 found, 0 missed · 2 wrong")
+    expect(tab.locator("#gallery .summary").first).to_contain_text("2 of 2 found · 2 wrong")
     tab.get_by_role("button", name="Back to 0.40").click()
     assert boxes(tab) == 3 * 24
-    expect(tab.locator("#gallery .summary").first).to_contain_text("2 objects: 1 found, 1 missed · 2 wrong")
+    expect(tab.locator("#gallery .summary").first).to_contain_text("1 of 2 found · 2 wrong")
 
 
 def test_filters_choose_pictures_and_mark_their_cases(report: Path, visit: Any) -> None:
@@ -222,6 +222,9 @@ def test_picture_opens_larger_and_can_be_turned_and_closed(report: Path, visit: 
     assert boxes(tab) == 24  # the page follows
     viewer.locator("tbody tr.found").hover()
     expect(viewer.locator(".found.marked")).to_have_count(1)
+    viewer.locator("tbody tr.found button").press("Enter")  # a closer look
+    expect(viewer.locator("svg.boxes")).to_have_attribute("viewBox", "0 0 80 60")
+    viewer.locator("tbody tr.found button").press("Enter")
     viewer.get_by_label("found").uncheck()
     expect(viewer.locator(".box.found")).to_have_count(0)
     viewer.locator("h2").click()

@@ -41,9 +41,14 @@ function iou(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
+/** Scores are rounded to four digits, the threshold may be one of them that is not. */
+function reaches(box, threshold) {
+  return box[5] >= threshold - 5e-5;
+}
+
 /** What a threshold leaves of an image: indices of the boxes found, and of the objects that none of them hits. */
 function judge(image, found, threshold) {
-  const shown = found.flatMap((box, index) => (box[5] >= threshold - 1e-9 ? [index] : []));
+  const shown = found.flatMap((box, index) => (reaches(box, threshold) ? [index] : []));
   const objects = image.truth.flatMap((box, index) => (box[6] ? [] : [index]));
   const open = new Set(objects);
   const right = shown.filter((index) => found[index][6] === "right").sort((a, b) => found[b][5] - found[a][5]);
@@ -57,10 +62,8 @@ function judge(image, found, threshold) {
   return { shown, objects, missed: [...open], right, wrong, f1 };
 }
 
-/** "5 objects: 3 found, 2 missed; 1 wrong box" and the F1. */
 function summary({ objects, missed, wrong, f1 }) {
-  const found = objects.length - missed.length;
-  return `F1 ${number(f1, 0)} · ${plural(objects.length, "object")}: ${found} found, ${missed.length} missed · ${wrong.length} wrong`;
+  return `F1 ${number(f1, 0)} · ${objects.length - missed.length} of ${objects.length} found · ${wrong.length} wrong`;
 }
 
 function outline(box, kind) {
@@ -71,9 +74,9 @@ function outline(box, kind) {
 
 /**
  * The boxes of an image as SVG. found: its detections. verdict: from `judge`. marked: { truth, found: Sets of indices,
- * boxes: more boxes }, drawn heavier while the others are faint.
+ * boxes: more boxes }, drawn heavier while the others are faint. region: [x, y, width, height] that is seen.
  */
-function overlay(image, found, verdict, marked = {}) {
+function overlay(image, found, verdict, marked = {}, region = whole(image)) {
   const missed = new Set(verdict.missed);
   const any = marked.truth?.size || marked.found?.size || marked.boxes?.length;
   const weight = (set, index) => (set?.has(index) ? " marked" : any ? " faint" : "");
@@ -84,7 +87,7 @@ function overlay(image, found, verdict, marked = {}) {
   const extra = (marked.boxes ?? []).map((box) => outline(box, "box extra marked"));
   const all = [...image.truth, ...verdict.shown.map((index) => found[index]), ...(marked.boxes ?? [])];
   const halos = all.map((box) => outline(box, "halo")); // dark lines under bright ones are seen on any ground
-  const view = { viewBox: `0 0 ${image.width} ${image.height}`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  const view = { viewBox: region.join(" "), preserveAspectRatio: "none", "aria-hidden": "true" };
   return shape("svg", { ...view, class: "boxes" }, halos, boxes, extra, truth);
 }
 
@@ -105,6 +108,25 @@ function frame(image, large = false) {
     small();
   }
   return ground;
+}
+
+function whole(image) {
+  return [0, 0, image.width, image.height];
+}
+
+/** The part of an image, of its shape, in the middle of which a box takes a third. */
+function regionAround([x1, y1, x2, y2], image) {
+  const share = Math.min(1, Math.max((3 * (x2 - x1)) / image.width, (3 * (y2 - y1)) / image.height, 0.05));
+  const [width, height] = [share * image.width, share * image.height];
+  const inside = (low, most) => Math.max(0, Math.min(low, most));
+  return [inside((x1 + x2 - width) / 2, image.width - width), inside((y1 + y2 - height) / 2, image.height - height), width, height];
+}
+
+/** Show only a region of the picture in a frame. */
+function zoom(ground, image, [x, y, width, height]) {
+  const percent = (part, of) => `${(100 * part) / of}%`;
+  const size = { width: percent(image.width, width), height: percent(image.height, height) };
+  Object.assign(ground.querySelector("img, .absent").style, size, { left: percent(-x, width), top: percent(-y, height) });
 }
 
 function fileName(image) {

@@ -3,10 +3,11 @@
 const SIZE = { width: 380, height: 240, left: 46, right: 12, top: 12, bottom: 38 };
 const COLOURS = 7; // classes c0 to c6 in the style sheet
 
-function ticks(low, high, count = 5) {
+function ticks([low, high], onlyWhole = false, count = 5) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
+  const round = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
+  const step = onlyWhole ? Math.max(round, 1) : round;
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-9);
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
@@ -32,8 +33,9 @@ function scale([low, high], from, to, log = false) {
 }
 
 /**
- * x, y: { title, domain: [low, high], log }.
- * series: [{ name, points: [[x, y], …], dots, bars }], all drawn in the order of their colours.
+ * x, y: { title, domain: [low, high], log, whole: only whole numbers }.
+ * series: [{ name, points: [[x, y, note], …], dots }] in the order of their colours. dots: whether to draw the points,
+ * or a function from their index to their radius.
  * marks: [{ x, text }], vertical lines. diagonal: whether to draw y = x.
  */
 function lineChart({ label, x, y, series, marks = [], diagonal = false }) {
@@ -41,13 +43,13 @@ function lineChart({ label, x, y, series, marks = [], diagonal = false }) {
   const toX = scale(x.domain, left, width - right);
   const toY = scale(y.domain, height - bottom, top, y.log);
   const picture = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, tabindex: 0, class: "chart" });
-  for (const value of y.log ? powersOfTen(...y.domain) : ticks(...y.domain)) {
+  for (const value of y.log ? powersOfTen(...y.domain) : ticks(y.domain)) {
     picture.append(
       shape("line", { class: "grid", x1: left, x2: width - right, y1: toY(value), y2: toY(value) }),
       shape("text", { class: "tick", x: left - 6, y: toY(value) + 3.5, "text-anchor": "end" }, tickText(value)),
     );
   }
-  for (const value of ticks(...x.domain)) {
+  for (const value of ticks(x.domain, x.whole)) {
     picture.append(shape("text", { class: "tick", x: toX(value), y: height - bottom + 15, "text-anchor": "middle" }, tickText(value)));
   }
   picture.append(
@@ -63,7 +65,7 @@ function lineChart({ label, x, y, series, marks = [], diagonal = false }) {
     const path = one.points.map(([a, b]) => `${toX(a).toFixed(1)},${toY(b).toFixed(1)}`).join(" ");
     picture.append(shape("polyline", { class: `line c${index % COLOURS}`, points: path }));
     if (one.dots) {
-      picture.append(...one.points.map(([a, b]) => shape("circle", { class: `dot c${index % COLOURS}`, cx: toX(a), cy: toY(b), r: 3 })));
+      picture.append(...one.points.map(([a, b], at) => shape("circle", { class: `dot c${index % COLOURS}`, cx: toX(a), cy: toY(b), r: one.dots === true ? 3 : one.dots(at) })));
     }
   });
   for (const mark of marks) {
@@ -92,7 +94,8 @@ function readout(picture, series, x, y, toX) {
     line.setAttribute("x2", toX(at));
     line.setAttribute("visibility", "visible");
     const values = series.filter((one) => one.points.length).map((one) => {
-      const value = tickText(nearest(one.points, at)[1]);
+      const [, height, note = ""] = nearest(one.points, at);
+      const value = tickText(height) + note;
       return series.length > 1 ? `${one.name} ${value}` : `${y.title} ${value}`;
     });
     told.textContent = `${x.title} ${tickText(at)}: ${values.join(", ")}`;
@@ -118,11 +121,14 @@ function readout(picture, series, x, y, toX) {
   return told;
 }
 
-/** From 0, or the lowest, to a little above the highest value of all series. */
+/** From 0, or the lowest, to a round number above the highest value of all series. */
 function domainOf(series, log = false) {
   const values = series.flatMap((one) => one.points.map(([, value]) => value)).filter((value) => value !== null && (!log || value > 0));
   if (!values.length) return [0.1, 1];
   const low = Math.min(...values);
   const high = Math.max(...values);
-  return log ? [low / 1.5, high * 1.5] : [Math.min(low, 0), high > 0 ? high * 1.05 : 1];
+  if (log) return [low / 1.5, high * 1.5];
+  const domain = [Math.min(low, 0), high > 0 ? high : 1];
+  const [first, second] = ticks(domain);
+  return [domain[0], Math.ceil(domain[1] / (second - first) - 1e-9) * (second - first)];
 }

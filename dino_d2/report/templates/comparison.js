@@ -11,7 +11,7 @@ function pairCard(items, at) {
   const button = element(
     "button",
     { type: "button", class: "card", "aria-label": `Open ${fileName(image)}`, click: () => new Viewer(items, at, threshold) },
-    element("span", { class: "pair" }, frames),
+    element("span", { class: "pair" }, frames.map((one) => element("span", { class: "mount" }, one))),
     caption,
   );
   button.redraw = () =>

@@ -1,5 +1,14 @@
 // The confusion matrix: a grid of buttons that open the pictures behind them.
 
+const MOST_FREQUENT = 8;
+
+function whatOf(truth, found) {
+  const name = (index) => element("bdi", {}, className(index));
+  if (truth === BACKGROUND) return [name(found), " found where there is none"];
+  if (found === BACKGROUND) return [name(truth), " missed"];
+  return [name(truth), " found as ", name(found)];
+}
+
 function drawConfusion() {
   const { classes, cells } = data.confusion;
   const order = [...classes, BACKGROUND];
@@ -44,6 +53,15 @@ function drawConfusion() {
     ),
   );
   const size = order.length > 16 ? "matrix small" : "matrix";
+  const confused = cells.filter(([truth, found]) => truth !== found && truth !== BACKGROUND && found !== BACKGROUND);
+  const most = confused.sort((a, b) => b[2] - a[2]).slice(0, MOST_FREQUENT);
+  const open = (truth, found) => byId("confusion").querySelector(`[data-truth="${truth}"][data-found="${found}"]`).click();
+  byId("most-confused").replaceChildren(
+    ...most.map(([truth, found, count]) =>
+      element("li", {}, element("button", { type: "button", class: "plain", click: () => open(truth, found) }, whatOf(truth, found)), ` ${count}`),
+    ),
+  );
+  byId("most-confused").parentElement.hidden = !most.length;
   byId("confusion").replaceChildren(element("table", { class: size }, element("thead", {}, head), element("tbody", {}, body)));
 }
 
@@ -52,7 +70,7 @@ function boxesOfCell(image, truth, found) {
   const missed = new Set(judge(image, image.found, data.threshold.score).missed);
   const objects = image.truth.flatMap((box, index) => (box[4] === truth && !box[6] && (truth === found ? !missed.has(index) : missed.has(index)) ? [index] : []));
   const boxes = image.found.flatMap((box, index) => {
-    if (box[4] !== found || box[5] < data.threshold.score) return [];
+    if (box[4] !== found || !reaches(box, data.threshold.score)) return [];
     const fits =
       truth === found
         ? box[6] === "right"
@@ -70,14 +88,8 @@ function openCell(button, truth, found, { count, ids }) {
   const byImage = new Map(data.images.map((image) => [image.id, image]));
   const items = ids.filter((id) => byImage.has(id)).map((id) => itemOf(byImage.get(id), boxesOfCell(byImage.get(id), truth, found)));
   const others = ids.filter((id) => !byImage.has(id));
-  const what =
-    truth === BACKGROUND
-      ? [element("bdi", {}, className(found)), " found where there is none"]
-      : found === BACKGROUND
-        ? [element("bdi", {}, className(truth)), " missed"]
-        : [element("bdi", {}, className(truth)), " found as ", element("bdi", {}, className(found))];
   const panel = byId("confusion-pictures");
-  const heading = element("h4", { tabindex: -1 }, what, `: ${count}`);
+  const heading = element("h4", { tabindex: -1 }, whatOf(truth, found), `: ${count}`);
   panel.replaceChildren(heading, element("div", { class: "cards" }, items.map((_, at) => card(items, at))));
   if (others.length) {
     panel.append(element("p", { class: "note" }, `Not in the gallery: ${plural(others.length, "image")} with the id ${others.join(", ")}.`));

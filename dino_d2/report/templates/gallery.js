@@ -27,7 +27,7 @@ function card(items, at, caption = null) {
   const button = element(
     "button",
     { type: "button", class: "card", click: () => new Viewer(items, at, threshold), "aria-label": `Open ${fileName(image)}` },
-    frame(image),
+    element("span", { class: "mount" }, frame(image)),
     text,
   );
   button.redraw = () => {
@@ -49,10 +49,10 @@ function redraw() {
 /** The pictures of a filter, in the order of their worst case: [{ image, marked }]. */
 function chosenItems() {
   const { kind, ofClass } = choice;
-  const whole = (index) => itemOf(data.images[index], {});
+  const unmarked = (index) => itemOf(data.images[index], {});
   const hasClass = ({ image }) => ofClass === null || [...image.truth, ...image.found].some((box) => box[4] === ofClass);
-  if (kind === "all") return data.images.map((_, index) => whole(index)).filter(hasClass);
-  if (kind === "worst_images") return data.cases.worst_images.map(whole).filter(hasClass);
+  if (kind === "all") return data.images.map((_, index) => unmarked(index)).filter(hasClass);
+  if (kind === "worst_images") return data.cases.worst_images.map(unmarked).filter(hasClass);
   const items = new Map();
   const list = kind === "missed" ? "truth" : "found";
   for (const [index, box] of data.cases[kind]) {

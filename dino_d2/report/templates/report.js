@@ -38,12 +38,14 @@ function f1Chart([scores, values], best, label) {
 
 function drawErrors() {
   const bins = data.calibration.bins.filter((bin) => bin.count);
+  const most = Math.max(...bins.map((bin) => bin.count));
+  const radius = (at) => 2 + 5 * Math.sqrt(bins[at].count / most);
   byId("calibration").append(
     lineChart({
       label: "Precision against score",
       x: { title: "Score", domain: [0, 1] },
       y: { title: "Precision", domain: [0, 1] },
-      series: [{ name: "Precision", points: bins.map((bin) => [bin.score, bin.precision]), dots: true }],
+      series: [{ name: "Precision", points: bins.map((bin) => [bin.score, bin.precision, ` of ${plural(bin.count, "detection")}`]), dots: radius }],
       diagonal: true,
     }),
   );
@@ -51,13 +53,13 @@ function drawErrors() {
   const chart = f1Chart(data.f1, score, "F1 against the score threshold");
   if (!chosen) chart.querySelector(".mark-text").textContent = `chosen: ${number(score, 2)}`;
   byId("f1").append(chart);
-  if (byId("layers")) byId("layers").append(apChart("AP by decoder layer", "Decoder layer", data.layers));
+  if (byId("layers")) byId("layers").append(apChart("AP by decoder layer", "Decoder layer", data.layers, true));
 }
 
-function apChart(label, title, values) {
+function apChart(label, title, values, onlyWhole = false) {
   const series = [{ name: "AP", points: values, dots: true }];
   const domain = [values[0][0], values.at(-1)[0]];
-  return lineChart({ label, x: { title, domain: domain[0] < domain[1] ? domain : [0, domain[1]] }, y: { title: "AP", domain: domainOf(series) }, series });
+  return lineChart({ label, x: { title, domain: domain[0] < domain[1] ? domain : [0, domain[1]], whole: onlyWhole }, y: { title: "AP", domain: domainOf(series) }, series });
 }
 
 function drawTraining() {
@@ -76,7 +78,7 @@ function drawTraining() {
         element("h3", {}, title),
         lineChart({
           label: `${title} against iteration`,
-          x: { title: "Iteration", domain: [0, last] },
+          x: { title: "Iteration", domain: [0, last], whole: true },
           y: { title: "", domain: domainOf(series, log), log },
           series,
           marks: best.map(([iteration, ap]) => ({ x: iteration, text: `best: ${number(ap)}` })),

@@ -61,6 +61,7 @@ class Viewer {
   /** Show another picture. */
   open() {
     const { image, note, views } = this.items[this.at];
+    this.region = whole(image);
     this.title.textContent = fileName(image);
     const link = element("a", { href: image.link, target: "_blank", rel: "noopener" }, "full picture");
     const place = element("span", {}, `${this.at + 1} of ${this.items.length}`);
@@ -90,9 +91,20 @@ class Viewer {
       const verdict = this.shown.found ? this.verdicts[index] : { ...this.verdicts[index], shown: [] };
       const heavy = light?.view === index ? { [light.kind]: new Set([light.index]) } : light ? {} : marked;
       ground.querySelectorAll("svg, .tag").forEach((old) => old.remove());
-      ground.append(overlay(seen, found, verdict, heavy));
-      if (this.shown.names) ground.append(...tags(seen, found, verdict));
+      ground.append(overlay(seen, found, verdict, heavy, this.region));
+      zoom(ground, image, this.region);
+      if (this.shown.names) ground.append(...tags(seen, found, verdict, this.region));
     });
+  }
+
+  /** Show what is around the box of a row, or the whole picture if that was shown. */
+  look(button, box) {
+    const { image } = this.items[this.at];
+    const near = button.getAttribute("aria-pressed") !== "true";
+    this.list.querySelectorAll("[aria-pressed]").forEach((one) => one.setAttribute("aria-pressed", "false"));
+    button.setAttribute("aria-pressed", String(near));
+    this.region = near ? regionAround(box, image) : whole(image);
+    this.drawBoxes();
   }
 
   /** The boxes of a view as a table: missed objects, then what was found. */
@@ -100,15 +112,17 @@ class Viewer {
     const { image, views } = this.items[this.at];
     const { title, found } = views[view];
     const { missed, shown } = this.verdicts[view];
-    const row = (kind, index, ...cells) => {
+    const row = (kind, index, box, ...cells) => {
       const light = () => this.drawBoxes({ view, kind, index });
       const dark = () => this.drawBoxes();
-      const listeners = { pointerenter: light, pointerleave: dark, focus: light, blur: dark };
-      return element("tr", { tabindex: 0, class: kind, ...listeners }, cells.map((cell) => element("td", {}, cell)));
+      const look = (event) => this.look(event.currentTarget, box);
+      const button = element("button", { type: "button", "aria-pressed": "false", focus: light, blur: dark, click: look }, className(box[4]));
+      const hover = { class: kind, pointerenter: light, pointerleave: dark };
+      return element("tr", hover, [button, ...cells].map((cell) => element("td", {}, cell)));
     };
     const rows = [
-      ...missed.map((index) => row("truth", index, className(image.truth[index][4]), "", "missed")),
-      ...shown.map((index) => row("found", index, className(found[index][4]), number(found[index][5], 2), KINDS[found[index][6]])),
+      ...missed.map((index) => row("truth", index, image.truth[index], "", "missed")),
+      ...shown.map((index) => row("found", index, found[index], number(found[index][5], 2), KINDS[found[index][6]])),
     ];
     const head = element("tr", {}, ["class", "score", "is"].map((text) => element("th", { scope: "col" }, text)));
     return element("table", {}, title ? element("caption", {}, title) : null, element("thead", {}, head), element("tbody", {}, rows));
@@ -116,16 +130,17 @@ class Viewer {
 }
 
 /** Names at the corners of the boxes found, and of the objects missed. */
-function tags(image, found, verdict) {
-  const percent = (part, whole) => `${((100 * part) / whole).toFixed(2)}%`;
+function tags(image, found, verdict, [left, top, width, height]) {
+  const percent = (part, of) => `${((100 * part) / of).toFixed(2)}%`;
   const tag = (box, kind, text) => {
-    const place = kind === "found" && box[1] > 0.05 * image.height ? "above" : "inside";
-    const style = `left:${percent(Math.max(box[0], 0), image.width)};top:${percent(Math.max(box[1], 0), image.height)}`;
+    const place = kind === "found" && box[1] - top > 0.05 * height ? "above" : "inside";
+    const style = `left:${percent(Math.max(box[0] - left, 0), width)};top:${percent(Math.max(box[1] - top, 0), height)}`;
     return element("span", { class: `tag ${kind} ${place}`, "aria-hidden": "true", style }, text);
   };
   const missed = verdict.missed.filter((index) => image.truth[index]);
+  const seen = (box) => box[0] < left + width && box[2] > left && box[1] < top + height && box[3] > top;
   return [
-    ...missed.map((index) => tag(image.truth[index], "truth", className(image.truth[index][4]))),
-    ...verdict.shown.map((index) => tag(found[index], "found", `${className(found[index][4])} ${number(found[index][5], 2)}`)),
+    ...missed.filter((index) => seen(image.truth[index])).map((index) => tag(image.truth[index], "truth", className(image.truth[index][4]))),
+    ...verdict.shown.filter((index) => seen(found[index])).map((index) => tag(found[index], "found", `${className(found[index][4])} ${number(found[index][5], 2)}`)),
   ];
 }
