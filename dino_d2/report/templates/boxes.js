@@ -54,7 +54,8 @@ function judge(image, found, threshold) {
   const right = shown.filter((index) => found[index][6] === "right").sort((a, b) => found[b][5] - found[a][5]);
   for (const index of right) {
     const fitting = [...open].filter((object) => image.truth[object][4] === found[index][4]);
-    const overlap = (object) => iou(image.truth[object], found[index]);
+    // Boxes are rounded: of objects in the same place, take the one that the report calls found.
+    const overlap = (object) => iou(image.truth[object], found[index]) + 0.02 * image.truth[object][5];
     if (fitting.length) open.delete(fitting.reduce((best, object) => (overlap(object) > overlap(best) ? object : best)));
   }
   const wrong = shown.filter((index) => !["right", "ignored"].includes(found[index][6]));
@@ -88,7 +89,7 @@ function overlay(image, found, verdict, marked = {}, region = whole(image)) {
   const all = [...image.truth, ...verdict.shown.map((index) => found[index]), ...(marked.boxes ?? [])];
   const halos = all.map((box) => outline(box, "halo")); // dark lines under bright ones are seen on any ground
   const view = { viewBox: region.join(" "), preserveAspectRatio: "none", "aria-hidden": "true" };
-  return shape("svg", { ...view, class: "boxes" }, halos, boxes, extra, truth);
+  return shape("svg", { ...view, class: any ? "boxes dimmed" : "boxes" }, halos, boxes, extra, truth);
 }
 
 /** A frame of the image's shape for a picture and its boxes. large: the full picture instead of the small one. */

@@ -30,7 +30,7 @@ function drawConfusion() {
         const cell = counts.get(`${truth} ${found}`);
         if (!cell) return element("td", {});
         const share = cell.count / total.get(truth);
-        const text = `${name(truth, false)}, found as ${name(found, true)}: ${cell.count}`;
+        const text = `${element("span", {}, whatOf(truth, found)).textContent}: ${cell.count}`;
         return element(
           "td",
           {},
@@ -67,19 +67,25 @@ function drawConfusion() {
 
 /** Which boxes of an image a cell counts, at the report's threshold. */
 function boxesOfCell(image, truth, found) {
-  const missed = new Set(judge(image, image.found, data.threshold.score).missed);
-  const objects = image.truth.flatMap((box, index) => (box[4] === truth && !box[6] && (truth === found ? !missed.has(index) : missed.has(index)) ? [index] : []));
-  const boxes = image.found.flatMap((box, index) => {
-    if (box[4] !== found || !reaches(box, data.threshold.score)) return [];
-    const fits =
-      truth === found
-        ? box[6] === "right"
-        : truth === BACKGROUND
-          ? !["right", "wrong_class", "ignored"].includes(box[6])
-          : image.truth.some((object) => object[4] === truth && iou(object, box) >= 0.5);
-    return fits ? [index] : [];
-  });
-  return { truth: new Set(objects), found: new Set(boxes) };
+  const { missed, shown } = judge(image, image.found, data.threshold.score);
+  const isMissed = new Set(missed);
+  const kind = (index) => image.found[index][6];
+  const takenFor = (object, index) => kind(index) === "wrong_class" && iou(image.truth[object], image.found[index]) >= 0.5;
+  const objects = image.truth.map((_, index) => index).filter((index) => image.truth[index][4] === truth && !image.truth[index][6]);
+  const boxes = shown.filter((index) => image.found[index][4] === found);
+  const sets = (ofTruth, ofFound) => ({ truth: new Set(ofTruth), found: new Set(ofFound) });
+  if (truth === found) {
+    return sets(objects.filter((object) => !isMissed.has(object)), boxes.filter((index) => kind(index) === "right"));
+  }
+  if (truth === BACKGROUND) {
+    return sets([], boxes.filter((index) => !["right", "wrong_class", "ignored"].includes(kind(index))));
+  }
+  const open = objects.filter((object) => isMissed.has(object));
+  if (found === BACKGROUND) {
+    return sets(open.filter((object) => !shown.some((index) => takenFor(object, index))), []);
+  }
+  const pairs = open.flatMap((object) => boxes.filter((index) => takenFor(object, index)).map((index) => [object, index]));
+  return sets(pairs.map(([object]) => object), pairs.map(([, index]) => index));
 }
 
 function openCell(button, truth, found, { count, ids }) {
