@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2.utils import htmlsafe_json_dumps
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dino_d2.data import read_image
 
@@ -60,14 +60,23 @@ def embed_pictures(numbers: Entry, images: Path, folder: Path, room: int) -> Ent
 def _thumbnail(path: Path) -> str | None:
     """A JPEG as data URL; None if the file is missing, or is no picture."""
     try:
-        picture = Image.fromarray(read_image(path, "RGB"))
-    except (OSError, ValueError):
+        picture = _read(path)
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
     scale = min(THUMBNAIL / max(picture.size), 1)
     picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BILINEAR, None, 2)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _read(path: Path) -> Image.Image:
+    """As the detector sees it. Large JPEGs are decoded at a fraction of their size, which is many times faster."""
+    with Image.open(path) as file:
+        if file.format == "JPEG" and file.mode == "RGB":
+            file.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+            return ImageOps.exif_transpose(file)
+    return Image.fromarray(read_image(path, "RGB"))
 
 
 def _link(path: Path, folder: Path) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import curves as training_curves
 
@@ -241,6 +242,8 @@ def _corruptions(corruptions: dict[str, list[float | None]]) -> Figure:
 
 def _line(points: Sequence[tuple[float, float]], x: str, y: str) -> Figure:
     figure, axes = _axes()
+    if all(isinstance(place, int) for place, _ in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.plot(*zip(*points, strict=True), color=TRUTH, lw=2, marker="o", ms=4)
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
     return figure

@@ -174,7 +174,7 @@ def _class(index: int, empty: bool) -> dict[str, Any]:
         "name": name,
         "objects": 10 * (index + 1),
         "images": 8,
-        **{"AP": 50.0 - index, "AP_low": 45.0 - index, "AP_high": 55.0 - index, "AP50": 70.0 - index},
+        **{"AP": 50.0 - index % 40, "AP_low": 45.0 - index % 40, "AP_high": 55.0 - index % 40, "AP50": 70.0},
         **{"precision": 80.0, "recall": 60.0 + index % 20, "best_threshold": best, "best_F1": 70.0},
         "confused_with": [[(index + 1) % 3, 4]],
         "pr": (100 - 100 * RECALLS**2).tolist(),

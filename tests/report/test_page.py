@@ -95,6 +95,23 @@ def test_full_pictures_are_linked_relatively_and_small_ones_embedded(tmp_path: P
     assert sizes == [(160, 120), (320, 240)]
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_photograph_is_turned_as_the_camera_says(orientation: int, tmp_path: Path) -> None:
+    numbers = made_report(images=1)
+    numbers["images"][0]["file"] = "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.new("RGB", (2000, 1000), "blue")
+    photo.paste("red", (0, 0, 1000, 1000))
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    data = read_data(write_page(numbers, tmp_path, tmp_path / "report"))
+    content = base64.b64decode(data["images"][0]["thumbnail"].split(",")[1])
+    small = Image.open(io.BytesIO(content))
+    assert small.size == ((320, 160) if orientation == 1 else (160, 320))
+    assert small.getpixel((5, 5))[0] > 200  # red is on the left, or above
+    assert small.getpixel((small.width - 5, small.height - 5))[2] > 200
+
+
 def test_pictures_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     numbers = made_report(images=6)
     images = write_pictures(numbers, tmp_path / "images")
