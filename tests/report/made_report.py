@@ -19,7 +19,7 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
     """A report of `images` gallery images and `classes` classes, of which the last has no objects.
 
     Every image has an object of class 0 that is found twice, and an object of class 1 that is found as class 2 with a
-    sure score and, with a score of 0.1, as itself.
+    sure score and, with a score of 0.1, as itself. The last has one more object of class 1, which is missed.
     """
     return {
         "format": 1,
@@ -54,7 +54,7 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
             "cells": [
                 *([i, i, 5 + i, list(range(1, 4))] for i in range(classes - 1)),
                 [1, 2, images, list(range(1, min(images, 20) + 1))],
-                [1, -1, 2, [1, 999]],
+                [1, -1, 2, [images, 999]],
                 [-1, 0, images, list(range(1, min(images, 20) + 1))],
             ]
         },
@@ -78,9 +78,9 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
             ]
             for group in ("size", "aspect ratio", "crowding", "border")
         },
-        "images": [_image(i) for i in range(images)],
+        "images": [_image(i, missed=i == images - 1) for i in range(images)],
         "cases": {
-            "missed": [[i, 1] for i in range(images)],
+            "missed": [*([i, 1] for i in range(images)), *([i, 3] for i in range(images)[-1:])],
             "false": [],
             "wrong_class": [[i, 1] for i in range(images)],
             "badly_placed": [],
@@ -182,15 +182,16 @@ def _class(index: int, empty: bool) -> dict[str, Any]:
     }
 
 
-def _image(index: int) -> dict[str, Any]:
+def _image(index: int, missed: bool = False) -> dict[str, Any]:
+    more = [[5, 90, 25, 115, 1, 0, 0]] if missed else []
     return {
         "id": index + 1,
         "file": f"folder/{index + 1} <a> & 'b' #1 狗.png",
         "width": WIDTH,
         "height": HEIGHT,
         "F1": 40.0,
-        "objects": 2,
-        "truth": [[*HERE, 0, 1, 0], [*THERE, 1, 0, 0], [0, 0, 40, 20, 2, 0, 1]],
+        "objects": 2 + len(more),
+        "truth": [[*HERE, 0, 1, 0], [*THERE, 1, 0, 0], [0, 0, 40, 20, 2, 0, 1], *more],
         "found": [
             [*HERE, 0, 0.9, "right"],
             [*THERE, 2, 0.8, "wrong_class"],

@@ -56,10 +56,12 @@ function judge(image, found, threshold) {
     const fitting = [...open].filter((object) => image.truth[object][4] === found[index][4]);
     // Boxes are rounded: of objects in the same place, take the one that the report calls found.
     const overlap = (object) => iou(image.truth[object], found[index]) + 0.02 * image.truth[object][5];
-    if (fitting.length) open.delete(fitting.reduce((best, object) => (overlap(object) > overlap(best) ? object : best)));
+    if (fitting.length)
+      open.delete(fitting.reduce((best, object) => (overlap(object) > overlap(best) ? object : best)));
   }
   const wrong = shown.filter((index) => !["right", "ignored"].includes(found[index][6]));
-  const f1 = objects.length + wrong.length ? (200 * right.length) / (objects.length + right.length + wrong.length) : 100;
+  const f1 =
+    objects.length + wrong.length ? (200 * right.length) / (objects.length + right.length + wrong.length) : 100;
   return { shown, objects, missed: [...open], right, wrong, f1 };
 }
 
@@ -84,17 +86,30 @@ function overlay(image, found, verdict, marked = {}, region = whole(image)) {
   const truth = image.truth.map((box, index) =>
     outline(box, `box truth${box[6] ? " crowd" : missed.has(index) ? " missed" : ""}${weight(marked.truth, index)}`),
   );
-  const boxes = verdict.shown.map((index) => outline(found[index], `box found ${found[index][6]}${weight(marked.found, index)}`));
+  const boxes = verdict.shown.map((index) =>
+    outline(found[index], `box found ${found[index][6]}${weight(marked.found, index)}`),
+  );
   const extra = (marked.boxes ?? []).map((box) => outline(box, "box extra marked"));
   const all = [...image.truth, ...verdict.shown.map((index) => found[index]), ...(marked.boxes ?? [])];
-  const halos = all.map((box) => outline(box, "halo")); // dark lines under bright ones are seen on any ground
+  // Dark lines under bright ones are seen on any ground.
+  const halo = all.map(([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`).join("");
   const view = { viewBox: region.join(" "), preserveAspectRatio: "none", "aria-hidden": "true" };
-  return shape("svg", { ...view, class: any ? "boxes dimmed" : "boxes" }, halos, boxes, extra, truth);
+  return shape(
+    "svg",
+    { ...view, class: any ? "boxes dimmed" : "boxes" },
+    shape("path", { class: "halo", d: halo }),
+    boxes,
+    extra,
+    truth,
+  );
 }
 
 /** A frame of the image's shape for a picture and its boxes. large: the full picture instead of the small one. */
 function frame(image, large = false) {
-  const ground = element("span", { class: "frame", style: `aspect-ratio:${image.width}/${image.height};--shape:${image.width / image.height}` });
+  const ground = element("span", {
+    class: "frame",
+    style: `aspect-ratio:${image.width}/${image.height};--shape:${image.width / image.height}`,
+  });
   const picture = element("img", { alt: "" });
   const small = () => {
     picture.onerror = null;
@@ -120,14 +135,22 @@ function regionAround([x1, y1, x2, y2], image) {
   const share = Math.min(1, Math.max((3 * (x2 - x1)) / image.width, (3 * (y2 - y1)) / image.height, 0.05));
   const [width, height] = [share * image.width, share * image.height];
   const inside = (low, most) => Math.max(0, Math.min(low, most));
-  return [inside((x1 + x2 - width) / 2, image.width - width), inside((y1 + y2 - height) / 2, image.height - height), width, height];
+  return [
+    inside((x1 + x2 - width) / 2, image.width - width),
+    inside((y1 + y2 - height) / 2, image.height - height),
+    width,
+    height,
+  ];
 }
 
 /** Show only a region of the picture in a frame. */
 function zoom(ground, image, [x, y, width, height]) {
   const percent = (part, of) => `${(100 * part) / of}%`;
   const size = { width: percent(image.width, width), height: percent(image.height, height) };
-  Object.assign(ground.querySelector("img, .absent").style, size, { left: percent(-x, width), top: percent(-y, height) });
+  Object.assign(ground.querySelector("img, .absent").style, size, {
+    left: percent(-x, width),
+    top: percent(-y, height),
+  });
 }
 
 function fileName(image) {

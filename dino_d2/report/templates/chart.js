@@ -34,15 +34,21 @@ function scale([low, high], from, to, log = false) {
 
 /**
  * x, y: { title, domain: [low, high], log, whole: only whole numbers }.
- * series: [{ name, points: [[x, y, note], …], dots }] in the order of their colours. dots: whether to draw the points,
- * or a function from their index to their radius.
+ * series: [{ name, points: [[x, y, note], …], dots }] in the order of their colours. dots: whether to draw the
+ * points, or a function from their index to their radius.
  * marks: [{ x, text }], vertical lines. diagonal: whether to draw y = x.
  */
 function lineChart({ label, x, y, series, marks = [], diagonal = false }) {
   const { width, height, left, right, top, bottom } = SIZE;
   const toX = scale(x.domain, left, width - right);
   const toY = scale(y.domain, height - bottom, top, y.log);
-  const picture = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, tabindex: 0, class: "chart" });
+  const picture = shape("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": label,
+    tabindex: 0,
+    class: "chart",
+  });
   for (const value of y.log ? powersOfTen(...y.domain) : ticks(y.domain)) {
     picture.append(
       shape("line", { class: "grid", x1: left, x2: width - right, y1: toY(value), y2: toY(value) }),
@@ -50,29 +56,64 @@ function lineChart({ label, x, y, series, marks = [], diagonal = false }) {
     );
   }
   for (const value of ticks(x.domain, x.whole)) {
-    picture.append(shape("text", { class: "tick", x: toX(value), y: height - bottom + 15, "text-anchor": "middle" }, tickText(value)));
+    picture.append(
+      shape(
+        "text",
+        { class: "tick", x: toX(value), y: height - bottom + 15, "text-anchor": "middle" },
+        tickText(value),
+      ),
+    );
   }
   picture.append(
     shape("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }),
     shape("text", { class: "title", x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, x.title),
-    shape("text", { class: "title", transform: `translate(11 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, y.title),
+    shape(
+      "text",
+      {
+        class: "title",
+        transform: `translate(11 ${(top + height - bottom) / 2}) rotate(-90)`,
+        "text-anchor": "middle",
+      },
+      y.title,
+    ),
   );
   if (diagonal) {
     picture.append(shape("line", { class: "diagonal", x1: toX(0), y1: toY(0), x2: toX(1), y2: toY(1) }));
   }
-  const visible = series.map((one) => ({ ...one, points: one.points.filter(([, value]) => value !== null && (!y.log || value > 0)) }));
+  const visible = series.map((one) => ({
+    ...one,
+    points: one.points.filter(([, value]) => value !== null && (!y.log || value > 0)),
+  }));
   visible.forEach((one, index) => {
     const path = one.points.map(([a, b]) => `${toX(a).toFixed(1)},${toY(b).toFixed(1)}`).join(" ");
     picture.append(shape("polyline", { class: `line c${index % COLOURS}`, points: path }));
     if (one.dots) {
-      picture.append(...one.points.map(([a, b], at) => shape("circle", { class: `dot c${index % COLOURS}`, cx: toX(a), cy: toY(b), r: one.dots === true ? 3 : one.dots(at) })));
+      picture.append(
+        ...one.points.map(([a, b], at) =>
+          shape("circle", {
+            class: `dot c${index % COLOURS}`,
+            cx: toX(a),
+            cy: toY(b),
+            r: one.dots === true ? 3 : one.dots(at),
+          }),
+        ),
+      );
     }
   });
   for (const mark of marks) {
     const end = toX(mark.x) > width * 0.6;
     picture.append(
       shape("line", { class: "mark", x1: toX(mark.x), x2: toX(mark.x), y1: top, y2: height - bottom }),
-      shape("text", { class: "mark-text", x: toX(mark.x) + (end ? -4 : 4), y: height - bottom - 6, "text-anchor": end ? "end" : "start" }, mark.text),
+      shape(
+        "text",
+        {
+          class: "mark-text",
+          x: toX(mark.x) + (end ? -4 : 4),
+          y: height - bottom - 6,
+          "text-anchor": end ? "end" : "start",
+        },
+        mark.text,
+      ),
     );
   }
   return element("figure", { class: "plot" }, picture, readout(picture, visible, x, y, toX));
@@ -85,7 +126,8 @@ function readout(picture, series, x, y, toX) {
   picture.append(line);
   const places = [...new Set(series.flatMap((one) => one.points.map(([a]) => a)))].sort((a, b) => a - b);
   let current = -1;
-  const nearest = (points, at) => points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best), points[0]);
+  const nearest = (points, at) =>
+    points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best), points[0]);
   const show = (index) => {
     if (!places.length) return;
     current = Math.max(0, Math.min(index, places.length - 1));
@@ -93,11 +135,13 @@ function readout(picture, series, x, y, toX) {
     line.setAttribute("x1", toX(at));
     line.setAttribute("x2", toX(at));
     line.setAttribute("visibility", "visible");
-    const values = series.filter((one) => one.points.length).map((one) => {
-      const [, height, note = ""] = nearest(one.points, at);
-      const value = tickText(height) + note;
-      return series.length > 1 ? `${one.name} ${value}` : `${y.title} ${value}`;
-    });
+    const values = series
+      .filter((one) => one.points.length)
+      .map((one) => {
+        const [, height, note = ""] = nearest(one.points, at);
+        const value = tickText(height) + note;
+        return series.length > 1 ? `${one.name} ${value}` : `${y.title} ${value}`;
+      });
     told.textContent = `${x.title} ${tickText(at)}: ${values.join(", ")}`;
   };
   const hide = () => {
@@ -107,7 +151,10 @@ function readout(picture, series, x, y, toX) {
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * SIZE.width;
-    const found = nearest(places.map((place) => [toX(place), place]), at);
+    const found = nearest(
+      places.map((place) => [toX(place), place]),
+      at,
+    );
     if (found) show(places.indexOf(found[1]));
   });
   picture.addEventListener("pointerleave", hide);
@@ -123,7 +170,9 @@ function readout(picture, series, x, y, toX) {
 
 /** From 0, or the lowest, to a round number above the highest value of all series. */
 function domainOf(series, log = false) {
-  const values = series.flatMap((one) => one.points.map(([, value]) => value)).filter((value) => value !== null && (!log || value > 0));
+  const values = series
+    .flatMap((one) => one.points.map(([, value]) => value))
+    .filter((value) => value !== null && (!log || value > 0));
   if (!values.length) return [0.1, 1];
   const low = Math.min(...values);
   const high = Math.max(...values);

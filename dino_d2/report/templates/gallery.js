@@ -22,11 +22,21 @@ function itemOf(image, marked, note = null) {
 /** A small picture that opens the viewer on `items[at]`. */
 function card(items, at, caption = null) {
   const { image, marked } = items[at];
-  const text = element("span", { class: "caption" }, element("bdi", { class: "file" }, fileName(image)), element("span", { class: "summary" }));
+  const text = element(
+    "span",
+    { class: "caption" },
+    element("bdi", { class: "file" }, fileName(image)),
+    element("span", { class: "summary" }),
+  );
   if (caption) text.append(element("span", { class: "reason" }, caption));
   const button = element(
     "button",
-    { type: "button", class: "card", click: () => new Viewer(items, at, threshold), "aria-label": `Open ${fileName(image)}` },
+    {
+      type: "button",
+      class: "card",
+      click: () => new Viewer(items, at, threshold),
+      "aria-label": `Open ${fileName(image)}`,
+    },
     element("span", { class: "mount" }, frame(image)),
     text,
   );
@@ -50,7 +60,8 @@ function redraw() {
 function chosenItems() {
   const { kind, ofClass } = choice;
   const unmarked = (index) => itemOf(data.images[index], {});
-  const hasClass = ({ image }) => ofClass === null || [...image.truth, ...image.found].some((box) => box[4] === ofClass);
+  const hasClass = ({ image }) =>
+    ofClass === null || [...image.truth, ...image.found].some((box) => box[4] === ofClass);
   if (kind === "all") return data.images.map((_, index) => unmarked(index)).filter(hasClass);
   if (kind === "worst_images") return data.cases.worst_images.map(unmarked).filter(hasClass);
   const items = new Map();
@@ -67,15 +78,19 @@ function chosenItems() {
 function tellCount() {
   const cards = byId("gallery").querySelectorAll(".card");
   const boxes = byId("gallery").querySelectorAll(".box.found").length;
-  byId("gallery-count").textContent = cards.length
-    ? `${plural(boxes, "box").replace("boxs", "boxes")} found with a score of ${number(threshold.get(), 2)} or more, in the ${plural(cards.length, "picture")} shown.`
-    : "No picture.";
+  const what = `${plural(boxes, "box", "boxes")} found with a score of ${number(threshold.get(), 2)} or more`;
+  const where = `in the ${plural(cards.length, "picture")} shown.`;
+  byId("gallery-count").textContent = cards.length ? `${what}, ${where}` : "No picture.";
 }
 
 function showGallery() {
   const items = chosenItems();
-  showInSteps(byId("gallery"), byId("gallery-more"), items.map((_, at) => at), (at) => card(items, at));
-  byId("gallery-more").addEventListener("click", tellCount);
+  showInSteps(
+    byId("gallery"),
+    byId("gallery-more"),
+    items.map((_, at) => at),
+    (at) => card(items, at),
+  );
   for (const button of byId("filters").children) {
     button.setAttribute("aria-pressed", String(button.dataset.kind === choice.kind));
   }
@@ -89,7 +104,12 @@ function startGallery() {
       choice.kind = kind;
       showGallery();
     };
-    const button = element("button", { type: "button", "data-kind": kind, disabled: !count, click: choose }, title, element("small", {}, ` ${count}`));
+    const button = element(
+      "button",
+      { type: "button", "data-kind": kind, disabled: !count, click: choose },
+      title,
+      element("small", {}, ` ${count}`),
+    );
     byId("filters").append(button);
   }
   const select = byId("class-filter");
@@ -100,6 +120,7 @@ function startGallery() {
   });
   threshold.show();
   showGallery();
+  byId("gallery-more").addEventListener("click", tellCount); // after more of them are shown
 }
 
 function startLabelErrors() {
@@ -111,5 +132,10 @@ function startLabelErrors() {
     const error = data.label_errors[at];
     return [element("strong", {}, error.kind), ` (${className(error.class)}): `, error.reason];
   };
-  showInSteps(byId("label-errors"), byId("labels-more"), items.map((_, at) => at), (at) => card(items, at, element("span", {}, caption(at))));
+  showInSteps(
+    byId("label-errors"),
+    byId("labels-more"),
+    items.map((_, at) => at),
+    (at) => card(items, at, element("span", {}, caption(at))),
+  );
 }

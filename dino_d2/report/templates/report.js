@@ -14,6 +14,7 @@ function showClass(index) {
     return;
   }
   const recall = one.pr.map((_, at) => (100 * at) / (one.pr.length - 1));
+  const best = `Best F1 ${number(one.best_F1)} at a score of ${number(one.best_threshold, 2)}.`;
   panel.append(
     lineChart({
       label: `Precision against recall of ${one.name}`,
@@ -22,7 +23,7 @@ function showClass(index) {
       series: [{ name: one.name, points: points(recall, one.pr) }],
     }),
     f1Chart(one.f1, one.best_threshold, `F1 against the score threshold of ${one.name}`),
-    element("p", { class: "note" }, `Best F1 ${number(one.best_F1)} at a score of ${number(one.best_threshold, 2)}. ${plural(one.objects, "object")} in ${plural(one.images, "image")}.`),
+    element("p", { class: "note" }, best, ` ${plural(one.objects, "object")} in ${plural(one.images, "image")}.`),
   );
 }
 
@@ -45,7 +46,13 @@ function drawErrors() {
       label: "Precision against score",
       x: { title: "Score", domain: [0, 1] },
       y: { title: "Precision", domain: [0, 1] },
-      series: [{ name: "Precision", points: bins.map((bin) => [bin.score, bin.precision, ` of ${plural(bin.count, "detection")}`]), dots: radius }],
+      series: [
+        {
+          name: "Precision",
+          points: bins.map((bin) => [bin.score, bin.precision, ` of ${plural(bin.count, "detection")}`]),
+          dots: radius,
+        },
+      ],
       diagonal: true,
     }),
   );
@@ -59,18 +66,32 @@ function drawErrors() {
 function apChart(label, title, values, onlyWhole = false) {
   const series = [{ name: "AP", points: values, dots: true }];
   const domain = [values[0][0], values.at(-1)[0]];
-  return lineChart({ label, x: { title, domain: domain[0] < domain[1] ? domain : [0, domain[1]], whole: onlyWhole }, y: { title: "AP", domain: domainOf(series) }, series });
+  return lineChart({
+    label,
+    x: { title, domain: domain[0] < domain[1] ? domain : [0, domain[1]], whole: onlyWhole },
+    y: { title: "AP", domain: domainOf(series) },
+    series,
+  });
 }
 
 function drawTraining() {
   if (!byId("curves")) return;
   const runs = Object.entries(data.curves);
-  runs.forEach(([name], index) => byId("runs").append(element("span", {}, element("i", { class: `c${index % COLOURS}` }), ` ${name}`)));
+  runs.forEach(([name], index) =>
+    byId("runs").append(element("span", {}, element("i", { class: `c${index % COLOURS}` }), ` ${name}`)),
+  );
   const last = Math.max(1, ...runs.flatMap(([, curves]) => Object.values(curves).map((curve) => curve.at(-1)[0])));
   for (const [key, { title, log }] of Object.entries(data.panels)) {
     if (!runs.some(([, curves]) => curves[key])) continue;
-    const series = runs.map(([name, curves]) => ({ name, points: curves[key] ?? [], dots: (curves[key] ?? []).length <= 20 }));
-    const best = key === "bbox/AP" ? series.filter((one) => one.points.length).map((one) => one.points.reduce((a, b) => (b[1] > a[1] ? b : a))) : [];
+    const series = runs.map(([name, curves]) => ({
+      name,
+      points: curves[key] ?? [],
+      dots: (curves[key] ?? []).length <= 20,
+    }));
+    const best =
+      key === "bbox/AP"
+        ? series.filter((one) => one.points.length).map((one) => one.points.reduce((a, b) => (b[1] > a[1] ? b : a)))
+        : [];
     byId("curves").append(
       element(
         "div",

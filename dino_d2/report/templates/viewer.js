@@ -42,9 +42,16 @@ class Viewer {
       };
       return element("label", {}, element("input", { type: "checkbox", checked: true, change }), ` ${name}`);
     });
-    const tools = element("div", { class: "toolbar" }, element("label", { class: "slider" }, "Score ≥ ", this.score, " ", this.slider), boxes);
+    const tools = element(
+      "div",
+      { class: "toolbar" },
+      element("label", { class: "slider" }, "Score ≥ ", this.score, " ", this.slider),
+      boxes,
+    );
     const side = element("div", { class: "side" }, this.about, this.status, tools, this.list);
-    this.window.replaceChildren(element("div", { class: "window" }, element("header", {}, this.title, turn), this.stage, side));
+    this.window.replaceChildren(
+      element("div", { class: "window" }, element("header", {}, this.title, turn), this.stage, side),
+    );
   }
 
   press(event) {
@@ -62,11 +69,14 @@ class Viewer {
   open() {
     const { image, note, views } = this.items[this.at];
     this.region = whole(image);
+    this.near = null;
+    if (this.list.contains(document.activeElement)) this.list.focus(); // its rows are replaced
     this.title.textContent = fileName(image);
     const link = element("a", { href: image.link, target: "_blank", rel: "noopener" }, "full picture");
     const place = element("span", {}, `${this.at + 1} of ${this.items.length}`);
     this.about.replaceChildren(place, link, ...(note ? [element("span", {}, note)] : []));
-    const titled = (view) => element("div", { class: "view" }, view.title ? element("h3", {}, view.title) : null, frame(image, true));
+    const titled = (view) =>
+      element("div", { class: "view" }, view.title ? element("h3", {}, view.title) : null, frame(image, true));
     this.stage.replaceChildren(...views.map(titled));
     this.draw();
   }
@@ -97,13 +107,13 @@ class Viewer {
     });
   }
 
-  /** Show what is around the box of a row, or the whole picture if that was shown. */
+  /** Show what is around a box, or the whole picture if that was shown. */
   look(button, box) {
     const { image } = this.items[this.at];
-    const near = button.getAttribute("aria-pressed") !== "true";
+    this.near = this.near === box ? null : box;
     this.list.querySelectorAll("[aria-pressed]").forEach((one) => one.setAttribute("aria-pressed", "false"));
-    button.setAttribute("aria-pressed", String(near));
-    this.region = near ? regionAround(box, image) : whole(image);
+    button.setAttribute("aria-pressed", String(this.near !== null));
+    this.region = this.near ? regionAround(box, image) : whole(image);
     this.drawBoxes();
   }
 
@@ -116,16 +126,34 @@ class Viewer {
       const light = () => this.drawBoxes({ view, kind, index });
       const dark = () => this.drawBoxes();
       const look = (event) => this.look(event.currentTarget, box);
-      const button = element("button", { type: "button", "aria-pressed": "false", focus: light, blur: dark, click: look }, className(box[4]));
+      const button = element(
+        "button",
+        { type: "button", "aria-pressed": String(this.near === box), focus: light, blur: dark, click: look },
+        className(box[4]),
+      );
       const hover = { class: kind, pointerenter: light, pointerleave: dark };
-      return element("tr", hover, [button, ...cells].map((cell) => element("td", {}, cell)));
+      return element(
+        "tr",
+        hover,
+        [button, ...cells].map((cell) => element("td", {}, cell)),
+      );
     };
     const rows = [
       ...missed.map((index) => row("truth", index, image.truth[index], "", "missed")),
       ...shown.map((index) => row("found", index, found[index], number(found[index][5], 2), KINDS[found[index][6]])),
     ];
-    const head = element("tr", {}, ["class", "score", "is"].map((text) => element("th", { scope: "col" }, text)));
-    return element("table", {}, title ? element("caption", {}, title) : null, element("thead", {}, head), element("tbody", {}, rows));
+    const head = element(
+      "tr",
+      {},
+      ["class", "score", "is"].map((text) => element("th", { scope: "col" }, text)),
+    );
+    return element(
+      "table",
+      {},
+      title ? element("caption", {}, title) : null,
+      element("thead", {}, head),
+      element("tbody", {}, rows),
+    );
   }
 }
 
@@ -134,13 +162,18 @@ function tags(image, found, verdict, [left, top, width, height]) {
   const percent = (part, of) => `${((100 * part) / of).toFixed(2)}%`;
   const tag = (box, kind, text) => {
     const place = kind === "found" && box[1] - top > 0.05 * height ? "above" : "inside";
-    const style = `left:${percent(Math.max(box[0] - left, 0), width)};top:${percent(Math.max(box[1] - top, 0), height)}`;
+    const [x, y] = [Math.max(box[0] - left, 0), Math.max(box[1] - top, 0)];
+    const style = `left:${percent(x, width)};top:${percent(y, height)}`;
     return element("span", { class: `tag ${kind} ${place}`, "aria-hidden": "true", style }, text);
   };
   const missed = verdict.missed.filter((index) => image.truth[index]);
   const seen = (box) => box[0] < left + width && box[2] > left && box[1] < top + height && box[3] > top;
   return [
-    ...missed.filter((index) => seen(image.truth[index])).map((index) => tag(image.truth[index], "truth", className(image.truth[index][4]))),
-    ...verdict.shown.filter((index) => seen(found[index])).map((index) => tag(found[index], "found", `${className(found[index][4])} ${number(found[index][5], 2)}`)),
+    ...missed
+      .filter((index) => seen(image.truth[index]))
+      .map((index) => tag(image.truth[index], "truth", className(image.truth[index][4]))),
+    ...verdict.shown
+      .filter((index) => seen(found[index]))
+      .map((index) => tag(found[index], "found", `${className(found[index][4])} ${number(found[index][5], 2)}`)),
   ];
 }
