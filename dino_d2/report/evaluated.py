@@ -33,7 +33,7 @@ class Evaluated:
 
     title: of the report.
     files: annotations and images.
-    detections: in COCO's results format.
+    detections: file in COCO's results format.
     max_dets: detections per image and class that count.
     about: label -> text.
     queries: metrics of `TEST.QUERY_METRICS`; None if not measured.
@@ -42,7 +42,7 @@ class Evaluated:
 
     title: str
     files: CocoFiles
-    detections: list[dict[str, Any]]
+    detections: Path
     max_dets: int
     about: dict[str, str]
     queries: dict[str, float] | None = None
@@ -59,12 +59,12 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
 
     Raises:
         FileNotFoundError: there is no evaluation, or no annotation file.
-        ValueError: a file of detections without `files`, or not in COCO's results format.
+        ValueError: a file of detections without `files`; a dataset that has no detections.
     """
     if run.is_file():
         if files is None:
             raise ValueError(f"{run} is a file of detections: give --annotations FILE and --images FOLDER, too")
-        return Evaluated(run.stem, files, read_detections(run), 100, _versions())
+        return Evaluated(run.stem, files, run, 100, _versions())
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; RUN is the OUTPUT_DIR of an evaluated run or a JSON file")
     cfg = _config_of(run)
@@ -78,7 +78,7 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
     return Evaluated(
         title=run.resolve().name,
         files=files or files_of(cfg, name),
-        detections=read_detections(evaluated[name]),
+        detections=evaluated[name],
         max_dets=cfg.TEST.get("MAX_DETS_PER_IMAGE", 100),  # detectron2's own models lack the key
         about={
             "dataset": name,
@@ -111,22 +111,6 @@ def files_of(cfg: CfgNode, name: str) -> CocoFiles:
     if not metadata.get("json_file") or metadata.get("image_root") is None:
         raise ValueError(f"no annotations and images are known for {name}: give --annotations and --images")
     return CocoFiles(Path(metadata.json_file), Path(metadata.image_root))
-
-
-def read_detections(file: Path) -> list[dict[str, Any]]:
-    """Read a file in COCO's results format.
-
-    Raises:
-        ValueError: the file has another format; the message names it.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    keys = {"image_id", "category_id", "bbox", "score"}
-    if not isinstance(content, list) or not all(isinstance(entry, dict) and keys <= entry.keys() for entry in content):
-        raise ValueError(f"{file} is not in COCO's results format: a list of objects with {', '.join(sorted(keys))}")
-    return content
 
 
 def _config_of(run: Path) -> CfgNode:

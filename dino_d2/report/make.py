@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dino_d2.data import stream_results
+
+from .comparison import compare_numbers
 from .evaluated import Evaluated, find_evaluated
-from .numbers import NumbersOptions, compare_numbers, report_numbers
+from .numbers import NumbersOptions, report_numbers
 from .page import write_comparison_page, write_page
 
 FOLDER = "report"  # in OUTPUT_DIR
@@ -26,14 +30,15 @@ def make_report(
         options: `max_dets` is replaced by the evaluation's.
         robustness: as written by tools/robustness.py.
     """
-    numbers = report_numbers(
-        evaluated.files,
-        evaluated.detections,
-        evaluated.about,
-        evaluated.title,
-        replace(options, max_dets=evaluated.max_dets),
-        evaluated.queries,
-    )
+    with _named(evaluated.detections):
+        numbers = report_numbers(
+            evaluated.files,
+            stream_results(evaluated.detections),
+            evaluated.about,
+            evaluated.title,
+            replace(options, max_dets=evaluated.max_dets),
+            evaluated.queries,
+        )
     curves = {evaluated.title: evaluated.curves} if evaluated.curves else None
     return write_page(numbers, evaluated.files.images, folder, curves, robustness)
 
@@ -55,12 +60,13 @@ def make_comparison(first: Evaluated, second: Evaluated, folder: Path, options: 
             "both with the same TEST.MAX_DETS_PER_IMAGE"
         )
     titles = [first.title, second.title] if first.title != second.title else [f"{first.title} {n}" for n in "AB"]
-    numbers = compare_numbers(
-        first.files,
-        (titles[0], first.detections),
-        (titles[1], second.detections),
-        replace(options, max_dets=first.max_dets),
-    )
+    with _named(first.detections, second.detections):
+        numbers = compare_numbers(
+            first.files,
+            (titles[0], stream_results(first.detections)),
+            (titles[1], stream_results(second.detections)),
+            replace(options, max_dets=first.max_dets),
+        )
     return write_comparison_page(numbers, first.files.images, folder)
 
 
@@ -77,3 +83,12 @@ def report_on_run(run: Path, datasets: Sequence[str]) -> None:
             logger.warning("TEST.REPORT: no report on %s: %s", name, error)
             continue
         logger.info("Report on %s: %s", name, page)
+
+
+@contextmanager
+def _named(*files: Path) -> Iterator[None]:
+    """Errors say which detections they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"report on {' and '.join(map(str, files))}: {error}") from error

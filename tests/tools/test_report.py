@@ -74,7 +74,7 @@ def test_weights_are_evaluated_first(
     numbers = json.loads((folder / "report.json").read_text())
     recorded = json.loads((folder / "inference" / "results.json").read_text())
     assert numbers["metrics"]["AP"]["value"] == pytest.approx(recorded["metrics"]["bbox"]["AP"])
-    assert numbers["queries"] == pytest.approx(recorded["metrics"]["queries"])
+    assert numbers["queries"]["ATD100"] == pytest.approx(recorded["metrics"]["queries"]["ATD100"], abs=1e-4)
     assert "weights.pth, SHA-256" in numbers["about"]["weights"]
 
 
@@ -101,6 +101,17 @@ def test_what_cannot_be_reported_is_one_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[", '{"images": []}', '[{"image_id": 1}]', "[1]"])
+def test_detections_in_another_format_are_refused_by_name(
+    data: tuple[Path, Path], tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        report.main([str(file), *of_files(data), "-o", str(tmp_path / "page")])
+    assert str(file) in capsys.readouterr().err
+
+
 def test_evaluations_on_other_annotations_are_not_compared(
     data: tuple[Path, Path], detections: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +121,8 @@ def test_evaluations_on_other_annotations_are_not_compared(
     from dino_d2.report.numbers import NumbersOptions
 
     other, _ = write_rectangles(tmp_path / "other", 2, size=64)
-    first, second = (Evaluated("run", CocoFiles(file, data[1]), [], 100, {}) for file in (data[0], other))
+    first, second = (
+        Evaluated("run", CocoFiles(file, data[1]), tmp_path / "unused", 100, {}) for file in (data[0], other)
+    )
     with pytest.raises(ValueError, match="only evaluations on the same annotations"):
         make_comparison(first, second, tmp_path / "page", NumbersOptions())
