@@ -138,4 +138,8 @@ def _count(value: int) -> str:
     return f"{value:,}"
 
 
-TEMPLATES.filters |= {"number": _number, "count": _count}
+def _plural(count: int, one: str, many: str = "") -> str:
+    return f"{_count(count)} {one if count == 1 else many or one + 's'}"
+
+
+TEMPLATES.filters |= {"number": _number, "count": _count, "plural": _plural}
