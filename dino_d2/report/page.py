@@ -47,7 +47,7 @@ def write_page(
             "rPC": mPC in percent of clean, "sizes": {scale: AP}}.
 
     Returns:
-        the path of `index.html`, which has at most 10 MB.
+        the path of `index.html`. Images that would make it larger than 10 MB are left out, which it says.
 
     Raises:
         ValueError: the report is of another format, or has a number that is not finite.

@@ -319,3 +319,13 @@ def test_comparison_tells_what_is_chance_and_shows_pairs(comparison: Path, visit
     viewer = tab.get_by_role("dialog")
     expect(viewer.locator(".view h3")).to_have_text(["first <run>", "second & last"])
     expect(viewer.locator("img")).to_have_count(2)
+
+
+def test_comparison_without_intervals_judges_nothing(tmp_path: Path, visit: Any) -> None:
+    numbers = made_comparison()
+    for row in (*numbers["metrics"].values(), *numbers["classes"]):
+        row |= {"low": None, "high": None, "significant": False}
+    tab = visit(write_comparison_page(numbers | {"better": [], "worse": []}, tmp_path, tmp_path / "report"))
+    expect(tab.locator("#metric-table tbody tr td:last-child")).to_have_text(["–", "–", "–"])
+    expect(tab.locator("#metric-table tbody tr").first).to_contain_text("+4.0")
+    expect(tab.locator("#pictures .note")).to_have_text(["None.", "None."])
