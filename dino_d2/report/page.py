@@ -47,7 +47,7 @@ def write_page(
             "rPC": mPC in percent of clean, "sizes": {scale: AP}}.
 
     Returns:
-        the path of `index.html`, which has at most 10 MB.
+        the path of `index.html`. Images that would make it larger than 10 MB are left out, which it says.
 
     Raises:
         ValueError: the report is of another format, or has a number that is not finite.
@@ -138,4 +138,8 @@ def _count(value: int) -> str:
     return f"{value:,}"
 
 
-TEMPLATES.filters |= {"number": _number, "count": _count}
+def _plural(count: int, one: str, many: str = "") -> str:
+    return f"{_count(count)} {one if count == 1 else many or one + 's'}"
+
+
+TEMPLATES.filters |= {"number": _number, "count": _count, "plural": _plural}

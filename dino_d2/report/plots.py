@@ -45,7 +45,7 @@ def draw_report(
     with _plain_text():
         _save(folder / "ap_by_class.png", _ap_by_class(measured) if measured else None)
         _save(folder / "precision_recall.png", _precision_recall(curved) if curved else None)
-        _save(folder / "f1.png", _f1(numbers) if numbers["f1"][0] else None)
+        _save(folder / "f1.png", _f1(numbers) if numbers["f1"] else None)
         _save(folder / "errors.png", _errors(numbers["tide"]))
         _save(folder / "confusion.png", _confusion(numbers))
         _save(folder / "calibration.png", _calibration(numbers["calibration"]))

@@ -168,7 +168,7 @@ def _class(index: int, empty: bool) -> dict[str, Any]:
     name = NASTY[index] if index < len(NASTY) else f"class {index}"
     if empty:
         values = dict.fromkeys(("AP", "AP_low", "AP_high", "AP50", "precision", "recall", "best_threshold", "best_F1"))
-        return {"name": name, "objects": 0, "images": 0, **values, "confused_with": [], "pr": None, "f1": [[], []]}
+        return {"name": name, "objects": 0, "images": 0, **values, "confused_with": [], "pr": None, "f1": None}
     best = 0.3 + 0.1 * (index % 4)
     return {
         "name": name,

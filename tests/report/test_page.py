@@ -59,7 +59,7 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
 
 def test_report_that_measured_little_is_made_too(tmp_path: Path) -> None:
     numbers = made_report(images=0, classes=1)
-    numbers |= {"queries": None, "f1": [[], []], "confusion": {"cells": []}, "slices": {}, "label_errors": []}
+    numbers |= {"queries": None, "f1": None, "confusion": {"cells": []}, "slices": {}, "label_errors": []}
     numbers["cases"] = {kind: [] for kind in numbers["cases"]}
     numbers["calibration"] = {"bins": [], "error": None}
     numbers["tide"] = dict.fromkeys(numbers["tide"])

@@ -191,9 +191,7 @@ def test_filters_choose_pictures_and_mark_their_cases(report: Path, visit: Any) 
     expect(tab.locator("#gallery-count")).to_contain_text("in the 24 pictures shown")
     tab.locator("#gallery-more").click()
     expect(tab.locator("#gallery .card")).to_have_count(30)
-    expect(tab.locator("#gallery-count")).to_contain_text(
-        "90 boxes found with a score of 0.40 or more, in the 30 pictures"
-    )
+    expect(tab.locator("#gallery-count")).to_contain_text("90 boxes found with a score above 0.40, in the 30 pictures")
     expect(tab.locator("#gallery-more")).to_be_hidden()
 
 
@@ -244,12 +242,14 @@ def test_missing_pictures_leave_a_page_that_works(tmp_path: Path, visit: Any) ->
     tab = visit(write_page(made_report(images=2), tmp_path / "nowhere", tmp_path / "report"))
     expect(tab.locator("#gallery .absent")).to_have_count(2)
     assert boxes(tab) == 6
+    tab.locator("#gallery .card").first.click()
+    expect(tab.get_by_role("dialog").locator(".absent")).to_be_visible()
     expect(tab.locator("footer")).to_contain_text("could not be read")
 
 
 def test_page_without_cases_images_and_classes_with_objects_works(tmp_path: Path, visit: Any) -> None:
     numbers = made_report(images=0, classes=1)
-    numbers |= {"queries": None, "f1": [[], []], "confusion": {"cells": []}, "label_errors": []}
+    numbers |= {"queries": None, "f1": None, "confusion": {"cells": []}, "label_errors": []}
     numbers["cases"] = {kind: [] for kind in numbers["cases"]}
     tab = visit(write_page(numbers, tmp_path, tmp_path / "report"))
     expect(tab.locator("#gallery-count")).to_have_text("No picture.")
@@ -319,3 +319,13 @@ def test_comparison_tells_what_is_chance_and_shows_pairs(comparison: Path, visit
     viewer = tab.get_by_role("dialog")
     expect(viewer.locator(".view h3")).to_have_text(["first <run>", "second & last"])
     expect(viewer.locator("img")).to_have_count(2)
+
+
+def test_comparison_without_intervals_judges_nothing(tmp_path: Path, visit: Any) -> None:
+    numbers = made_comparison()
+    for row in (*numbers["metrics"].values(), *numbers["classes"]):
+        row |= {"low": None, "high": None, "significant": False}
+    tab = visit(write_comparison_page(numbers | {"better": [], "worse": []}, tmp_path, tmp_path / "report"))
+    expect(tab.locator("#metric-table tbody tr td:last-child")).to_have_text(["–", "–", "–"])
+    expect(tab.locator("#metric-table tbody tr").first).to_contain_text("+4.0")
+    expect(tab.locator("#pictures .note")).to_have_text(["None.", "None."])

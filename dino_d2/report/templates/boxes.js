@@ -1,6 +1,6 @@
 // Pictures with boxes over them.
 
-/** The score from which on boxes are shown: the report's, of each detector, until the slider chooses one for all. */
+/** The score above which boxes are shown: the report's, of each detector, until the slider chooses one for all. */
 class Threshold {
   /** scores: one for each detector. change: called whenever it changes. */
   constructor(scores, change) {
@@ -41,14 +41,9 @@ function iou(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
-/** Scores are rounded to four digits, the threshold may be one of them that is not. */
-function reaches(box, threshold) {
-  return box[5] >= threshold - 5e-5;
-}
-
 /** What a threshold leaves of an image: indices of the boxes found, and of the objects that none of them hits. */
 function judge(image, found, threshold) {
-  const shown = found.flatMap((box, index) => (reaches(box, threshold) ? [index] : []));
+  const shown = found.flatMap((box, index) => (box[5] > threshold ? [index] : []));
   const objects = image.truth.flatMap((box, index) => (box[6] ? [] : [index]));
   const open = new Set(objects);
   const right = shown.filter((index) => found[index][6] === "right").sort((a, b) => found[b][5] - found[a][5]);
@@ -117,8 +112,8 @@ function frame(image, large = false) {
     else picture.replaceWith(element("span", { class: "absent" }, "picture not found"));
   };
   ground.append(picture);
-  if (large) {
-    picture.onerror = small;
+  if (large && image.thumbnail) {
+    picture.onerror = small; // moved away since
     picture.src = image.link;
   } else {
     small();

@@ -78,7 +78,7 @@ function chosenItems() {
 function tellCount() {
   const cards = byId("gallery").querySelectorAll(".card");
   const boxes = byId("gallery").querySelectorAll(".box.found").length;
-  const what = `${plural(boxes, "box", "boxes")} found with a score of ${number(threshold.get(), 2)} or more`;
+  const what = `${plural(boxes, "box", "boxes")} found with a score above ${number(threshold.get(), 2)}`;
   const where = `in the ${plural(cards.length, "picture")} shown.`;
   byId("gallery-count").textContent = cards.length ? `${what}, ${where}` : "No picture.";
 }

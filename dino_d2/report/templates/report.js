@@ -27,13 +27,13 @@ function showClass(index) {
   );
 }
 
-function f1Chart([scores, values], best, label) {
+function f1Chart([scores, values], mark, label, word = "best") {
   return lineChart({
     label,
     x: { title: "Score threshold", domain: [0, 1] },
     y: { title: "F1", domain: [0, 100] },
     series: [{ name: "F1", points: points(scores, values) }],
-    marks: best === null ? [] : [{ x: best, text: `best: ${number(best, 2)}` }],
+    marks: mark === null ? [] : [{ x: mark, text: `${word}: ${number(mark, 2)}` }],
   });
 }
 
@@ -56,10 +56,10 @@ function drawErrors() {
       diagonal: true,
     }),
   );
-  const { score, chosen } = data.threshold;
-  const chart = f1Chart(data.f1, score, "F1 against the score threshold");
-  if (!chosen) chart.querySelector(".mark-text").textContent = `chosen: ${number(score, 2)}`;
-  byId("f1").append(chart);
+  if (byId("f1")) {
+    const { score, chosen } = data.threshold;
+    byId("f1").append(f1Chart(data.f1, score, "F1 against the score threshold", chosen ? "best" : "set"));
+  }
   if (byId("layers")) byId("layers").append(apChart("AP by decoder layer", "Decoder layer", data.layers, true));
 }
 

@@ -45,7 +45,7 @@ class Viewer {
     const tools = element(
       "div",
       { class: "toolbar" },
-      element("label", { class: "slider" }, "Score ≥ ", this.score, " ", this.slider),
+      element("label", { class: "slider" }, "Score > ", this.score, " ", this.slider),
       boxes,
     );
     const side = element("div", { class: "side" }, this.about, this.status, tools, this.list);
