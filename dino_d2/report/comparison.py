@@ -87,7 +87,7 @@ def _difference(first: float | None, second: float | None, samples: Sequence[np.
         difference, low, high = None, None, None
     else:
         difference = second - first
-        low, high = (None, None) if samples is None else interval(samples[1] - samples[0])
+        low, high = (None, None) if samples is None else interval(difference, samples[1] - samples[0])
     significant = low is not None and (low > 0 or high < 0)
     return {"a": first, "b": second, "difference": difference, "low": low, "high": high, "significant": significant}
 

@@ -149,9 +149,9 @@ def count_by_image(truth: Truth, found: Found, judgement: Judgement) -> ImageCou
     return ImageCounts(*(np.bincount(x, minlength=len(truth.ids)) for x in images))
 
 
-def metric(value: float | None, samples: np.ndarray | None) -> dict[str, float | None]:
+def metric(value: float | None, samples: np.ndarray | None, bounds: tuple[float, float]) -> dict[str, float | None]:
     """A value and its interval."""
-    low, high = (None, None) if samples is None or value is None else interval(samples)
+    low, high = (None, None) if samples is None or value is None else interval(value, samples, bounds)
     return {"value": value, "low": low, "high": high}
 
 

@@ -15,7 +15,7 @@ from dino_d2.evaluation.f1 import best_f1
 from .dataset import Truth, read_truth
 from .errors import BACKGROUND, LISTED, confusion
 from .gallery import choose_gallery, left_out_of_errors, left_out_of_gallery, show
-from .intervals import Samples, draw_samples
+from .intervals import PERCENT, Samples, draw_samples
 from .label_errors import label_errors
 from .model import Model, NumbersOptions, evaluate_model, metric, scored_matches
 from .slices import neighbours, slices
@@ -65,7 +65,7 @@ def report_numbers(
         "dataset": dataset_entry(truth, options)
         | {"detections": model.found.given, "detections_counted": len(model.found)},
         "threshold": {"score": model.judgement.threshold, "chosen": model.chosen},
-        "metrics": {name: metric(value, samples.metrics[name] if samples else None) for name, value in values.items()},
+        "metrics": _metrics(values, samples),
         "queries": queries,
         "classes": _classes(model, samples, cells),
         "f1": _f1_curve(scored_matches(truth, model.found, model.matches)),
@@ -123,8 +123,8 @@ def left_out_of_intervals(truth: Truth, options: NumbersOptions) -> list[str]:
     if len(truth.ids) < 2:
         return ["There are no intervals: they need two images."]
     return [
-        f"Intervals hold in 95 of 100 cases: they are the middle 95 % of {options.resamples} bootstrap samples of the "
-        "images. They say how much depends on the choice of images, not on the training's random numbers."
+        f"95 % intervals are basic bootstrap intervals, from {options.resamples} samples of the images. They say how "
+        "much depends on the choice of images, not on the random numbers of a training run."
     ]
 
 
@@ -141,6 +141,13 @@ def left_out_of_data(model: Model) -> list[str]:
     return sentences
 
 
+def _metrics(values: dict[str, float | None], samples: Samples | None) -> dict[str, dict[str, float | None]]:
+    bounds = dict.fromkeys(values, PERCENT) | {"duplicates_per_object": (0, np.inf)}
+    return {
+        name: metric(value, samples.metrics[name] if samples else None, bounds[name]) for name, value in values.items()
+    }
+
+
 def _classes(model: Model, samples: Samples | None, cells: list[list]) -> list[dict[str, Any]]:
     truth, found, judgement = model.truth, model.found, model.judgement
     number = len(truth.classes)
@@ -155,7 +162,7 @@ def _classes(model: Model, samples: Samples | None, cells: list[list]) -> list[d
     for label, name in enumerate(truth.classes):
         matches = scored_matches(truth, found, model.matches, label)
         best, threshold = best_f1(matches)
-        ap = metric(model.precision.classes[label], samples.classes[label] if samples else None)
+        ap = metric(model.precision.classes[label], samples.classes[label] if samples else None, PERCENT)
         rows.append(
             {
                 "name": name,

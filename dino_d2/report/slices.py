@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import Found, Truth
-from .intervals import interval, ratio
+from .intervals import PERCENT, interval, ratio
 from .matches import AREAS, Pairs, overlapping
 
 # (name, upper limit); a value on the limit is in the next bin.
@@ -75,11 +75,10 @@ def _recall(
         here = (places == place) & ~truth.crowd
         right = here & found
         objects, number = int(here.sum()), int(right.sum())
-        low, high = None, None
+        recall, low, high = 100 * number / objects if objects else None, None, None
         if weights is not None and objects:
             counts = [np.bincount(truth.image[x], minlength=len(truth.ids)) for x in (right, here)]
-            low, high = interval(100 * ratio(*counts, weights))
-        recall = 100 * number / objects if objects else None
+            low, high = interval(recall, 100 * ratio(*counts, weights), PERCENT)
         rows.append(
             {"name": name, "objects": objects, "found": number, "recall": recall, "AP": None, "low": low, "high": high}
         )

@@ -11,7 +11,7 @@ import pytest
 from dino_d2.report import intervals
 from dino_d2.report.intervals import METRICS, draw_samples, interval, resample
 from dino_d2.report.matches import match, overlapping
-from dino_d2.report.numbers import NumbersOptions
+from dino_d2.report.model import Model, NumbersOptions, evaluate_model
 from tests.evaluation.generated import Generated, generate
 from tests.evaluation.test_hotcoco import by_pycocotools
 from tests.report.known import perfect, rename_detection
@@ -59,12 +59,12 @@ def test_samples_are_those_of_pycocotools(arguments: tuple, tmp_path: Path, monk
         assert samples.classes50[known, number] == pytest.approx(100 * precision[0].mean(0)[known], abs=1.5)
 
 
-def test_ratios_of_a_sample(tmp_path: Path) -> None:
-    """Recall is 2 / 3 in image 2, and 1 elsewhere: its mean over samples is that of all images."""
-    numbers = report(perfect().changed(rename_detection), tmp_path, NumbersOptions(resamples=200, threshold=0.3))
+def test_interval_of_a_ratio(tmp_path: Path) -> None:
+    """Recall is 2 / 3 in one image of eight, which is drawn up to three times in nearly all samples."""
+    numbers = report(perfect().changed(rename_detection), tmp_path, NumbersOptions(resamples=400, threshold=0.3))
     recall, duplicates = numbers["metrics"]["recall"], numbers["metrics"]["duplicates_per_object"]
-    assert recall["low"] == pytest.approx(100 - 100 / 3 * 3 / 8)  # drawn three times of eight
-    assert recall["high"] == 100
+    assert recall["low"] == pytest.approx(2 * (100 - 100 / 24) - 100)
+    assert recall["high"] == 100  # not 2 * (100 - 1 / 24) - (100 - 3 / 24)
     assert duplicates == {"value": 0, "low": 0, "high": 0}
 
 
@@ -77,9 +77,31 @@ def test_draws_have_as_many_images_as_the_dataset() -> None:
     assert not np.array_equal(drawn, draw_samples(50, 200, seed=1))
 
 
-def test_interval_leaves_out_unknown_samples() -> None:
-    assert interval(np.array([np.nan, *range(101)])) == pytest.approx((2.5, 97.5))
-    assert interval(np.full(3, np.nan)) == (None, None)
+def test_interval_turns_the_samples_about_the_value() -> None:
+    samples = np.array([np.nan, *range(101)])
+    assert interval(40, samples) == pytest.approx((80 - 97.5, 80 - 2.5))
+    assert interval(40, samples, (0, 50)) == (0, 50)
+    assert interval(40, np.full(3, np.nan)) == (None, None)
+
+
+def test_intervals_hold(tmp_path: Path) -> None:
+    """They hold what a model has on very many images. AP of few images is too high, percentiles even more."""
+    options = NumbersOptions(threshold=0.5)
+
+    def model_of(images: int, seed: int) -> Model:
+        made = generate(images, 3, 7, 20, seed)
+        return evaluate_model(read(made, tmp_path)[0], made.detections, options, errors=False)
+
+    truth = model_of(2000, 99).values()
+    weights = draw_samples(60, 100, seed=0)
+    held = dict.fromkeys(("AP", "AP50", "F1", "recall"), 0)
+    for seed in range(20):
+        model = model_of(60, seed)
+        values, samples = model.values(), model.samples(weights).metrics
+        for name in held:
+            low, high = interval(values[name], samples[name])
+            held[name] += low <= truth[name] <= high
+    assert min(held.values()) >= 17, held
 
 
 def intervals_of(made: Generated, folder: Path, **options: int) -> dict:
