@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """`make demo`: train DINO on an aerial photograph, evaluate it on two others, predict, draw.
 
-Writes to output/demo/: data/, train/ (detectron2's logs), metrics.json, photograph.png, second_site.png, curves.png. A
-second run with the same data and config resumes from there.
+Writes to output/demo/: data/, train/ (detectron2's logs and the reports), metrics.json, photograph.png,
+second_site.png, curves.png. A second run with the same data and config resumes from there.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
 SETTINGS = [  # those of `dino-d2 train --data`, but on a CPU, and without a look at the test photograph
     *(str(part) for item in overlay("few_photos") for part in item),
     *("SOLVER.AMP.ENABLED", "False", "SOLVER.BEST_METRIC", ""),
+    *("TEST.REPORT", "True", "TEST.QUERY_METRICS", "True"),
 ]
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
@@ -168,6 +169,7 @@ def main() -> None:
     print(f"[demo] done in {metrics['seconds']} s; AP50 on the test photograph: {metrics['AP50']:.1f}, "
           f"on the second site: {metrics['second_site']['AP50']:.1f}")  # fmt: skip
     print(f"[demo] look at {args.output}/photograph.png, second_site.png and curves.png; metrics.json has the numbers")
+    print(f"[demo] what goes wrong: open {folder}/report/trees_test/index.html in a browser")
     print("[demo] to try it on your own photograph:")
     print(
         f"    .venv/bin/dino-d2 predict --weights {folder} --tile {TEST_TILE} --input PHOTO --output {args.output}/own"

@@ -76,7 +76,7 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
     metrics = recorded.get("metrics", {})
     has_curves = (run / METRICS).is_file()
     return Evaluated(
-        title=run.resolve().name,
+        title=str(run),
         files=files or files_of(cfg, name),
         detections=evaluated[name],
         max_dets=cfg.TEST.get("MAX_DETS_PER_IMAGE", 100),  # detectron2's own models lack the key

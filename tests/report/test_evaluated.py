@@ -46,7 +46,7 @@ def test_a_run_has_detections_files_and_limit(cfg: CfgNode) -> None:
     first, second = find_evaluated(run), find_evaluated(run, dataset="second")
     assert first.files == CocoFiles(Path("first.json"), Path("first"))
     assert [json.loads(x.detections.read_text())[0]["score"] for x in (first, second)] == [0.1, 0.2]
-    assert (first.title, first.max_dets, second.about["dataset"]) == ("run", 200, "second")
+    assert (first.title, first.max_dets, second.about["dataset"]) == (str(run), 200, "second")
 
 
 def test_only_what_was_evaluated_is_found(cfg: CfgNode) -> None:
