@@ -62,11 +62,11 @@ def label_errors(truth: Truth, found: Found, judgement: Judgement, near: Pairs) 
         for index in chosen[np.argsort(-found.score[chosen], kind="stable")][:MOST]:
             name = truth.classes[found.label[index]]
             if kind == "missing label":
-                reason = f"The detector sees {name}, and nothing is annotated."
+                reason = f"The detector sees {name}, and nothing is annotated there."
             elif kind == "wrong class":
                 reason = f"Annotated as {truth.classes[truth.label[place[index]]]}, but the detector sees {name}."
             else:
-                reason = f"The detector sees {name} in another box; the IoU is {overlap[index]:.2f}."
+                reason = f"The detector sees {name} in a box whose IoU with the annotated one is {overlap[index]:.2f}."
             (box,) = corners(found.xywh[index : index + 1])
             label, score = int(found.label[index]), float(found.score[index])
             errors.append(LabelError(int(found.image[index]), box, label, score, kind, reason))

@@ -28,6 +28,7 @@ from tests.report.known import Known, perfect
 HERE, THERE = [10, 10, 20, 20], [50, 40, 30, 30]  # x, y, width, height
 NEAR = [12, 10, 20, 20]  # IoU with HERE: 18 / 22
 FAR = [18, 10, 20, 20]  # 12 / 28
+OTHER, BETWEEN = FAR, [14, 10, 20, 20]  # as far from HERE as from OTHER
 
 
 def read(made: Generated | Known, folder: Path, max_dets: int = 100) -> tuple[Truth, Found]:
@@ -104,10 +105,14 @@ def image_with(truth: list[tuple], detections: list[tuple]) -> Known:
         ([(3, HERE)], [(7, HERE, 0.9), (3, NEAR, 0.8)], ["duplicate", "right"]),  # it is found, if by another
         ([(3, HERE)], [(7, HERE, 0.9), (9, NEAR, 0.8)], ["wrong_class", "duplicate"]),  # taken once
         ([(3, HERE), (7, NEAR)], [(9, HERE, 0.9), (9, HERE, 0.8)], ["wrong_class"] * 2),  # there are two objects
+        # Of two equal overlaps the later object is taken, as in pycocotools, and the other is too far for the next
+        ([(3, HERE), (3, OTHER)], [(3, BETWEEN, 0.9), (3, OTHER, 0.8)], ["right", "duplicate"]),
+        ([(3, OTHER), (3, HERE)], [(3, BETWEEN, 0.9), (3, OTHER, 0.8)], ["right", "right"]),
         ([(3, HERE), (3, THERE, 1)], [(3, [55, 45, 5, 5], 0.9), (7, [55, 45, 5, 5], 0.8)], ["ignored", "false"]),
         ([(3, THERE, 1)], [(7, THERE, 0.8)], ["false"]),  # a crowd is no object
         # Below the threshold of 0.5, as if it were lower
         ([(3, HERE)], [(3, HERE, 0.4), (3, NEAR, 0.3)], ["right", "duplicate"]),
+        ([(3, HERE)], [(3, HERE, 0.4), (7, NEAR, 0.3)], ["right", "duplicate"]),
         ([(3, HERE)], [(7, HERE, 0.4), (3, NEAR, 0.3)], ["wrong_class", "right"]),
         ([(3, HERE)], [(7, HERE, 0.6), (3, NEAR, 0.3)], ["wrong_class", "right"]),
         ([(3, HERE)], [(3, HERE, 0.6), (7, HERE, 0.3)], ["right", "duplicate"]),

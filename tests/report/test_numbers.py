@@ -149,6 +149,15 @@ def test_an_unsure_detector_accuses_no_annotation(tmp_path: Path) -> None:
     assert report(made, tmp_path)["label_errors"] == []
 
 
+def test_a_found_object_is_not_badly_drawn(tmp_path: Path) -> None:
+    made = perfect().changed(known.move_annotation)
+    found = made.object_of(3, known.DOG)
+    made.detections.append({"image_id": 3, "category_id": known.DOG, "bbox": found["bbox"], "score": 0.7})
+    numbers = report(made, tmp_path)
+    assert cases_of(numbers) == {"badly_placed": [(3, 1)]}
+    assert numbers["label_errors"] == []
+
+
 # --- numbers
 
 
