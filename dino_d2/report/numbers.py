@@ -18,6 +18,7 @@ from .gallery import choose_gallery, left_out_of_errors, left_out_of_gallery, sh
 from .intervals import PERCENT, Samples, draw_samples
 from .label_errors import label_errors
 from .model import Model, NumbersOptions, evaluate_model, metric, scored_matches
+from .placement import placement
 from .slices import neighbours, slices
 
 __all__ = ["NumbersOptions", "report_numbers"]
@@ -70,6 +71,7 @@ def report_numbers(
         "classes": _classes(model, samples, cells),
         "f1": _f1_curve(scored_matches(truth, model.found, model.matches)),
         "tide": model.tide,
+        "placement": placement(truth, model.found, model.judgement),
         "confusion": {"cells": cells},
         "calibration": model.calibration,
         "slices": slices(truth, model.judgement.found, near, [values[name] for name in ("APs", "APm", "APl")], weights),

@@ -50,6 +50,11 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
             **{"classification": 8.1, "localization": 3.0, "both": 0.4},
             **{"duplicate": 5.0, "background": 1.0, "missed": 0.0, "false_positives": 9.0, "false_negatives": 4.0},
         },
+        "placement": {
+            "boxes": 2 * images,
+            "x": {"value": -14.2, "low": -17.0, "high": -12.1},
+            **{name: {"value": 0.5, "low": -1.0, "high": 2.0} for name in ("y", "width", "height")},
+        },
         "confusion": {
             "cells": [
                 *([i, i, 5 + i, list(range(1, 4))] for i in range(classes - 1)),

@@ -330,7 +330,7 @@ def test_odd_data_has_a_whole_report(arguments: tuple, change: Callable[[Generat
     numbers = report(made, tmp_path, NumbersOptions(resamples=20))
     assert set(numbers) == {
         *("format", "title", "made", "about", "dataset", "threshold", "metrics", "queries", "classes", "f1", "tide"),
-        *("confusion", "calibration", "slices", "images", "cases", "label_errors", "left_out"),
+        *("placement", "confusion", "calibration", "slices", "images", "cases", "label_errors", "left_out"),
     }
     assert set(numbers["cases"]) == CASES
     assert len(numbers["classes"]) == len(made.dataset["categories"])

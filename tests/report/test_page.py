@@ -201,3 +201,13 @@ def test_comparison_has_its_numbers_and_plots(tmp_path: Path) -> None:
     assert plots(tmp_path / "report") == {"differences", "differences_by_class"}
     assert read_data(index)["worse"] == [2]
     assert "first <run>" not in index.read_text("utf-8")
+
+
+def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
+    text = write_page(made_report(), tmp_path, tmp_path / "report").read_text("utf-8")
+    (table,) = re.findall(r'<table class="bars" id="placement">.*?</table>', text, re.DOTALL)
+    rows = [" ".join(re.sub("<[^>]*>", " ", row).split()) for row in table.split("</tr>")[:-1]]
+    assert rows[0] == "Centre to the left 14.2 % in most boxes −17.0 to −12.1"  # noqa: RUF001
+    assert rows[1].startswith("Centre too low 0.5 % not significant")
+    without = write_page(made_report() | {"placement": None}, tmp_path, tmp_path / "without").read_text("utf-8")
+    assert "Where boxes lie" not in without
