@@ -207,7 +207,7 @@ def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
     text = write_page(made_report(), tmp_path, tmp_path / "report").read_text("utf-8")
     (table,) = re.findall(r'<table class="bars" id="placement">.*?</table>', text, re.DOTALL)
     rows = [" ".join(re.sub("<[^>]*>", " ", row).split()) for row in table.split("</tr>")[:-1]]
-    assert rows[0] == "Centre to the left 14.2 % in most boxes −17.0 to −12.1"  # noqa: RUF001
+    assert rows[0] == "Centre to the left 14.2 % significant −17.0 to −12.1"
     assert rows[1].startswith("Centre too low 0.5 % not significant")
     without = write_page(made_report() | {"placement": None}, tmp_path, tmp_path / "without").read_text("utf-8")
     assert "Where boxes lie" not in without
