@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time the numbers of a report on a generated dataset of val2017's size.
+"""Time a report, from the files to the page with its pictures, on a generated dataset of val2017's size.
 
     dev/benchmark_page.py                    5,000 images, 300 detections each, with and without intervals
     dev/benchmark_page.py --images 500
@@ -22,19 +22,23 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from benchmark_evaluation import CLASSES, DETECTIONS, HEIGHT, OBJECTS, WIDTH, boxes
-from dino_d2.data import CocoFiles, stream_results
-from dino_d2.report.comparison import compare_numbers
-from dino_d2.report.numbers import NumbersOptions, report_numbers
+from dino_d2.data import CocoFiles
+from dino_d2.report.evaluated import Evaluated
+from dino_d2.report.make import make_comparison, make_report
+from dino_d2.report.numbers import NumbersOptions
 
 SPAWN = multiprocessing.get_context("spawn")
+DETECTIONS_COUNTED = 100  # per image and class, COCO's
 CASES = ("imports", "report without intervals", "report", "comparison")
 
 
 def write(file: Path, images: int) -> None:
-    """Write annotations, and beside them A.json and B.json, the detections of two models."""
+    """Write annotations, and beside them the images, and A.json and B.json, the detections of two models."""
     write_annotations(file, images)
+    write_images(file.parent, images)
     for name, noise in (("A", 0.1), ("B", 0.08)):
         file.with_name(f"{name}.json").write_text(json.dumps(detect(file, noise)))
 
@@ -53,6 +57,15 @@ def write_annotations(file: Path, images: int) -> None:
         "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
     }
     file.write_text(json.dumps(content))
+
+
+def write_images(folder: Path, images: int) -> None:
+    """JPEG of usual size; the same picture under every name."""
+    noise = np.random.default_rng(2).integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), np.uint8)
+    first = folder / "1.jpg"
+    Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(first, quality=90)
+    for number in range(2, images + 1):
+        os.link(first, folder / f"{number}.jpg")
 
 
 def detect(file: Path, noise: float) -> list[dict]:
@@ -82,18 +95,19 @@ def detect(file: Path, noise: float) -> list[dict]:
 
 
 def measure(case: str, file: Path) -> tuple[float, ...]:
-    """Seconds, seconds of all cores, peak gigabytes and the size of the JSON in megabytes."""
-    files, options = CocoFiles(file, file.parent), NumbersOptions(resamples=1000 if "intervals" not in case else 0)
-    start, cores, numbers = time.perf_counter(), time.process_time(), {}
-    first, second = (stream_results(file.with_name(f"{name}.json")) for name in "AB")
+    """Seconds, seconds of all cores, peak gigabytes and the size of the page in megabytes."""
+    options, folder = NumbersOptions(resamples=1000 if "intervals" not in case else 0), file.parent / case
+    files, size = CocoFiles(file, file.parent), 0
+    start, cores = time.perf_counter(), time.process_time()
+    models = [Evaluated(name, files, file.with_name(f"{name}.json"), DETECTIONS_COUNTED, {}) for name in "AB"]
     if case == "comparison":
-        numbers = compare_numbers(files, ("A", first), ("B", second), options)
+        size = make_comparison(*models, folder, options).stat().st_size
     elif case != "imports":
-        numbers = report_numbers(files, first, {}, "generated", options)
+        size = make_report(models[0], folder, options).stat().st_size
     seconds, cores = time.perf_counter() - start, time.process_time() - cores
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return seconds, cores, peak, len(json.dumps(numbers)) / 1e6
+    return seconds, cores, peak, size / 1e6
 
 
 def main() -> None:
@@ -106,7 +120,7 @@ def main() -> None:
         f"{args.images} images, {DETECTIONS} detections each, {CLASSES} classes; {os.cpu_count()} CPUs, load {load:.1f}"
     )
     print(
-        "\n| part | seconds | CPU seconds | peak memory (GB) | JSON (MB) |\n| --- | ---: | ---: | ---: | ---: |",
+        "\n| part | seconds | CPU seconds | peak memory (GB) | page (MB) |\n| --- | ---: | ---: | ---: | ---: |",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
