@@ -67,7 +67,8 @@ def make_comparison(first: Evaluated, second: Evaluated, folder: Path, options: 
             (titles[1], stream_results(second.detections)),
             replace(options, max_dets=first.max_dets),
         )
-    return write_comparison_page(numbers, first.files.images, folder)
+    curves = {title: x.curves for title, x in zip(titles, (first, second), strict=True) if x.curves}
+    return write_comparison_page(numbers, first.files.images, folder, curves)
 
 
 def report_on_run(run: Path, datasets: Sequence[str]) -> None:

@@ -60,9 +60,8 @@ def write_page(
         return {key: report[key] for key in keys} | {
             "confusion": {"classes": confused, "cells": _cells(numbers, confused)},
             "layers": layer_ap(numbers),
-            "curves": {run: {name: _thinned(curve) for name, curve in x.items()} for run, x in curves.items()},
-            "panels": {name: {"title": title, "log": name in LOGARITHMIC} for name, title in PANELS.items()},
             "sizes": size_ap(robustness or {}),
+            **_of_training(curves),
         }
 
     report = numbers | {"curves": curves, "robustness": robustness}
@@ -71,23 +70,27 @@ def write_page(
     return path
 
 
-def write_comparison_page(numbers: Report, images: Path, folder: Path) -> Path:
+def write_comparison_page(
+    numbers: Report, images: Path, folder: Path, curves: dict[str, dict[str, Curve]] | None = None
+) -> Path:
     """Write `index.html`, `report.json` and `plots/*.png` of two detectors.
 
     Args:
-        numbers: from :func:`dino_d2.report.numbers.compare_numbers`.
-        images, folder: as in :func:`write_page`.
+        numbers: from :func:`dino_d2.report.comparison.compare_numbers`.
+        images, folder, curves: as in :func:`write_page`.
 
     Raises:
         ValueError: as in :func:`write_page`.
     """
+    curves = curves or {}
     keys = ("names", "thresholds", "images", "better", "worse")
 
     def for_scripts(report: Report) -> Report:
-        return {key: report[key] for key in keys} | {"classes": [{"name": x["name"]} for x in report["classes"]]}
+        classes = [{"name": x["name"]} for x in report["classes"]]
+        return {key: report[key] for key in keys} | {"classes": classes} | _of_training(curves)
 
-    path = _write("comparison.html", numbers, for_scripts, images, folder)
-    draw_comparison(numbers, folder / "plots")
+    path = _write("comparison.html", numbers | {"curves": curves}, for_scripts, images, folder)
+    draw_comparison(numbers, folder / "plots", curves)
     return path
 
 
@@ -120,6 +123,14 @@ def _cells(numbers: Report, classes: Sequence[int]) -> list[list[Any]]:
     """The cells of the confusion matrix of these classes."""
     shown = {*classes, BACKGROUND}
     return [cell for cell in numbers["confusion"]["cells"] if cell[0] in shown and cell[1] in shown]
+
+
+def _of_training(curves: dict[str, dict[str, Curve]]) -> Report:
+    """What the page's scripts read of training curves."""
+    return {
+        "curves": {run: {name: _thinned(curve) for name, curve in x.items()} for run, x in curves.items()},
+        "panels": {name: {"title": title, "log": name in LOGARITHMIC} for name, title in PANELS.items()},
+    }
 
 
 def _thinned(curve: Curve) -> list[tuple[int, float]]:

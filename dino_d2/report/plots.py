@@ -54,14 +54,13 @@ def draw_report(
         _save(folder / "corruptions.png", _corruptions(tested["corruptions"]) if tested.get("corruptions") else None)
         sizes = size_ap(tested)
         _save(folder / "sizes.png", _line(sizes, "Scale of the images", "AP") if sizes else None)
-    if curves:
-        training_curves.draw(curves, folder / "curves.png")
-    else:
-        _save(folder / "curves.png", None)
+    _draw_curves(curves, folder / "curves.png")
 
 
-def draw_comparison(numbers: Report, folder: Path) -> None:
-    """Write the differences by metric and by class to `folder`."""
+def draw_comparison(
+    numbers: Report, folder: Path, curves: dict[str, dict[str, training_curves.Curve]] | None = None
+) -> None:
+    """Write the differences by metric and by class, and the training curves, to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = [{"name": name} | values for name, values in numbers["metrics"].items()]
     largest = sorted(numbers["classes"], key=lambda x: -abs(x["difference"] or 0))[:MOST_CLASSES]
@@ -69,6 +68,14 @@ def draw_comparison(numbers: Report, folder: Path) -> None:
         for name, rows in (("differences", metrics), ("differences_by_class", largest)):
             rows = [row for row in rows if row["difference"] is not None]
             _save(folder / f"{name}.png", _differences(rows, numbers["names"]) if rows else None)
+    _draw_curves(curves, folder / "curves.png")
+
+
+def _draw_curves(curves: dict[str, dict[str, training_curves.Curve]] | None, path: Path) -> None:
+    if curves:
+        training_curves.draw(curves, path)
+    else:
+        _save(path, None)
 
 
 def layer_ap(numbers: Report) -> list[tuple[int, float]]:

@@ -197,7 +197,8 @@ def test_comparison_has_its_numbers_and_plots(tmp_path: Path) -> None:
     numbers = made_comparison()
     images = write_pictures(numbers, tmp_path / "images")
     index = write_comparison_page(numbers, images, tmp_path / "report")
-    assert json.loads((tmp_path / "report" / "report.json").read_text("utf-8")) == numbers
+    written = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert {key: written[key] for key in numbers} == numbers
     assert plots(tmp_path / "report") == {"differences", "differences_by_class"}
     assert read_data(index)["worse"] == [2]
     assert "first <run>" not in index.read_text("utf-8")
@@ -211,3 +212,13 @@ def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
     assert rows[1].startswith("Centre too low 0.5 % not significant")
     without = write_page(made_report() | {"placement": None}, tmp_path, tmp_path / "without").read_text("utf-8")
     assert "Where boxes lie" not in without
+
+
+def test_comparison_has_the_training_curves_of_both(tmp_path: Path) -> None:
+    index = write_comparison_page(made_comparison(), tmp_path, tmp_path / "report", made_curves())
+    assert read_data(index)["curves"].keys() == made_curves().keys()
+    assert "curves" in plots(tmp_path / "report")
+    assert "Training curves" in index.read_text("utf-8")
+    without = write_comparison_page(made_comparison(), tmp_path, tmp_path / "report")
+    assert "Training curves" not in without.read_text("utf-8")
+    assert "curves" not in plots(tmp_path / "report")

@@ -56,3 +56,4 @@ for (const kind of ["better", "worse"]) {
 }
 threshold.show();
 if (byId("find-class")) filterRows(byId("find-class"), byId("class-table"));
+drawTraining();
