@@ -31,6 +31,7 @@ class Assumptions:
     encoder: deformable (also in checkpoints that predate this field) or interleaved; empty: weights without encoder.
     num_classes: number of class logits; None if unknown, in older checkpoints without names.
     memory_fusion: whether the encoder combines the outputs of all its layers; None: weights without encoder.
+    exact_positions: whether tokens are placed by their strides; None: weights without encoder.
     zoo_name: name of the weights in `model_zoo`, or empty. Not compared.
     score_threshold: with the highest F1 when the weights were evaluated; None if they were not. Not compared.
     """
@@ -45,6 +46,7 @@ class Assumptions:
     encoder: str = "deformable"
     num_classes: int | None = None
     memory_fusion: bool | None = False
+    exact_positions: bool | None = False
     zoo_name: str = ""
     score_threshold: float | None = None
 
@@ -67,6 +69,7 @@ class Assumptions:
             encoder=c.ENCODER,
             num_classes=c.NUM_CLASSES,
             memory_fusion=c.MEMORY_FUSION,
+            exact_positions=c.EXACT_POSITIONS,
         )
 
     def to_tensor(self) -> Tensor:
@@ -131,6 +134,7 @@ CONFIG_KEYS = {
     "pixel_std": "MODEL.PIXEL_STD",
     "encoder": "MODEL.DINO.ENCODER",
     "memory_fusion": "MODEL.DINO.MEMORY_FUSION",
+    "exact_positions": "MODEL.DINO.EXACT_POSITIONS",
 }
 
 

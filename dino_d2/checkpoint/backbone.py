@@ -56,6 +56,8 @@ def from_backbone(state: Mapping[str, Tensor], model: DINO) -> Conversion:
             lines.append(f"unexpected: {name}")
     if lines:
         raise ConversionError("These backbone weights do not match the config:\n  " + "\n  ".join(lines))
-    assumptions = replace(model.assumptions, class_names=(), num_classes=None, encoder="", memory_fusion=None)
+    assumptions = replace(
+        model.assumptions, class_names=(), num_classes=None, encoder="", memory_fusion=None, exact_positions=None
+    )
     result[EXTRA_STATE] = assumptions.to_tensor()
     return Conversion(result, notes)

@@ -139,6 +139,8 @@ def to_published(state: Mapping[str, Tensor], source: str, model: DINO) -> Conve
         raise ConversionError(f"MODEL.DINO.ENCODER is {model.assumptions.encoder}, which {source} does not have")
     if model.assumptions.memory_fusion:
         raise ConversionError(f"MODEL.DINO.MEMORY_FUSION is True, which {source} does not have")
+    if model.assumptions.exact_positions:
+        raise ConversionError(f"MODEL.DINO.EXACT_POSITIONS is True, which {source} does not have")
     layout = layout_of(model)
     expected = set(model.state_dict()) - {EXTRA_STATE}
     given = set(state) - {EXTRA_STATE}
@@ -179,7 +181,7 @@ def _assumptions(
     pixel_format, mean, std = PIXELS
     theirs = replace(
         ours, position_temperature=temperature, position_offset=offset, pixel_format=pixel_format,
-        pixel_mean=mean, pixel_std=std, encoder="deformable", memory_fusion=False,
+        pixel_mean=mean, pixel_std=std, encoder="deformable", memory_fusion=False, exact_positions=False,
     )  # fmt: skip
     lines = ours.contradictions(theirs)
     if own_position not in positions:

@@ -120,7 +120,7 @@ class DINO(nn.Module):
             "backbone": backbone,
             "in_features": cfg.MODEL.DINO.IN_FEATURES,
             "neck": build.build_neck(cfg, [shapes[name].channels for name in cfg.MODEL.DINO.IN_FEATURES]),
-            "encoder": build.build_encoder(cfg),
+            "encoder": build.build_encoder(cfg, [shapes[name].stride for name in cfg.MODEL.DINO.IN_FEATURES]),
             "query_selection": build.build_query_selection(cfg),
             "denoising": build.build_denoising(cfg),
             "decoder": build.build_decoder(cfg),
@@ -202,7 +202,8 @@ class DINO(nn.Module):
         padding; None if no image is padded."""
         images = images.contiguous(memory_format=torch.channels_last)
         features = maybe_checkpoint(self.backbone, images, recompute=self.recompute_backbone)
-        return self.encoder(self.neck([features[name] for name in self.in_features]), padding_mask)
+        maps = self.neck([features[name] for name in self.in_features])
+        return self.encoder(maps, padding_mask, (images.shape[-2], images.shape[-1]))
 
     def predict(self, images: Tensor, padding_mask: Tensor | None) -> Predictions:
         """Predictions of the last layer, without denoising; arguments as in :meth:`encode`."""

@@ -54,7 +54,11 @@ def build_neck(cfg: CfgNode, in_channels: Sequence[int]) -> ChannelMapper:
     return ChannelMapper(in_channels, cfg.MODEL.DINO.HIDDEN_DIM, cfg.MODEL.DINO.NUM_FEATURE_LEVELS)
 
 
-def build_encoder(cfg: CfgNode) -> DeformableEncoder:
+def build_encoder(cfg: CfgNode, strides: Sequence[int] = ()) -> DeformableEncoder:
+    """
+    Args:
+        strides: of the backbone's maps, for `MODEL.DINO.EXACT_POSITIONS`.
+    """
     c = cfg.MODEL.DINO
     if _choice("MODEL.DINO.ENCODER", c.ENCODER, ("deformable", "interleaved")) == "deformable":
         layers = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.ENC_LAYERS)]
@@ -62,7 +66,16 @@ def build_encoder(cfg: CfgNode) -> DeformableEncoder:
         layers = [_interleaved_block(cfg) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
     kind = FusingEncoder if c.MEMORY_FUSION else DeformableEncoder
-    return kind(layers, c.HIDDEN_DIM, c.NUM_FEATURE_LEVELS, c.POS_TEMPERATURE, c.POS_OFFSET, c.CHECKPOINT.ENCODER)
+    coarser = [strides[-1] * 2**n for n in range(1, c.NUM_FEATURE_LEVELS - len(strides) + 1)] if strides else []
+    return kind(
+        layers,
+        c.HIDDEN_DIM,
+        c.NUM_FEATURE_LEVELS,
+        c.POS_TEMPERATURE,
+        c.POS_OFFSET,
+        c.CHECKPOINT.ENCODER,
+        [*strides, *coarser] if c.EXACT_POSITIONS else None,
+    )
 
 
 def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:

@@ -45,6 +45,8 @@ class DeformableEncoder(nn.Module):
         num_levels: L.
         temperature, offset: of the sine position embedding.
         recompute: use activation checkpointing, layer by layer.
+        strides: of the L maps, in pixels, to place tokens by; None: each map is spread over the image, as published. A
+            map has whole tokens, so its last one may reach beyond the image: spreading shifts tokens by up to one.
     """
 
     def __init__(
@@ -55,19 +57,26 @@ class DeformableEncoder(nn.Module):
         temperature: float,
         offset: float,
         recompute: bool = False,
+        strides: Sequence[int] | None = None,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         self.temperature, self.offset, self.recompute = temperature, offset, recompute
+        self.strides = tuple(strides) if strides else None
 
-    def forward(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> Memory:
+    def forward(
+        self, features: Sequence[Tensor], padding_mask: Tensor | None, image_size: tuple[int, int] | None = None
+    ) -> Memory:
         """
         Args:
             features: L maps (B, C, h, w).
             padding_mask: (B, H, W) bool, True on padding; None: no image is padded.
+            image_size: H and W; needed if tokens are placed by strides.
         """
         memory, position = self.flatten(features, padding_mask)
+        if self.strides:
+            memory = replace(memory, valid_sizes=self.sizes_by_stride(memory.valid_sizes, padding_mask, image_size))
         return self.refine(memory, position, memory.token_centres()[:, :, None] * memory.valid_ratios[:, None])
 
     def refine(self, memory: Memory, position: Tensor, reference: Tensor) -> Memory:
@@ -75,6 +84,18 @@ class DeformableEncoder(nn.Module):
         for layer in self.layers:
             memory = maybe_checkpoint(layer, memory, position, reference, recompute=self.recompute)
         return memory
+
+    def sizes_by_stride(self, counts: Tensor, padding_mask: Tensor | None, image_size: tuple[int, int]) -> Tensor:
+        """Width and height of each unpadded image in tokens of each level, with fractions, (B, L, 2).
+
+        Args:
+            counts: (B, L, 2), of dtype and device of the result.
+        """
+        if padding_mask is None:
+            pixels = map_sizes((image_size,), counts.dtype, counts.device)[None].expand(len(counts), -1, -1)
+        else:
+            pixels = _valid_size(padding_mask, counts.dtype)[:, None]
+        return pixels / torch.tensor(self.strides, dtype=counts.dtype, device=counts.device)[:, None]
 
     def flatten(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
         """Flatten the maps to tokens; also returns the position and level embedding of each token, (B, N, C)."""
