@@ -106,3 +106,29 @@ def test_image_of_one_pixel_keeps_one_token_of_every_level() -> None:
 def test_wrong_number_of_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         make_encoder(1)(make_features(32, 32)[:1], mask_of((32, 32), (32, 32)))
+
+
+@pytest.mark.parametrize("width", [80, 83, 93])
+def test_strides_say_where_tokens_lie_whatever_the_size_of_the_image(width: int) -> None:
+    encoder = make_encoder(num_layers=0)
+    encoder.strides = STRIDES
+    memory = encoder(make_features(48, width), None, (48, width))
+    columns = memory.spatial_shapes[0][1]
+    x = memory.token_centres()[0, :columns, 0] * width
+    torch.testing.assert_close(x, 8 * (torch.arange(columns).double() + 0.5))
+    spread = make_encoder(num_layers=0)(make_features(48, width), None).token_centres()[0, :columns, 0] * width
+    torch.testing.assert_close(spread, width / columns * (torch.arange(columns).double() + 0.5))  # as published
+
+
+def test_tokens_placed_by_strides_do_not_depend_on_padding() -> None:
+    encoder = make_encoder(num_layers=2)
+    encoder.strides = STRIDES
+    features = make_features(48, 83)
+    alone = encoder(features, None, (48, 83))
+    margins = ((0, 5, 0, 4), (0, 2, 0, 2))
+    padded = [torch.nn.functional.pad(x, margin) for x, margin in zip(features, margins, strict=True)]
+    together = encoder(padded, mask_of((48, 83), (80, 128)), (80, 128))
+    torch.testing.assert_close(together.valid_sizes, alone.valid_sizes)
+    inside = ~together.padding_mask[0]
+    torch.testing.assert_close(together.token_centres()[:, inside], alone.token_centres())
+    torch.testing.assert_close(together.tokens[:, inside], alone.tokens)
