@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dino_d2_cli import CommandParser, load_script, user_errors
@@ -38,7 +38,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="for the 95 %% intervals, default %(default)s; 0: none"
     )
-    parser.add_argument("--robustness", type=Path, metavar="FILE", help="robustness.json of dino-d2 robustness")
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        metavar="N",
+        help="detections of an image and class that count; default: the run's, or 100",
+    )
+    parser.add_argument("--robustness", type=Path, metavar="FOLDER", help="that of dino-d2 robustness, for its chapter")
     args = parser.parse_args(arguments)
     if (args.annotations is None) != (args.images is None):
         parser.error("--annotations and --images must be given together")
@@ -48,8 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give a RUN, or --weights to evaluate")
     if args.config_file and not args.weights:
         parser.error("--config-file is for --weights")
-    if args.resamples < 0:
-        parser.error(f"--resamples {args.resamples} is negative")
+    if args.robustness and len(args.runs) == 2:
+        parser.error("--robustness is for the report on one RUN")
+    if args.dataset and any(run.is_file() for run in args.runs):
+        parser.error("--dataset is for the OUTPUT_DIR of a run; a file of detections has one dataset")
     if not args.output and (args.weights or len(args.runs) == 2 or args.runs[0].is_file()):
         parser.error("give -o FOLDER")
     return args
@@ -57,27 +65,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    from dino_d2.data import CocoFiles
+    from dino_d2.report.evaluated import find_evaluated
+    from dino_d2.report.make import folder_of, make_comparison, make_report, read_robustness
+    from dino_d2.report.numbers import NumbersOptions
+
+    given = {} if args.max_dets is None else {"max_dets": args.max_dets}
+    with user_errors():  # before an evaluation of hours
+        options = NumbersOptions(threshold=args.threshold, resamples=args.resamples, **given)
     if args.weights:
         code = _evaluate(args)
         if code:
             return code
         args.runs = [args.output]
-
-    from dino_d2.data import CocoFiles
-    from dino_d2.report.evaluated import find_evaluated
-    from dino_d2.report.make import FOLDER, make_comparison, make_report
-    from dino_d2.report.numbers import NumbersOptions
-
-    options = NumbersOptions(threshold=args.threshold, resamples=args.resamples)
     with user_errors():
         files = CocoFiles(args.annotations, args.images) if args.annotations else None
-        found = [find_evaluated(run, files, args.dataset) for run in args.runs]
-        folder = args.output or args.runs[0] / FOLDER
+        found = [replace(find_evaluated(run, files, args.dataset), **given) for run in args.runs]
+        folder = args.output or folder_of(args.runs[0], found[0])
         if len(found) == 2:
             page = make_comparison(*found, folder, options)
         else:
-            robustness = json.loads(args.robustness.read_text()) if args.robustness else None
+            robustness = read_robustness(args.robustness, found[0]) if args.robustness else None
             page = make_report(found[0], folder, options, robustness)
+    for name in found[0].datasets[1:]:
+        print(f"also evaluated, not in this report: {name} (--dataset {name})")
     print(page)
     return 0
 

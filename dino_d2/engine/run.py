@@ -16,13 +16,14 @@ from torch import nn
 from dino_d2.checkpoint import DINOCheckpointer
 from dino_d2.config import find_config_file
 from dino_d2.data import register_datasets
+from dino_d2.evaluation.record import write_record
 from dino_d2.report.make import report_on_run
 from dino_d2.report.own_dataset import own_dataset, report_on_own_dataset
 from dino_d2_cli import user_errors
 
 from .checkpoints import BEST
 from .choices import choose
-from .run_folder import LAST, check_run_folder, keep_results, set_up_folder
+from .run_folder import EVALUATION, LAST, check_run_folder, set_up_folder
 from .trainer import DINOTrainer
 
 
@@ -52,7 +53,7 @@ def train_or_evaluate(args: Namespace) -> dict | None:
         if own_dataset(cfg) or cfg.TEST.REPORT:
             results, weights = of_best_weights(trainer, results)
     if comm.is_main_process() and results:
-        keep_results(cfg, weights, results)
+        write_record(os.path.join(cfg.OUTPUT_DIR, EVALUATION), cfg, weights, results)
         if not args.eval_only and own_dataset(cfg):
             report_on_own_dataset(cfg, results)
         if cfg.TEST.REPORT:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -21,7 +16,6 @@ from dino_d2.config import flat
 CONFIG = "config.yaml"  # written there by detectron2's default_setup
 LAST = "last_checkpoint"
 EVALUATION = "inference"  # detectron2's folder for evaluations in OUTPUT_DIR
-RESULTS = "results.json"  # there: metrics and weights of the last evaluation
 # Keys that must not change when a run is resumed; of MODEL all but FREE_OF_MODEL.
 FIXED = ("SEED", "DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH", "DATALOADER.SAMPLER_TRAIN")
 FREE_OF_MODEL = ("MODEL.WEIGHTS", "MODEL.TRUST_WEIGHTS", "MODEL.DEVICE", "MODEL.DINO.OP", "MODEL.DINO.CHECKPOINT")
@@ -86,24 +80,6 @@ def set_up_folder(cfg: CfgNode, args: Namespace) -> None:
             file.write(cfg.dump())  # with the original OUTPUT_DIR
 
 
-def keep_results(cfg: CfgNode, weights: str, results: dict[str, Any]) -> None:
-    """Write the metrics of an evaluation, and the weights they are of, to `OUTPUT_DIR/inference`.
-
-    Args:
-        weights: file that was evaluated, or what else `MODEL.WEIGHTS` was.
-        results: of detectron2's `test`.
-    """
-    if weights and PathManager.isfile(weights):
-        digest = hashlib.sha256()
-        with PathManager.open(weights, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-        weights += f", SHA-256 {digest.hexdigest()[:12]}…"
-    content = {"weights": weights or "none", "metrics": _without_nan(results)}
-    with PathManager.open(os.path.join(cfg.OUTPUT_DIR, EVALUATION, RESULTS), "w") as file:
-        json.dump(content, file, indent=1)
-
-
 def settings_of_training(cfg: CfgNode) -> dict[str, object]:
     """Settings, by dotted key, that affect training steps and must be the same in all processes."""
     return {key: value for key, value in _flat(cfg.dump()).items() if _is_fixed(key) or key.startswith("SOLVER.")}
@@ -117,13 +93,6 @@ def differences(then: dict[str, object], now: dict[str, object]) -> list[str]:
 
 def _is_fixed(key: str) -> bool:
     return key in FIXED or (key.startswith("MODEL.") and not key.startswith(FREE_OF_MODEL))
-
-
-def _without_nan(values: Any) -> Any:
-    """The same with None in place of NaN, which is not JSON."""
-    if isinstance(values, Mapping):
-        return {key: _without_nan(value) for key, value in values.items()}
-    return None if isinstance(values, float) and math.isnan(values) else values
 
 
 def _flat(text: str) -> dict[str, object]:

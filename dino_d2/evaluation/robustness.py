@@ -32,10 +32,10 @@ from dino_d2.detector import Detector
 from .build import build_evaluator
 from .corruption_sheet import draw_corruptions
 from .corruptions import STRENGTHS, check_corruption, corrupt
-from .robustness_folder import CLEAN, Cell, check_folder, read_cells, write_cell, write_result
+from .robustness_folder import CLEAN, SHEET, Cell, check_folder, read_cells, write_cell, write_result
 from .settings import APSettings
 
-SHEET, STRENGTH_OF_SHEET = "corruptions.jpg", 3
+STRENGTH_OF_SHEET = 3
 SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 MATTERS = ("MODEL.", "INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.")  # for AP
 INDIFFERENT = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.TRUST_WEIGHTS", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS")

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from .corruptions import CORRUPTIONS, STRENGTHS
 
-RESULT, SETTINGS, CELLS = "robustness.json", "settings.json", "cells"
+RESULT, SETTINGS, CELLS, SHEET = "robustness.json", "settings.json", "cells", "corruptions.jpg"
 
 
 @dataclass(frozen=True)

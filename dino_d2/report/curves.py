@@ -31,8 +31,12 @@ PANELS = {  # curve -> title
 LOGARITHMIC = {"lr_rest", "lr_backbone"}
 
 
-def read_curves(run: Path) -> dict[str, Curve]:
+def read_curves(run: Path, dataset: str = "") -> dict[str, Curve]:
     """Read the curves of `PANELS` that a run recorded, with losses summed by group.
+
+    Args:
+        run: its OUTPUT_DIR, or the metrics.json there.
+        dataset: whose AP is meant if there are several, which then stand under their names.
 
     If a resumed run recorded an iteration twice, the later values count.
 
@@ -51,7 +55,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
         iteration = scalars.get("iteration")
         values: dict[str, float] = defaultdict(float)
         for name, value in scalars.items():
-            curve = loss_group(name) or name
+            curve = loss_group(name) or name.removeprefix(f"{dataset}/")
             if curve in PANELS:
                 values[curve] += value
         for curve, value in values.items():

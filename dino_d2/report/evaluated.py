@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
-import os
-import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dino_d2.data import CocoFiles
-from dino_d2.engine.run_folder import CONFIG, EVALUATION, RESULTS
+from dino_d2.engine.run_folder import CONFIG, EVALUATION
 from dino_d2.evaluation.build import evaluator_type
+from dino_d2.evaluation.record import DETECTIONS, machine_and_versions, read_record
 
 from .curves import Curve, read_curves
 
-DETECTIONS = "coco_instances_results.json"  # written by detectron2's COCOEvaluator
-METRICS = "metrics.json"
-PACKAGES = ("dino_d2", "torch", "detectron2", "hotcoco", "pycocotools")
-QUERIES = "queries/"  # prefix of the metrics of TEST.QUERY_METRICS
+MAX_DETS = 100  # of detectron2's own models and of files, unless the user says otherwise
+NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,8 @@ class Evaluated:
     about: label -> text.
     queries: metrics of `TEST.QUERY_METRICS`; None if not measured.
     curves: of the training run in the same folder; empty without one.
+    notes: sentences on what could not be found.
+    datasets: all that the run was evaluated on, this one first.
     """
 
     title: str
@@ -46,7 +41,9 @@ class Evaluated:
     max_dets: int
     about: dict[str, str]
     queries: dict[str, float] | None = None
-    curves: dict[str, Curve] | None = None
+    curves: dict[str, Curve] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
 
 def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | None = None) -> Evaluated:
@@ -58,42 +55,39 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
         dataset: its name in the run's config, if there are several.
 
     Raises:
-        FileNotFoundError: there is no evaluation, or no annotation file.
+        FileNotFoundError: there is no evaluation.
         ValueError: a file of detections without `files`; a dataset that has no detections.
     """
     if run.is_file():
         if files is None:
             raise ValueError(f"{run} is a file of detections: give --annotations FILE and --images FOLDER, too")
-        return Evaluated(run.stem, files, run, 100, _versions())
+        return Evaluated(run.stem, files, run, MAX_DETS, {})
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; RUN is the OUTPUT_DIR of an evaluated run or a JSON file")
-    cfg = _config_of(run)
-    evaluated = _datasets_evaluated(run, cfg)
-    if dataset is not None and dataset not in evaluated:
-        raise ValueError(f"{run} has no detections on {dataset}, but on {', '.join(evaluated)}")
-    name = dataset or next(iter(evaluated))
-    recorded = _recorded(run, evaluated[name])
-    metrics = recorded.get("metrics", {})
-    has_curves = (run / METRICS).is_file()
+    record = read_record(run / EVALUATION)
+    cfg = CfgNode.load_cfg(record["config"]) if record else _config_of(run)
+    found = _datasets_evaluated(run, cfg)
+    if dataset is not None and dataset not in found:
+        raise ValueError(f"{run} has no detections on {dataset}, but on {', '.join(found)}")
+    name = dataset or next(iter(found))
+    metrics = record.get("metrics", {})
+    curves, notes = _curves_of(run, name)
     return Evaluated(
         title=str(run),
         files=files or files_of(cfg, name),
-        detections=evaluated[name],
-        max_dets=cfg.TEST.get("MAX_DETS_PER_IMAGE", 100),  # detectron2's own models lack the key
+        detections=found[name],
+        max_dets=cfg.TEST.get("MAX_DETS_PER_IMAGE", MAX_DETS),
         about={
             "dataset": name,
-            "weights": recorded.get("weights", "not recorded"),
+            "weights": record.get("weights", NOT_RECORDED),
             "config": f"SHA-256 {hashlib.sha256(cfg.dump().encode()).hexdigest()[:12]}…",
-            **_versions(),
+            **(machine_and_versions() if not record else {key: record[key] for key in ("machine", "versions")}),
         },
-        queries=metrics.get(name, metrics).get("queries") or (_last_queries(run / METRICS) if has_curves else None),
-        curves=read_curves(run) if has_curves else None,
+        queries=metrics.get(name, metrics).get("queries"),
+        curves=curves,
+        notes=notes,
+        datasets=(name, *(other for other in found if other != name)),
     )
-
-
-def detections_file(folder: Path, name: str) -> Path:
-    """Where `DINOTrainer` writes the detections on the dataset `name`, in the OUTPUT_DIR `folder`."""
-    return folder / EVALUATION / name / DETECTIONS
 
 
 def files_of(cfg: CfgNode, name: str) -> CocoFiles:
@@ -114,8 +108,8 @@ def files_of(cfg: CfgNode, name: str) -> CocoFiles:
 
 
 def _config_of(run: Path) -> CfgNode:
-    """The config of the last evaluation in the folder: that of `--eval-only`, else that of the training run."""
-    files = [file for file in (run / EVALUATION / CONFIG, run / CONFIG) if file.is_file()]
+    """The config of a run whose evaluation has no record: the training run's, else that of an evaluation alone."""
+    files = [file for file in (run / CONFIG, run / EVALUATION / CONFIG) if file.is_file()]
     if not files:
         raise FileNotFoundError(
             f"{run} has no {CONFIG}: RUN must be the OUTPUT_DIR of an evaluated run, or a file of detections with "
@@ -126,7 +120,7 @@ def _config_of(run: Path) -> CfgNode:
 
 def _datasets_evaluated(run: Path, cfg: CfgNode) -> dict[str, Path]:
     """The file of detections of each dataset in `DATASETS.TEST` that has one."""
-    files = {name: detections_file(run, name) for name in cfg.DATASETS.TEST}
+    files = {name: run / EVALUATION / name / DETECTIONS for name in cfg.DATASETS.TEST}
     if len(files) == 1:  # detectron2's own train_net.py has no folder for each dataset
         (name,) = files
         files = files if files[name].is_file() else {name: run / EVALUATION / DETECTIONS}
@@ -139,38 +133,11 @@ def _datasets_evaluated(run: Path, cfg: CfgNode) -> dict[str, Path]:
     return found
 
 
-def _recorded(run: Path, detections: Path) -> dict[str, Any]:
-    """What the evaluation recorded with its detections; empty if it did not, as in the middle of a training run."""
-    file = run / EVALUATION / RESULTS
-    if not file.is_file() or file.stat().st_mtime < detections.stat().st_mtime:
-        return {}
-    return json.loads(file.read_text())
-
-
-def _last_queries(metrics: Path) -> dict[str, float] | None:
-    """The query metrics that a training run recorded last."""
-    for line in reversed(metrics.read_text().splitlines()):
-        values = json.loads(line)
-        found = {key.removeprefix(QUERIES): value for key, value in values.items() if key.startswith(QUERIES)}
-        if found:
-            return found
-    return None
-
-
-def _versions() -> dict[str, str]:
-    versions = []
-    for name in PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {_accelerator()}",
-        "versions": ", ".join(versions),
-    }
-
-
-def _accelerator() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "no GPU"
+def _curves_of(run: Path, dataset: str) -> tuple[dict[str, Curve], tuple[str, ...]]:
+    """The curves of the training run, and a note if they cannot be read."""
+    if not (run / "metrics.json").is_file():
+        return {}, ()
+    try:
+        return read_curves(run, dataset), ()
+    except ValueError as error:  # of a run that was killed while it wrote
+        return {}, (f"Training curves: {error}.",)

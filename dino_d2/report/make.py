@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dino_d2.data import stream_results
+from dino_d2.evaluation.robustness_folder import RESULT, SETTINGS, SHEET
+from dino_d2.evaluation.settings import require_hotcoco
 
 from .comparison import compare_numbers
 from .evaluated import Evaluated, find_evaluated
@@ -28,8 +32,9 @@ def make_report(
 
     Args:
         options: `max_dets` is replaced by the evaluation's.
-        robustness: as written by tools/robustness.py.
+        robustness: from :func:`read_robustness`.
     """
+    require_hotcoco("the report")
     with _named(evaluated.detections):
         numbers = report_numbers(
             evaluated.files,
@@ -39,7 +44,8 @@ def make_report(
             replace(options, max_dets=evaluated.max_dets),
             evaluated.queries,
         )
-    curves = {evaluated.title: evaluated.curves} if evaluated.curves else None
+    numbers["left_out"] += evaluated.notes
+    curves = {evaluated.title: evaluated.curves} if evaluated.curves else {}
     return write_page(numbers, evaluated.files.images, folder, curves, robustness)
 
 
@@ -49,6 +55,7 @@ def make_comparison(first: Evaluated, second: Evaluated, folder: Path, options: 
     Raises:
         ValueError: they were evaluated on different annotations, or with different limits of detections.
     """
+    require_hotcoco("the report")
     if first.files.annotations.read_bytes() != second.files.annotations.read_bytes():
         raise ValueError(
             f"{first.title} was evaluated on {first.files.annotations}, {second.title} on "
@@ -56,10 +63,12 @@ def make_comparison(first: Evaluated, second: Evaluated, folder: Path, options: 
         )
     if first.max_dets != second.max_dets:
         raise ValueError(
-            f"{first.title} counts {first.max_dets} detections per image, {second.title} {second.max_dets}: evaluate "
-            "both with the same TEST.MAX_DETS_PER_IMAGE"
+            f"{first.title} counts {first.max_dets} detections per image and class, {second.title} {second.max_dets}: "
+            "give --max-dets, or evaluate both with the same TEST.MAX_DETS_PER_IMAGE"
         )
-    titles = [first.title, second.title] if first.title != second.title else [f"{first.title} {n}" for n in "AB"]
+    titles = [first.title, second.title]
+    if titles[0] == titles[1]:
+        titles = [str(first.detections), str(second.detections)]
     with _named(first.detections, second.detections):
         numbers = compare_numbers(
             first.files,
@@ -71,16 +80,22 @@ def make_comparison(first: Evaluated, second: Evaluated, folder: Path, options: 
     return write_comparison_page(numbers, first.files.images, folder, curves)
 
 
+def folder_of(run: Path, evaluated: Evaluated) -> Path:
+    """Where the report on a run lies by default: `RUN/report`, or a folder in it for each of several datasets."""
+    folder = run / FOLDER
+    return folder / evaluated.datasets[0] if len(evaluated.datasets) > 1 else folder
+
+
 def report_on_run(run: Path, datasets: Sequence[str]) -> None:
-    """`TEST.REPORT`: write the report of the last evaluation on each dataset to `RUN/report`.
+    """`TEST.REPORT`: write the report of the last evaluation on each dataset.
 
     What cannot be reported is logged: an evaluation of hours does not end in an error.
     """
     for name in datasets:
-        folder = run / FOLDER / name if len(datasets) > 1 else run / FOLDER
         try:
-            page = make_report(find_evaluated(run, dataset=name), folder, NumbersOptions())
-        except (OSError, ValueError) as error:
+            evaluated = find_evaluated(run, dataset=name)
+            page = make_report(evaluated, folder_of(run, evaluated), NumbersOptions())
+        except (ImportError, OSError, ValueError) as error:
             logger.warning("TEST.REPORT: no report on %s: %s", name, error)
             continue
         logger.info("Report on %s: %s", name, page)
@@ -93,3 +108,23 @@ def _named(*files: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"report on {' and '.join(map(str, files))}: {error}") from error
+
+
+def read_robustness(path: Path, evaluated: Evaluated) -> dict[str, Any]:
+    """The result of `dino-d2 robustness`, and under "sheet" the path of its picture.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        FileNotFoundError: there is no result.
+        ValueError: it was measured on other annotations.
+    """
+    result, settings = path / RESULT, path / SETTINGS
+    for file in (result, settings):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: --robustness is the folder of dino-d2 robustness")
+    digest = hashlib.sha256(evaluated.files.annotations.read_bytes()).hexdigest()
+    if json.loads(settings.read_text())["annotations"] != digest:
+        raise ValueError(f"{path} was measured on other annotations than {evaluated.files.annotations}")
+    return json.loads(result.read_text()) | {"sheet": str(path / SHEET)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from dino_d2.config import add_dino_config
 from dino_d2.data import CocoFiles
-from dino_d2.engine.run_folder import keep_results
+from dino_d2.evaluation.record import write_record
 from dino_d2.report.evaluated import find_evaluated
 
 FOUND = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
@@ -56,29 +55,72 @@ def test_only_what_was_evaluated_is_found(cfg: CfgNode) -> None:
         find_evaluated(run, dataset="first")
 
 
+def record(cfg: CfgNode, weights: Path, results: dict) -> None:
+    write_record(str(Path(cfg.OUTPUT_DIR) / "inference"), cfg, str(weights), results)
+
+
 def test_weights_and_query_metrics_are_those_that_the_evaluation_recorded(cfg: CfgNode, tmp_path: Path) -> None:
     run = write_run(cfg, "first", "second")
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"abc")
     results = {"first": {"bbox": {"AP": 1.0}}, "second": {"bbox": {"AP": float("nan")}, "queries": {"ATD100": 12.0}}}
-    keep_results(cfg, str(weights), results)
+    record(cfg, weights, results)
     first, second = find_evaluated(run), find_evaluated(run, dataset="second")
     assert first.about["weights"] == f"{weights}, SHA-256 ba7816bf8f01…"  # of "abc", FIPS 180-2
     assert (first.queries, second.queries) == (None, {"ATD100": 12.0})
-    newer = run / "inference" / "second" / "coco_instances_results.json"
-    later = (run / "inference" / "results.json").stat().st_mtime + 5
-    os.utime(newer, (later, later))  # an evaluation in the middle of another run
+    assert (first.datasets, second.datasets) == (("first", "second"), ("second", "first"))
+    later = run / "inference" / "second" / "coco_instances_results.json"
+    later.write_text(json.dumps(2 * FOUND))  # an evaluation in the middle of another run
     second = find_evaluated(run, dataset="second")
     assert (second.about["weights"], second.queries) == ("not recorded", None)
 
 
-def test_curves_and_last_query_metrics_of_the_training_run_are_found(cfg: CfgNode) -> None:
+def test_config_is_that_of_the_evaluation_whatever_was_in_the_folder_before(cfg: CfgNode, tmp_path: Path) -> None:
     run = write_run(cfg, "first")
-    lines = [{"iteration": 9, "total_loss": 3.0, "queries/ATD100": 5.0}, {"iteration": 19, "queries/ATD100": 4.0}]
+    (run / "inference" / "config.yaml").write_text(cfg.dump())  # evaluated before
+    cfg.DATASETS.COCO_FORMAT = [["third", "third.json", "third"]]
+    cfg.DATASETS.TEST = ("third",)
+    cfg.TEST.MAX_DETS_PER_IMAGE = 30
+    (run / "config.yaml").write_text(cfg.dump())
+    (run / "inference" / "third").mkdir()
+    (run / "inference" / "third" / "coco_instances_results.json").write_text(json.dumps(FOUND))
+    unrecorded = find_evaluated(run)
+    record(cfg, tmp_path / "none.pth", {"bbox": {"AP": 1.0}})
+    for found in (unrecorded, find_evaluated(run)):
+        assert (found.about["dataset"], found.max_dets, found.datasets) == ("third", 30, ("third",))
+
+
+@pytest.mark.parametrize("weights", ["https://example.org/model.pth", "detectron2://model.pkl", ""])
+def test_weights_that_are_no_file_are_recorded_by_name(cfg: CfgNode, weights: str) -> None:
+    run = write_run(cfg, "first")
+    record(cfg, weights, {"bbox": {"AP": 1.0}})
+    assert find_evaluated(run).about["weights"] == (weights or "none")
+
+
+def test_evaluations_without_detections_in_coco_format_are_recorded_too(cfg: CfgNode) -> None:
+    record(cfg, "weights.pth", {"bbox": {"AP": 3.0}})  # Pascal VOC writes no folder
+    content = json.loads((Path(cfg.OUTPUT_DIR) / "inference" / "results.json").read_text())
+    assert (content["metrics"], content["detections"]) == ({"bbox": {"AP": 3.0}}, {})
+
+
+def test_curves_of_the_training_run_are_found_with_the_ap_of_the_dataset(cfg: CfgNode) -> None:
+    run = write_run(cfg, "first", "second")
+    lines = [
+        {"iteration": 9, "total_loss": 3.0},
+        {"iteration": 19, "first/bbox/AP": 5.0, "second/bbox/AP": 7.0},
+    ]
     (run / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert find_evaluated(run).curves == {"total_loss": {9: 3.0}, "bbox/AP": {19: 5.0}}
+    assert find_evaluated(run, dataset="second").curves["bbox/AP"] == {19: 7.0}
+
+
+@pytest.mark.parametrize("content", ["", '{"iteration": 9, "total_l'])
+def test_damaged_curves_do_not_prevent_a_report(cfg: CfgNode, content: str) -> None:
+    run = write_run(cfg, "first")
+    (run / "metrics.json").write_text(content)
     found = find_evaluated(run)
-    assert found.queries == {"ATD100": 4.0}
-    assert found.curves == {"total_loss": {9: 3.0}}
+    assert found.curves == {}
+    assert "metrics.json" in found.notes[0]
 
 
 def test_a_run_of_detectron2s_own_tools_is_found(cfg: CfgNode) -> None:

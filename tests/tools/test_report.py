@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
+from dino_d2.config import add_dino_config
+from dino_d2.data import CocoFiles
+from dino_d2.evaluation.robustness_folder import CLEAN, Cell, summarize
+from dino_d2.report.evaluated import Evaluated
+from dino_d2.report.make import make_comparison, report_on_run
+from dino_d2.report.numbers import NumbersOptions
 from dino_d2.tools import report
 from tests.synthetic import COLOURS, write_rectangles
 
@@ -90,6 +97,10 @@ def test_weights_are_evaluated_first(
         (["a", "--images", "i"], "must be given together"),
         (["a", "--resamples", "-1"], "negative"),
         (["nowhere"], "nowhere does not exist"),
+        (["a", "--threshold", "5"], "threshold is 5.0"),
+        (["a", "--max-dets", "5"], "max_dets is 5"),
+        (["--weights", "w", "-o", "o", "--threshold", "5"], "threshold is 5.0"),  # before the evaluation
+        (["a", "b", "-o", "o", "--robustness", "r"], "--robustness is for the report on one RUN"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(
@@ -112,14 +123,47 @@ def test_detections_in_another_format_are_refused_by_name(
     assert str(file) in capsys.readouterr().err
 
 
+def test_robustness_is_a_chapter_if_it_was_measured_on_the_same_annotations(
+    data: tuple[Path, Path], detections: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, folder = tmp_path / "robustness", tmp_path / "page"
+    measured.mkdir()
+    arguments = [str(detections), *of_files(data), "-o", str(folder), *FAST, "--robustness", str(measured)]
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    assert "--robustness is the folder of dino-d2 robustness" in capsys.readouterr().err
+    (measured / "robustness.json").write_text(json.dumps(summarize({CLEAN: 40.0, Cell("fog", 3): 20.0})))
+    for content, message in ((b"other", "measured on other annotations"), (data[0].read_bytes(), "")):
+        settings = {"annotations": hashlib.sha256(content).hexdigest()}
+        (measured / "settings.json").write_text(json.dumps(settings))
+        if message:
+            with pytest.raises(SystemExit):
+                report.main(arguments)
+            assert message in capsys.readouterr().err
+    report.main(arguments)
+    assert json.loads((folder / "report.json").read_text())["robustness"]["clean"] == 40
+
+
+def test_a_report_that_cannot_be_made_is_logged_and_the_others_are_made(
+    data: tuple[Path, Path], detections: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    cfg.DATASETS.COCO_FORMAT = [["good", str(data[0]), str(data[1])], ["bad", str(data[0]), str(data[1])]]
+    cfg.DATASETS.TEST = ("bad", "good")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    for name, content in (("good", detections.read_text()), ("bad", "[1]")):
+        (tmp_path / "inference" / name).mkdir(parents=True)
+        (tmp_path / "inference" / name / "coco_instances_results.json").write_text(content)
+    with caplog.at_level("INFO", "dino_d2"):
+        report_on_run(tmp_path, cfg.DATASETS.TEST)
+    assert "TEST.REPORT: no report on bad" in caplog.text
+    assert (tmp_path / "report" / "good" / "index.html").is_file()
+
+
 def test_evaluations_on_other_annotations_are_not_compared(
     data: tuple[Path, Path], detections: Path, tmp_path: Path
 ) -> None:
-    from dino_d2.data import CocoFiles
-    from dino_d2.report.evaluated import Evaluated
-    from dino_d2.report.make import make_comparison
-    from dino_d2.report.numbers import NumbersOptions
-
     other, _ = write_rectangles(tmp_path / "other", 2, size=64)
     first, second = (
         Evaluated("run", CocoFiles(file, data[1]), tmp_path / "unused", 100, {}) for file in (data[0], other)
