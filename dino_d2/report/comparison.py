@@ -24,7 +24,7 @@ from .numbers import (
     tidy,
 )
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
+COMPARED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
 NamedDetections = tuple[str, Iterable[dict[str, Any]]]
 
 
@@ -49,7 +49,7 @@ def compare_numbers(
     names = [first[0], second[0]]
     metrics = {
         name: _difference(*(x[name] for x in values), None if samples is None else [x.metrics[name] for x in samples])
-        for name in METRICS
+        for name in COMPARED
     }
     objects = np.bincount(truth.label[~truth.crowd], minlength=len(truth.classes)).tolist()
     classes = [

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from dino_d2.data import CocoFiles, class_names, read_image
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
+from dino_d2.evaluation.coco import DETECTIONS
 
 from .dataset import corners, part_of, read_found, read_truth
 from .matches import IGNORED, RIGHT, match, overlapping
@@ -82,7 +83,7 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
     name = own_dataset(cfg)
     files = next(CocoFiles(Path(x[1]), Path(x[2])) for x in cfg.DATASETS.COCO_FORMAT if x[0] == name)
     metrics = results.get("bbox") or results.get(name, {}).get("bbox")
-    detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, "coco_instances_results.json")
+    detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, DETECTIONS)
     if not metrics or not detections.is_file():  # no detections, or no ground truth
         return
     threshold = metrics.get("score_threshold", math.nan)

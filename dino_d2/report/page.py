@@ -10,10 +10,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .curves import LOGARITHMIC, PANELS, Curve
+from .errors import BACKGROUND
+from .numbers import FORMAT
 from .pictures import embed_pictures
-from .plots import BACKGROUND, draw_comparison, draw_report, layer_ap, most_confused, size_ap
+from .plots import draw_comparison, draw_report, layer_ap, most_confused, size_ap
 
-FORMAT = 1  # of report.json
 LARGEST_PAGE = 10_000_000  # bytes
 FOR_NOTES = 4_000  # bytes of it, for what is said about pictures left out
 POINTS = 300  # at most, of a training curve

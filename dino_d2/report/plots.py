@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import curves as training_curves
+from .errors import BACKGROUND
 
 MOST_CLASSES = 40  # in the confusion matrix and in plots of classes
-BACKGROUND = -1
 ERRORS = ("classification", "localization", "both", "duplicate", "background", "missed")  # of TIDE
 TRUTH, FOUND, GREY = "#0072B2", "#D55E00", "#777777"  # told apart with any kind of colour vision
 # For letters that matplotlib's own font lacks; those that are installed are used.
