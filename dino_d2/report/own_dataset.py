@@ -7,7 +7,7 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
         return
     threshold = metrics.get("score_threshold", math.nan)
     threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
-    images = score_images(files, json.loads(detections.read_text()), threshold)
+    images = score_images(files, json.loads(detections.read_text()), threshold, cfg.TEST.MAX_DETS_PER_IMAGE)
     names = class_names(cfg)
     counts = Counter(label for image in images for label in image.truth.labels.tolist())
     logger.info("AP on the %d images of %s:\n%s", len(images), files.annotations, ap_table(metrics, names, counts))
@@ -117,7 +117,10 @@ def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, 
 
 
 def score_images(
-    files: CocoFiles, detections: Sequence[dict[str, Any]], threshold: float = DEFAULT_THRESHOLD
+    files: CocoFiles,
+    detections: Iterable[dict[str, Any]],
+    threshold: float = DEFAULT_THRESHOLD,
+    max_dets: int = 100,
 ) -> list[ScoredImage]:
     """Match the detections of each image, in the order of the images' ids.
 
@@ -126,9 +129,10 @@ def score_images(
     Args:
         detections: in COCO's results format.
         threshold: score that a detection must exceed to count.
+        max_dets: highest-scoring detections of an image and class that count.
     """
     truth = read_truth(files)
-    found = read_found(detections, truth, max_dets=max(1, len(detections)))
+    found = read_found(detections, truth, max_dets)
     status = match(truth, found, overlapping(truth, found), areas=("all",)).status[0, 0]
     counts = (found.score > threshold) & (status != IGNORED)
     right = np.bincount(found.image[counts & (status == RIGHT)], minlength=len(truth.ids))
