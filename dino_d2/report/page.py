@@ -13,7 +13,7 @@ from .curves import LOGARITHMIC, PANELS, Curve
 from .errors import BACKGROUND
 from .numbers import FORMAT
 from .pictures import embed_pictures
-from .plots import draw_comparison, draw_report, layer_ap, most_confused, size_ap
+from .plots import draw_comparison, draw_report, layer_ap, most_confused, row_totals, size_ap
 
 LARGEST_PAGE = 10_000_000  # bytes
 FOR_NOTES = 4_000  # bytes of it, for what is said about pictures left out
@@ -54,12 +54,16 @@ def write_page(
         ValueError: the report is of another format, or has a number that is not finite.
     """
     curves = curves or {}
-    confused = most_confused(numbers)
+    confused, totals = most_confused(numbers), row_totals(numbers)
     keys = ("classes", "threshold", "f1", "calibration", "images", "cases", "label_errors")
 
     def for_scripts(report: Report) -> Report:
         return {key: report[key] for key in keys} | {
-            "confusion": {"classes": confused, "cells": _cells(numbers, confused)},
+            "confusion": {
+                "classes": confused,
+                "cells": _cells(numbers, confused),
+                "totals": [totals[index] for index in (*confused, BACKGROUND)],
+            },
             "layers": layer_ap(numbers),
             "sizes": size_ap(robustness or {}),
             **_of_training(curves),

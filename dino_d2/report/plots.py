@@ -102,6 +102,25 @@ def most_confused(numbers: Report) -> list[int]:
     return sorted(index for index, _ in confused.most_common(MOST_CLASSES))
 
 
+def row_totals(numbers: Report) -> Counter[int]:
+    """Objects of each class in the confusion matrix, and under `BACKGROUND` the boxes found where there is none."""
+    totals: Counter[int] = Counter()
+    for truth, _, objects, _ in numbers["confusion"]["cells"]:
+        totals[truth] += objects
+    return totals
+
+
+def confusion_shares(numbers: Report, classes: Sequence[int]) -> np.ndarray:
+    """(n + 1, n + 1) percent of the objects of a row, those found as other classes included; `BACKGROUND` is last."""
+    places = {index: place for place, index in enumerate([*classes, BACKGROUND])}
+    totals = row_totals(numbers)
+    shares = np.zeros((len(places), len(places)))
+    for truth, found, objects, _ in numbers["confusion"]["cells"]:
+        if truth in places and found in places:
+            shares[places[truth], places[found]] = 100 * objects / totals[truth]
+    return shares
+
+
 @contextmanager
 def _plain_text() -> Iterator[None]:
     """Class names may contain "$", and letters for which there is no font here."""
@@ -188,13 +207,8 @@ def _errors(tide: Report) -> Figure:
 def _confusion(numbers: Report) -> Figure:
     """Rows: share of the objects of a class, in percent."""
     shown = most_confused(numbers)
-    places = {index: place for place, index in enumerate([*shown, BACKGROUND])}
-    counts = np.zeros((len(places), len(places)))
-    for truth, found, objects, _ in numbers["confusion"]["cells"]:
-        if truth in places and found in places:
-            counts[places[truth], places[found]] = objects
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 3 + 0.2 * len(places)
+    shares = confusion_shares(numbers, shown)
+    side = 3 + 0.2 * len(shares)
     figure, axes = _axes(side + 0.8, side)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     names = [*(numbers["classes"][index]["name"] for index in shown), "background"]

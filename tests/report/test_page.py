@@ -14,13 +14,14 @@ from PIL import Image
 
 from dino_d2.report import page
 from dino_d2.report.page import write_comparison_page, write_page
-from dino_d2.report.plots import MOST_CLASSES, most_confused
+from dino_d2.report.plots import MOST_CLASSES, confusion_shares, most_confused
 from tests.report.made_report import (
     NASTY,
     made_comparison,
     made_curves,
     made_report,
     made_robustness,
+    taken_for_each_other,
     write_pictures,
 )
 
@@ -167,6 +168,20 @@ def test_most_confused_classes_are_those_taken_for_another() -> None:
     assert len(chosen) == MOST_CLASSES
     assert {3, 50} <= set(chosen)
     assert not {57, 58, 59} & set(chosen)
+
+
+def test_shares_of_the_confusion_matrix_count_what_is_not_shown(tmp_path: Path) -> None:
+    numbers = made_report(images=1, classes=60)
+    numbers["confusion"]["cells"] = taken_for_each_other()
+    data = read_data(write_page(numbers, tmp_path, tmp_path / "report"))["confusion"]
+    assert data["classes"] == list(range(40))
+    assert data["totals"][:2] == [40, 100]  # of class 0, 10 are right and 30 taken for classes that are not shown
+    assert data["totals"][-1] == 8  # found where there is nothing
+    assert sum(count for truth, _, count, _ in data["cells"] if truth == 0) == 20
+    shares = confusion_shares(numbers, data["classes"])
+    assert shares.shape == (41, 41)
+    assert shares[0, 0] == 25
+    assert shares[-1, 0] == 37.5
 
 
 def test_curves_are_thinned_but_keep_their_peak_and_their_ends(tmp_path: Path) -> None:

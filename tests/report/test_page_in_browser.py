@@ -17,6 +17,7 @@ from tests.report.made_report import (
     made_curves,
     made_report,
     made_robustness,
+    taken_for_each_other,
     write_pictures,
 )
 
@@ -262,6 +263,15 @@ def test_many_classes_can_be_searched_and_the_matrix_says_what_it_shows(tmp_path
     expect(tab.locator("#errors")).to_contain_text("Only the 40 most confused of 365 classes are shown.")
     tab.get_by_label("Find").fill("CLASS 36")
     expect(tab.locator("#class-table tbody tr:visible")).to_have_count(6)  # 36 and 360 to 364
+
+
+def test_colours_of_the_matrix_are_shares_of_all_objects_of_a_class(tmp_path: Path, visit: Any) -> None:
+    numbers = made_report(images=1, classes=60)
+    numbers["confusion"]["cells"] = taken_for_each_other()
+    tab = visit(write_page(numbers, tmp_path, tmp_path / "report"))
+    share = tab.locator('[data-truth="0"][data-found="0"]').evaluate("node => node.style.getPropertyValue('--share')")
+    assert share == "50%"  # the root of 10 of 40
+    expect(tab.locator("#errors")).to_contain_text("Colours are shares of all objects of a class")
 
 
 @pytest.mark.parametrize("kind", ["report", "comparison"])
