@@ -150,6 +150,11 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
+def _fine(value: float | None) -> str:
+    """Of scores and distances, whose second decimal is the first that counts if they are small."""
+    return _number(value, 3 if value is not None and abs(value) < 0.1 else 2)
+
+
 def _count(value: int) -> str:
     return f"{value:,}"
 
@@ -158,4 +163,4 @@ def _plural(count: int, one: str, many: str = "") -> str:
     return f"{_count(count)} {one if count == 1 else many or one + 's'}"
 
 
-TEMPLATES.filters |= {"number": _number, "count": _count, "plural": _plural}
+TEMPLATES.filters |= {"number": _number, "fine": _fine, "count": _count, "plural": _plural}

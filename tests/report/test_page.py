@@ -229,6 +229,34 @@ def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
     assert "Where boxes lie" not in without
 
 
+def text_of(index: Path, pattern: str) -> str:
+    """The text of the first element that matches, without tags."""
+    found = re.search(pattern, index.read_text("utf-8"), re.DOTALL)
+    assert found
+    return " ".join(re.sub("<[^>]*>", " ", found[0]).split())
+
+
+def test_intervals_of_slices_are_text_too(tmp_path: Path) -> None:
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report")
+    assert "small size 9 66.7 40.0 to 90.0 30.0" in text_of(index, r"<caption>By size.*?</table>")
+
+
+def test_limit_of_detections_is_of_each_class(tmp_path: Path) -> None:
+    numbers = made_report(images=1)
+    numbers["dataset"]["detections_counted"] = 3
+    index = write_page(numbers, tmp_path, tmp_path / "report")
+    said = text_of(index, r'<section id="glance".*?</section>')
+    assert "4 detections, of which the best 100 of each image and class count (3)." in said
+
+
+@pytest.mark.parametrize(("distance", "shown"), [(1.234, "1.23"), (0.0412, "0.041"), (None, "–")])
+def test_distances_have_the_digits_that_tell_them_apart(distance: float | None, shown: str, tmp_path: Path) -> None:
+    numbers = made_report(images=1)
+    numbers["queries"]["ATD100"] = distance
+    index = write_page(numbers, tmp_path, tmp_path / "report")
+    assert text_of(index, r"<dt>ATD\(100\)</dt><dd>.*?</dd>") == f"ATD(100) {shown}"
+
+
 def test_comparison_has_the_training_curves_of_both(tmp_path: Path) -> None:
     index = write_comparison_page(made_comparison(), tmp_path, tmp_path / "report", made_curves())
     assert read_data(index)["curves"].keys() == made_curves().keys()

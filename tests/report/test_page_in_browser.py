@@ -285,6 +285,22 @@ def test_phone_scrolls_only_downwards(kind: str, visit: Any, request: pytest.Fix
     assert viewer.locator(".frame").first.bounding_box()["width"] > 150
 
 
+def test_long_paths_stay_readable_on_a_phone(tmp_path: Path, visit: Any) -> None:
+    numbers = made_report(images=1)
+    path = "/data/experiments/" + "run_with_a_long_name/" * 8 + "model_final.pth"
+    numbers |= {
+        "title": path,
+        "about": {"weights": path, "machine_with_a_long_name_of_its_own": path, "config": "89ef"},
+    }
+    tab = visit(write_page(numbers, tmp_path, tmp_path / "report"), viewport=PHONE)
+    tab.get_by_text("What was measured").click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    for text in tab.locator(".about dd").all():
+        box = text.bounding_box()
+        assert box["width"] > 300
+        assert box["x"] + box["width"] <= PHONE["width"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("kind", ["report", "comparison"])
 def test_text_stands_out_in_both_modes(kind: str, scheme: str, visit: Any, request: pytest.FixtureRequest) -> None:
