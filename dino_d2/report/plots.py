@@ -24,6 +24,10 @@ TRUTH, FOUND, GREY = "#0072B2", "#D55E00", "#777777"  # told apart with any kind
 # For letters that matplotlib's own font lacks; those that are installed are used.
 MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari")
 DPI = 150
+PLOTS = (  # of a report or a comparison
+    *("ap_by_class", "precision_recall", "f1", "errors", "confusion", "calibration", "layers", "slices"),
+    *("corruptions", "sizes", "curves", "differences", "differences_by_class"),
+)
 
 Report = dict[str, Any]
 
@@ -34,11 +38,11 @@ def draw_report(
     curves: dict[str, dict[str, training_curves.Curve]] | None = None,
     robustness: Report | None = None,
 ) -> None:
-    """Write every plot that there are numbers for to `folder`; those of an earlier report are replaced or deleted.
+    """Write every plot that there are numbers for to `folder`; those of an earlier report or comparison are deleted.
 
     Arguments are those of :func:`dino_d2.report.page.write_page`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     measured = [x for x in numbers["classes"] if x["AP"] is not None]
     curved = [x for x in measured if x["pr"]]
     layers, tested = layer_ap(numbers), robustness or {}
@@ -54,28 +58,23 @@ def draw_report(
         _save(folder / "corruptions.png", _corruptions(tested["corruptions"]) if tested.get("corruptions") else None)
         sizes = size_ap(tested)
         _save(folder / "sizes.png", _line(sizes, "Scale of the images", "AP") if sizes else None)
-    _draw_curves(curves, folder / "curves.png")
+    if curves:
+        training_curves.draw(curves, folder / "curves.png")
 
 
 def draw_comparison(
     numbers: Report, folder: Path, curves: dict[str, dict[str, training_curves.Curve]] | None = None
 ) -> None:
-    """Write the differences by metric and by class, and the training curves, to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the differences by metric and by class, and the training curves, to `folder`, as :func:`draw_report`."""
+    _clear(folder)
     metrics = [{"name": name} | values for name, values in numbers["metrics"].items()]
     largest = sorted(numbers["classes"], key=lambda x: -abs(x["difference"] or 0))[:MOST_CLASSES]
     with _plain_text():
         for name, rows in (("differences", metrics), ("differences_by_class", largest)):
             rows = [row for row in rows if row["difference"] is not None]
             _save(folder / f"{name}.png", _differences(rows, numbers["names"]) if rows else None)
-    _draw_curves(curves, folder / "curves.png")
-
-
-def _draw_curves(curves: dict[str, dict[str, training_curves.Curve]] | None, path: Path) -> None:
     if curves:
-        training_curves.draw(curves, path)
-    else:
-        _save(path, None)
+        training_curves.draw(curves, folder / "curves.png")
 
 
 def layer_ap(numbers: Report) -> list[tuple[int, float]]:
@@ -131,10 +130,15 @@ def _plain_text() -> Iterator[None]:
         yield
 
 
+def _clear(folder: Path) -> None:
+    """Make the folder, or delete the plots in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+
 def _save(path: Path, figure: Figure | None) -> None:
-    if figure is None:
-        path.unlink(missing_ok=True)
-    else:
+    if figure is not None:
         figure.savefig(path, dpi=DPI)
 
 

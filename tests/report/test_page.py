@@ -58,6 +58,17 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     assert not plots(tmp_path / "report") & {"layers", "curves", "corruptions", "sizes"}
 
 
+def test_plots_of_an_earlier_report_of_another_kind_do_not_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    (folder / "plots").mkdir(parents=True)
+    (folder / "plots" / "mine.png").touch()
+    write_page(made_report(images=1), tmp_path, folder, made_curves(), made_robustness())
+    write_comparison_page(made_comparison(), tmp_path, folder)
+    assert plots(folder) == {"differences", "differences_by_class", "mine"}
+    write_page(made_report(images=1), tmp_path, folder)
+    assert not plots(folder) & {"differences", "differences_by_class"}
+
+
 def test_report_that_measured_little_is_made_too(tmp_path: Path) -> None:
     numbers = made_report(images=0, classes=1)
     numbers |= {"queries": None, "f1": None, "confusion": {"cells": []}, "slices": {}, "label_errors": []}
