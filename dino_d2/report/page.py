@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .curves import LOGARITHMIC, PANELS, Curve
 from .errors import BACKGROUND
+from .gallery import lowest_drawn
 from .numbers import FORMAT
 from .pictures import embed_pictures
 from .plots import draw_comparison, draw_report, layer_ap, most_confused, row_totals, size_ap
@@ -64,6 +65,7 @@ def write_page(
                 "cells": _cells(numbers, confused),
                 "totals": [totals[index] for index in (*confused, BACKGROUND)],
             },
+            "lowest": lowest_drawn(report["threshold"]["score"]),
             "layers": layer_ap(numbers),
             "sizes": size_ap(robustness or {}),
             **_of_training(curves),
@@ -92,7 +94,8 @@ def write_comparison_page(
 
     def for_scripts(report: Report) -> Report:
         classes = [{"name": x["name"]} for x in report["classes"]]
-        return {key: report[key] for key in keys} | {"classes": classes} | _of_training(curves)
+        lowest = lowest_drawn(*report["thresholds"])
+        return {key: report[key] for key in keys} | {"classes": classes, "lowest": lowest} | _of_training(curves)
 
     path = _write("comparison.html", numbers | {"curves": curves}, for_scripts, images, folder)
     draw_comparison(numbers, folder / "plots", curves)

@@ -146,7 +146,9 @@ def made_comparison(images: int = 4) -> dict[str, Any]:
     gallery = []
     for image in (_image(i) for i in range(images)):
         found = image.pop("found")
-        gallery.append(image | {"found_a": found, "found_b": found[:1], "F1_a": 50.0, "F1_b": 66.7})
+        gallery.append(
+            image | {"found_a": found, "found_b": found[:1], "found_by_a": [1, 0, 0], "F1_a": 50.0, "F1_b": 66.7}
+        )
     significant = {"a": 40.0, "b": 44.0, "difference": 4.0, "low": 1.0, "high": 7.0, "significant": True}
     doubtful = {"a": 40.0, "b": 40.5, "difference": 0.5, "low": -2.0, "high": 3.0, "significant": False}
     unknown = {"a": None, "b": None, "difference": None, "low": None, "high": None, "significant": False}
