@@ -13,11 +13,12 @@ from .curves import LOGARITHMIC, PANELS, Curve
 from .errors import BACKGROUND
 from .gallery import lowest_drawn
 from .numbers import FORMAT
-from .pictures import embed_pictures
+from .pictures import data_url, embed_pictures
 from .plots import draw_comparison, draw_report, layer_ap, most_confused, row_totals, size_ap
 
 LARGEST_PAGE = 10_000_000  # bytes
 FOR_NOTES = 4_000  # bytes of it, for what is said about pictures left out
+SHEET_WIDTH = 1200  # pixels at most, of the picture of the corruptions
 POINTS = 300  # at most, of a training curve
 TEMPLATES = Environment(
     loader=PackageLoader("dino_d2.report"),
@@ -46,7 +47,8 @@ def write_page(
         folder: made if it does not exist; files of these names are replaced.
         curves: run -> what :func:`dino_d2.report.curves.read_curves` returns.
         robustness: {"corruptions": {name: [AP at strengths 1 to 5]}, "clean": AP, "mPC": mean AP under corruption,
-            "rPC": mPC in percent of clean, "sizes": {scale: AP}}.
+            "rPC": mPC in percent of clean, "sizes": {scale: AP}}, and, to be shown, "sheet": path of a picture of
+            the corruptions.
 
     Returns:
         the path of `index.html`. Images that would make it larger than 10 MB are left out, which it says.
@@ -71,8 +73,12 @@ def write_page(
             **_of_training(curves),
         }
 
-    report = numbers | {"curves": curves, "robustness": robustness}
-    path = _write("report.html", report, for_scripts, images, folder)
+    tested = dict(robustness) if robustness else None
+    sheet = tested.pop("sheet", None) if tested else None
+    picture = data_url(Path(sheet), SHEET_WIDTH) if sheet else None
+    unread = [f"The picture of the corruptions, {sheet}, could not be read."] if sheet and not picture else []
+    report = numbers | {"curves": curves, "robustness": tested, "left_out": [*numbers["left_out"], *unread]}
+    path = _write("report.html", report, for_scripts, images, folder, sheet=picture)
     draw_report(numbers, folder / "plots", curves, robustness)
     return path
 
@@ -102,14 +108,21 @@ def write_comparison_page(
     return path
 
 
-def _write(template: str, numbers: Report, for_scripts: Callable[[Report], Report], images: Path, folder: Path) -> Path:
-    """for_scripts: what the page's scripts read of a report."""
+def _write(
+    template: str,
+    numbers: Report,
+    for_scripts: Callable[[Report], Report],
+    images: Path,
+    folder: Path,
+    **more: str | None,
+) -> Path:
+    """for_scripts: what the page's scripts read of a report. more: what else the template reads."""
     if numbers.get("format") != FORMAT:
         raise ValueError(f"the report is of format {numbers.get('format')}, not {FORMAT}: make it again")
     folder.mkdir(parents=True, exist_ok=True)
 
     def render(report: Report) -> str:
-        return TEMPLATES.get_template(template).render(report=report, data=for_scripts(report))
+        return TEMPLATES.get_template(template).render(report=report, data=for_scripts(report), **more)
 
     bare = len(render(numbers | {"images": []}).encode())
     shown = embed_pictures(numbers, images, folder, LARGEST_PAGE - bare - FOR_NOTES)

@@ -116,7 +116,7 @@ def confusion_shares(numbers: Report, classes: Sequence[int]) -> np.ndarray:
     shares = np.zeros((len(places), len(places)))
     for truth, found, objects, _ in numbers["confusion"]["cells"]:
         if truth in places and found in places:
-            shares[places[truth], places[found]] = 100 * objects / totals[truth]
+            shares[places[truth], places[found]] = 100 * objects / max(totals[truth], 1)
     return shares
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -238,6 +239,50 @@ def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
     assert rows[1].startswith("Centre too low 0.5 % not significant")
     without = write_page(made_report() | {"placement": None}, tmp_path, tmp_path / "without").read_text("utf-8")
     assert "Where boxes lie" not in without
+
+
+@pytest.mark.parametrize(("drawn", "shown"), [((1500, 900), (1200, 720)), ((600, 1300), (600, 1300))])
+def test_picture_of_the_corruptions_is_in_the_page(
+    drawn: tuple[int, int], shown: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("RGB", drawn, "red").save(tmp_path / "corruptions.jpg")
+    robustness = made_robustness() | {"sheet": str(tmp_path / "corruptions.jpg")}
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report", robustness=robustness)
+    chapter = index.read_text("utf-8").split('<section id="robustness"')[1]
+    alt, content = re.findall(r'<img [^>]*alt="([^"]+)" src="data:image/jpeg;base64,([^"]+)">', chapter)[0]
+    assert "under every corruption" in alt
+    assert chapter.index("</table>") < chapter.index("<img ")
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert picture.size == shown
+    assert picture.getpixel((5, 5))[0] > 200
+    written = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert written["robustness"] == made_robustness()
+    assert index.read_text("utf-8").count(content) == 1
+
+
+@pytest.mark.parametrize("sheet", ["missing.jpg", None])
+def test_robustness_without_its_picture(sheet: str | None, tmp_path: Path) -> None:
+    robustness = made_robustness() | ({"sheet": str(tmp_path / sheet)} if sheet else {})
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report", robustness=robustness)
+    assert "<img " not in index.read_text("utf-8").split('<section id="robustness"')[1].split("</section>")[0]
+    left_out = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["left_out"]
+    assert [f"{tmp_path / 'missing.jpg'}" in sentence for sentence in left_out].count(True) == bool(sheet)
+
+
+def test_picture_of_the_corruptions_counts_in_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = made_report(images=20)
+    images = write_pictures(numbers, tmp_path / "images")
+    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "corruptions.jpg")
+    without = write_page(numbers, images, tmp_path / "without", robustness=made_robustness())
+    bound = without.stat().st_size + 5000
+    monkeypatch.setattr(page, "LARGEST_PAGE", bound)
+    shown = []
+    for robustness in (made_robustness(), made_robustness() | {"sheet": str(tmp_path / "corruptions.jpg")}):
+        index = write_page(numbers, images, tmp_path / "bounded", robustness=robustness)
+        assert index.stat().st_size <= bound
+        shown.append(len(read_data(index)["images"]))
+    assert 4 < shown[1] < shown[0]
 
 
 def text_of(index: Path, pattern: str) -> str:
