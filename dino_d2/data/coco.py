@@ -173,7 +173,7 @@ class CocoRecords(Sequence):
         logger.info(f"Loaded {len(self.images)} images in COCO format from {json_file}")
         if objects.without_polygon:
             logger.warning(
-                f"Skipped {objects.without_polygon} objects without a valid polygon; check_dataset lists them"
+                f"Skipped {objects.without_polygon} objects without a valid polygon; dino-d2 check lists them"
             )
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DETECTIONS = "coco_instances_results.json"  # as detectron2's evaluator names the file
 ANNOTATION_FIELDS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}
 COUNTS = (1, 10)  # further detection limits at which COCO reports recall, besides APSettings.max_dets
 
@@ -80,7 +81,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         logger.info("Computing AP of %s with hotcoco %s", self._metadata.name, version)
         self._to_dataset_categories(detections)
         if self._output_dir:
-            with PathManager.open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
+            with PathManager.open(os.path.join(self._output_dir, DETECTIONS), "w") as file:
                 file.write(json.dumps(detections))
         evaluated = evaluate_boxes(self._coco_api.dataset, detections, self._settings.max_dets, img_ids)
         self._results["bbox"] = self._derive_coco_results(evaluated, "bbox", self._metadata.get("thing_classes"))

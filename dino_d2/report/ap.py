@@ -12,7 +12,7 @@ import numpy as np
 from dino_d2.evaluation.coco import match_boxes, summary_of
 
 from .dataset import Found, Truth
-from .intervals import METRICS
+from .intervals import AP_METRICS
 from .matches import FAINT, IOU
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ BINS = 10  # of the calibration
 class AveragePrecision:
     """Equal to pycocotools' to the bit, in percent; None where there are no objects.
 
-    metrics: by the names of `METRICS`. classes, classes50: AP and AP50 of each class.
+    metrics: by the names of `AP_METRICS`. classes, classes50: AP and AP50 of each class.
     curves: (101, classes) precision at IoU 0.5 at each recall, in percent; -100 where there are no objects.
     """
 
@@ -68,7 +68,7 @@ def average_precision(evaluation: hotcoco.COCOeval, max_dets: int) -> AveragePre
         summary = summary_of(evaluation, max_dets)
     precision = summary.eval["precision"][:, :, :, 0, -1]
     return AveragePrecision(
-        {name: _percent(value) for name, value in zip(METRICS, summary.stats[: len(METRICS)], strict=True)},
+        {name: _percent(value) for name, value in zip(AP_METRICS, summary.stats[: len(AP_METRICS)], strict=True)},
         [_mean(precision[:, :, label]) for label in range(precision.shape[2])],
         [_mean(precision[0, :, label]) for label in range(precision.shape[2])],
         100 * precision[0],

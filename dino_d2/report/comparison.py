@@ -11,7 +11,7 @@ from dino_d2.data import CocoFiles
 
 from .cases import choose_images
 from .dataset import read_truth
-from .gallery import found_of_image, image_entry, left_out_of_gallery, truth_of_image
+from .gallery import found_of_image, image_entry, left_out_of_pictures, lowest_drawn, truth_of_image
 from .intervals import interval
 from .model import Model, NumbersOptions, evaluate_model
 from .numbers import (
@@ -24,7 +24,7 @@ from .numbers import (
     tidy,
 )
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
+COMPARED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "F1", "precision", "recall", "duplicates_per_object")
 NamedDetections = tuple[str, Iterable[dict[str, Any]]]
 
 
@@ -49,7 +49,7 @@ def compare_numbers(
     names = [first[0], second[0]]
     metrics = {
         name: _difference(*(x[name] for x in values), None if samples is None else [x.metrics[name] for x in samples])
-        for name in METRICS
+        for name in COMPARED
     }
     objects = np.bincount(truth.label[~truth.crowd], minlength=len(truth.classes)).tolist()
     classes = [
@@ -60,7 +60,7 @@ def compare_numbers(
         )
         for label, name in enumerate(truth.classes)
     ]
-    gallery, pictures = _pictures(models, options.gallery)
+    lowest = lowest_drawn(*(model.judgement.threshold for model in models))
     notes = dict.fromkeys(sentence for model in models for sentence in left_out_of_data(model))
     numbers = {
         "format": FORMAT,
@@ -71,10 +71,11 @@ def compare_numbers(
         "metrics": metrics,
         "classes": classes,
         "verdict": _verdict(names, metrics["AP"]),
-        **pictures,
+        **_pictures(models, options.gallery, lowest),
         "left_out": [
             *notes,
-            *left_out_of_gallery(models[0], gallery),
+            left_out_of_pictures(lowest),
+            *_left_out_of_changes(models, options.gallery),
             *left_out_of_intervals(truth, options),
             "Of 20 classes that are equally good, about one looks significantly different by chance.",
         ],
@@ -105,28 +106,44 @@ def _verdict(names: Sequence[str], ap: dict[str, Any]) -> str:
     return f"{better} is better by {abs(difference):.1f} AP (95 % interval {low:.1f} to {high:.1f})."
 
 
-def _pictures(models: Sequence[Model], number: int) -> tuple[list[int], dict[str, list]]:
-    """Images that changed most, in both directions; if there is room, the worst of the others, too."""
-    scores = [model.counts.f1 for model in models]
-    change = scores[1] - scores[0]
+def _pictures(models: Sequence[Model], number: int, lowest: float) -> dict[str, list]:
+    """Images that changed most, in both directions.
+
+    Args:
+        number: of images, at most.
+        lowest: score of the detections that are drawn.
+    """
+    change = _change(models)
     better, worse = (np.argsort(-sign * change, kind="stable") for sign in (1, -1))
     better, worse = better[change[better] > 0], worse[change[worse] < 0]
     gallery = choose_images([better, worse], number)
-    alike = np.flatnonzero(change == 0)
-    gallery += choose_images([alike[np.argsort(scores[1][alike], kind="stable")]], number - len(gallery))
     place = {image: number for number, image in enumerate(gallery)}
-    return gallery, {
-        "images": [_image(models, image) for image in gallery],
+    return {
+        "images": [_image(models, image, lowest) for image in gallery],
         "better": [place[image] for image in better.tolist() if image in place],
         "worse": [place[image] for image in worse.tolist() if image in place],
     }
 
 
-def _image(models: Sequence[Model], image: int) -> dict[str, Any]:
+def _change(models: Sequence[Model]) -> np.ndarray:
+    """(images,) F1 of the second model minus that of the first, in percent."""
+    return models[1].counts.f1 - models[0].counts.f1
+
+
+def _left_out_of_changes(models: Sequence[Model], number: int) -> list[str]:
+    changed = int(np.count_nonzero(_change(models)))
+    alike = len(models[0].truth.ids) - changed
+    sentences = [f"{number} of the {changed} images with another F1 are shown."] if number < changed else []
+    if alike:
+        sentences.append(f"{alike} images on which both have the same F1 are not shown.")
+    return sentences
+
+
+def _image(models: Sequence[Model], image: int, lowest: float) -> dict[str, Any]:
     """In "truth" stands which objects the second model found, in "found_by_a" which the first."""
     entry = image_entry(models[1].truth, image) | {"truth": truth_of_image(models[1], image)}
     entry["found_by_a"] = [row[5] for row in truth_of_image(models[0], image)]
     for name, model in zip("ab", models, strict=True):
         entry[f"F1_{name}"] = float(model.counts.f1[image])
-        entry[f"found_{name}"] = found_of_image(model, image)
+        entry[f"found_{name}"] = found_of_image(model, image, lowest)
     return entry

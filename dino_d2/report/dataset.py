@@ -95,7 +95,7 @@ def read_truth(files: CocoFiles) -> Truth:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{files.annotations}: an entry is not as in COCO's format ({type(error).__name__}: {error}); "
-            "dino-d2 check_dataset lists what is wrong"
+            "dino-d2 check lists what is wrong"
         ) from error
 
 

@@ -13,8 +13,17 @@ from .errors import KINDS
 from .label_errors import LabelError, sure_score
 from .model import Model
 
-FAINTEST = 0.05  # score of the detections that are drawn
+FAINTEST = 0.05  # score of the detections that are drawn, unless the threshold is lower
 DRAWN = 100  # detections of an image
+
+
+def lowest_drawn(*thresholds: float) -> float:
+    """Score from which on detections are drawn.
+
+    Args:
+        thresholds: of every model that the page shows.
+    """
+    return min(FAINTEST, *thresholds)
 
 
 def choose_gallery(model: Model, errors: Sequence[LabelError], number: int) -> list[int]:
@@ -28,12 +37,13 @@ def choose_gallery(model: Model, errors: Sequence[LabelError], number: int) -> l
 def show(model: Model, gallery: Sequence[int], errors: Sequence[LabelError]) -> dict[str, Any]:
     """The report's "images", "cases" and "label_errors"."""
     place = {image: number for number, image in enumerate(gallery)}
+    lowest = lowest_drawn(model.judgement.threshold)
     images = [
         image_entry(model.truth, image)
         | {
             "F1": float(model.counts.f1[image]),
             "truth": truth_of_image(model, image),
-            "found": found_of_image(model, image),
+            "found": found_of_image(model, image, lowest),
         }
         for image in gallery
     ]
@@ -59,11 +69,11 @@ def truth_of_image(model: Model, image: int) -> list[list]:
     return [[*box, *map(int, row)] for box, row in zip(_rounded(truth.xywh[part]), rows, strict=True)]
 
 
-def found_of_image(model: Model, image: int) -> list[list]:
-    """[x1, y1, x2, y2, class, score, kind] of each detection that is drawn, surest first."""
+def found_of_image(model: Model, image: int, lowest: float) -> list[list]:
+    """[x1, y1, x2, y2, class, score, kind] of each detection that scores at least `lowest`, surest first."""
     found, judgement = model.found, model.judgement
     part = part_of(found.image, image)
-    number = int((found.score[part] >= min(FAINTEST, judgement.threshold)).sum())
+    number = int((found.score[part] >= lowest).sum())
     part = slice(part.start, part.start + min(number, DRAWN))
     rows = zip(found.label[part], found.score[part], judgement.kind[part], strict=True)
     return [
@@ -72,8 +82,12 @@ def found_of_image(model: Model, image: int) -> list[list]:
     ]
 
 
+def left_out_of_pictures(lowest: float) -> str:
+    return f"Pictures show detections that score at least {lowest:.3g}, at most {DRAWN} of an image."
+
+
 def left_out_of_gallery(model: Model, gallery: Sequence[int]) -> list[str]:
-    sentences = [f"Pictures show detections that score at least {FAINTEST}, at most {DRAWN} of an image."]
+    sentences = [left_out_of_pictures(lowest_drawn(model.judgement.threshold))]
     images = len(model.truth.ids)
     if len(gallery) < images:
         sentences.append(f"{len(gallery)} of {images} images are shown.")

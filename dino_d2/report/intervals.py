@@ -17,14 +17,14 @@ LEVEL = (2.5, 97.5)  # percentiles
 RECALLS = 100  # steps of the recall, as in COCO
 AT_ONCE = 2**20  # numbers in an array that is worked on at a time
 PERCENT = (0.0, 100.0)  # bounds
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+AP_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 @dataclass(frozen=True)
 class Samples:
     """AP of each sample in percent; NaN where a class or size has no objects.
 
-    metrics: (samples,) float32 by the names of `METRICS`.
+    metrics: (samples,) float32 by the names of `AP_METRICS`.
     classes, classes50: (classes, samples) float32, AP and AP50.
     """
 
@@ -97,7 +97,7 @@ def resample(truth: Truth, found: Found, matches: Matches, weights: np.ndarray) 
     with np.errstate(invalid="ignore"):
         means = 100 * sums / numbers
     whole = {"AP": means[0].mean(0), "AP50": means[0, 0], "AP75": means[0, 5]}
-    sizes = dict(zip(METRICS[3:], means[1:].mean(1), strict=True))
+    sizes = dict(zip(AP_METRICS[3:], means[1:].mean(1), strict=True))
     return Samples({name: x.astype(np.float32) for name, x in (whole | sizes).items()}, classes, classes50)
 
 

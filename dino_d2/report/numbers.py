@@ -23,7 +23,7 @@ from .slices import neighbours, slices
 
 __all__ = ["NumbersOptions", "report_numbers"]
 
-FORMAT = 1
+FORMAT = 1  # of report.json
 CURVE = np.linspace(0, 1, 101)  # thresholds of the curves of F1
 CONFUSED = 3  # classes that a class is most often taken for
 

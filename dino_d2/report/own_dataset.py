@@ -7,7 +7,7 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tabulate import tabulate
 from dino_d2.data import CocoFiles, class_names, read_image
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
+from dino_d2.evaluation.coco import DETECTIONS
 
 from .dataset import corners, part_of, read_found, read_truth
 from .matches import IGNORED, RIGHT, match, overlapping
@@ -82,12 +83,12 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
     name = own_dataset(cfg)
     files = next(CocoFiles(Path(x[1]), Path(x[2])) for x in cfg.DATASETS.COCO_FORMAT if x[0] == name)
     metrics = results.get("bbox") or results.get(name, {}).get("bbox")
-    detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, "coco_instances_results.json")
+    detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, DETECTIONS)
     if not metrics or not detections.is_file():  # no detections, or no ground truth
         return
     threshold = metrics.get("score_threshold", math.nan)
     threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
-    images = score_images(files, json.loads(detections.read_text()), threshold)
+    images = score_images(files, json.loads(detections.read_text()), threshold, cfg.TEST.MAX_DETS_PER_IMAGE)
     names = class_names(cfg)
     counts = Counter(label for image in images for label in image.truth.labels.tolist())
     logger.info("AP on the %d images of %s:\n%s", len(images), files.annotations, ap_table(metrics, names, counts))
@@ -116,7 +117,10 @@ def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, 
 
 
 def score_images(
-    files: CocoFiles, detections: Sequence[dict[str, Any]], threshold: float = DEFAULT_THRESHOLD
+    files: CocoFiles,
+    detections: Iterable[dict[str, Any]],
+    threshold: float = DEFAULT_THRESHOLD,
+    max_dets: int = 100,
 ) -> list[ScoredImage]:
     """Match the detections of each image, in the order of the images' ids.
 
@@ -125,9 +129,10 @@ def score_images(
     Args:
         detections: in COCO's results format.
         threshold: score that a detection must exceed to count.
+        max_dets: highest-scoring detections of an image and class that count.
     """
     truth = read_truth(files)
-    found = read_found(detections, truth, max_dets=max(1, len(detections)))
+    found = read_found(detections, truth, max_dets)
     status = match(truth, found, overlapping(truth, found), areas=("all",)).status[0, 0]
     counts = (found.score > threshold) & (status != IGNORED)
     right = np.bincount(found.image[counts & (status == RIGHT)], minlength=len(truth.ids))

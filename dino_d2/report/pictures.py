@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -41,7 +42,7 @@ def embed_pictures(numbers: Entry, images: Path, folder: Path, room: int) -> Ent
     for index in _most_telling_first(numbers):
         entry = numbers["images"][index]
         path = images / entry["file"]
-        entry = entry | {"thumbnail": _thumbnail(path), "link": _link(path, folder)}
+        entry = entry | {"thumbnail": data_url(path, THUMBNAIL, THUMBNAIL), "link": _link(path, folder)}
         room -= len(htmlsafe_json_dumps(entry).encode()) + 1
         if room < 0:
             break
@@ -57,24 +58,25 @@ def embed_pictures(numbers: Entry, images: Path, folder: Path, room: int) -> Ent
     return _only(numbers, kept) | {"left_out": left_out}
 
 
-def _thumbnail(path: Path) -> str | None:
-    """A JPEG as data URL; None if the file is missing, or is no picture."""
+def data_url(path: Path, width: int, height: float = math.inf) -> str | None:
+    """A picture as JPEG, at most so many pixels large; None if the file is missing, or is no picture."""
     try:
-        picture = _read(path)
+        picture = _read(path, 2 * width)
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    scale = min(THUMBNAIL / max(picture.size), 1)
+    scale = min(width / picture.width, height / picture.height, 1)
     picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BILINEAR, None, 2)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _read(path: Path) -> Image.Image:
-    """As the detector sees it. Large JPEGs are decoded at a fraction of their size, which is many times faster."""
+def _read(path: Path, enough: int) -> Image.Image:
+    """As the detector sees it. JPEGs larger than `enough` pixels on both sides are decoded at a fraction of their size,
+    which is many times faster."""
     with Image.open(path) as file:
         if file.format == "JPEG" and file.mode == "RGB":
-            file.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+            file.draft("RGB", (enough, enough))
             return ImageOps.exif_transpose(file)
     return Image.fromarray(read_image(path, "RGB"))
 

@@ -16,14 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import curves as training_curves
+from .errors import BACKGROUND
 
 MOST_CLASSES = 40  # in the confusion matrix and in plots of classes
-BACKGROUND = -1
 ERRORS = ("classification", "localization", "both", "duplicate", "background", "missed")  # of TIDE
 TRUTH, FOUND, GREY = "#0072B2", "#D55E00", "#777777"  # told apart with any kind of colour vision
 # For letters that matplotlib's own font lacks; those that are installed are used.
 MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari")
 DPI = 150
+PLOTS = (  # of a report or a comparison
+    *("ap_by_class", "precision_recall", "f1", "errors", "confusion", "calibration", "layers", "slices"),
+    *("corruptions", "sizes", "curves", "differences", "differences_by_class"),
+)
 
 Report = dict[str, Any]
 
@@ -34,11 +38,11 @@ def draw_report(
     curves: dict[str, dict[str, training_curves.Curve]] | None = None,
     robustness: Report | None = None,
 ) -> None:
-    """Write every plot that there are numbers for to `folder`; those of an earlier report are replaced or deleted.
+    """Write every plot that there are numbers for to `folder`; those of an earlier report or comparison are deleted.
 
     Arguments are those of :func:`dino_d2.report.page.write_page`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     measured = [x for x in numbers["classes"] if x["AP"] is not None]
     curved = [x for x in measured if x["pr"]]
     layers, tested = layer_ap(numbers), robustness or {}
@@ -54,28 +58,23 @@ def draw_report(
         _save(folder / "corruptions.png", _corruptions(tested["corruptions"]) if tested.get("corruptions") else None)
         sizes = size_ap(tested)
         _save(folder / "sizes.png", _line(sizes, "Scale of the images", "AP") if sizes else None)
-    _draw_curves(curves, folder / "curves.png")
+    if curves:
+        training_curves.draw(curves, folder / "curves.png")
 
 
 def draw_comparison(
     numbers: Report, folder: Path, curves: dict[str, dict[str, training_curves.Curve]] | None = None
 ) -> None:
-    """Write the differences by metric and by class, and the training curves, to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the differences by metric and by class, and the training curves, to `folder`, as :func:`draw_report`."""
+    _clear(folder)
     metrics = [{"name": name} | values for name, values in numbers["metrics"].items()]
     largest = sorted(numbers["classes"], key=lambda x: -abs(x["difference"] or 0))[:MOST_CLASSES]
     with _plain_text():
         for name, rows in (("differences", metrics), ("differences_by_class", largest)):
             rows = [row for row in rows if row["difference"] is not None]
             _save(folder / f"{name}.png", _differences(rows, numbers["names"]) if rows else None)
-    _draw_curves(curves, folder / "curves.png")
-
-
-def _draw_curves(curves: dict[str, dict[str, training_curves.Curve]] | None, path: Path) -> None:
     if curves:
-        training_curves.draw(curves, path)
-    else:
-        _save(path, None)
+        training_curves.draw(curves, folder / "curves.png")
 
 
 def layer_ap(numbers: Report) -> list[tuple[int, float]]:
@@ -102,6 +101,25 @@ def most_confused(numbers: Report) -> list[int]:
     return sorted(index for index, _ in confused.most_common(MOST_CLASSES))
 
 
+def row_totals(numbers: Report) -> Counter[int]:
+    """Objects of each class in the confusion matrix, and under `BACKGROUND` the boxes found where there is none."""
+    totals: Counter[int] = Counter()
+    for truth, _, objects, _ in numbers["confusion"]["cells"]:
+        totals[truth] += objects
+    return totals
+
+
+def confusion_shares(numbers: Report, classes: Sequence[int]) -> np.ndarray:
+    """(n + 1, n + 1) percent of the objects of a row, those found as other classes included; `BACKGROUND` is last."""
+    places = {index: place for place, index in enumerate([*classes, BACKGROUND])}
+    totals = row_totals(numbers)
+    shares = np.zeros((len(places), len(places)))
+    for truth, found, objects, _ in numbers["confusion"]["cells"]:
+        if truth in places and found in places:
+            shares[places[truth], places[found]] = 100 * objects / max(totals[truth], 1)
+    return shares
+
+
 @contextmanager
 def _plain_text() -> Iterator[None]:
     """Class names may contain "$", and letters for which there is no font here."""
@@ -112,10 +130,15 @@ def _plain_text() -> Iterator[None]:
         yield
 
 
+def _clear(folder: Path) -> None:
+    """Make the folder, or delete the plots in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+
 def _save(path: Path, figure: Figure | None) -> None:
-    if figure is None:
-        path.unlink(missing_ok=True)
-    else:
+    if figure is not None:
         figure.savefig(path, dpi=DPI)
 
 
@@ -188,13 +211,8 @@ def _errors(tide: Report) -> Figure:
 def _confusion(numbers: Report) -> Figure:
     """Rows: share of the objects of a class, in percent."""
     shown = most_confused(numbers)
-    places = {index: place for place, index in enumerate([*shown, BACKGROUND])}
-    counts = np.zeros((len(places), len(places)))
-    for truth, found, objects, _ in numbers["confusion"]["cells"]:
-        if truth in places and found in places:
-            counts[places[truth], places[found]] = objects
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 3 + 0.2 * len(places)
+    shares = confusion_shares(numbers, shown)
+    side = 3 + 0.2 * len(shares)
     figure, axes = _axes(side + 0.8, side)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     names = [*(numbers["classes"][index]["name"] for index in shown), "background"]

@@ -129,12 +129,26 @@ def made_robustness() -> dict[str, Any]:
     }
 
 
+def taken_for_each_other() -> list[list]:
+    """Cells of the confusion matrix of 60 classes, of which the first 40 are most confused: class 0 is found as itself
+    and as each of the last 20, and all others as it."""
+    return [
+        [0, 0, 10, [1]],
+        [0, -1, 10, [1]],
+        *([0, other, 1, [1]] for other in range(40, 60)),
+        *([other, 0, 100, [1]] for other in range(1, 40)),
+        *([-1, other, 3 if other == 0 else 5, [1]] for other in (0, 59)),
+    ]
+
+
 def made_comparison(images: int = 4) -> dict[str, Any]:
     """Two detectors: the second is better by 4 AP, which is significant, and by 0.5 in class 0, which is not."""
     gallery = []
     for image in (_image(i) for i in range(images)):
         found = image.pop("found")
-        gallery.append(image | {"found_a": found, "found_b": found[:1], "F1_a": 50.0, "F1_b": 66.7})
+        gallery.append(
+            image | {"found_a": found, "found_b": found[:1], "found_by_a": [1, 0, 0], "F1_a": 50.0, "F1_b": 66.7}
+        )
     significant = {"a": 40.0, "b": 44.0, "difference": 4.0, "low": 1.0, "high": 7.0, "significant": True}
     doubtful = {"a": 40.0, "b": 40.5, "difference": 0.5, "low": -2.0, "high": 3.0, "significant": False}
     unknown = {"a": None, "b": None, "difference": None, "low": None, "high": None, "significant": False}

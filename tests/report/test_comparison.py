@@ -12,7 +12,7 @@ from dino_d2.report.comparison import compare_numbers
 from dino_d2.report.numbers import NumbersOptions, report_numbers
 from tests.evaluation.generated import generate
 from tests.evaluation.test_hotcoco import by_pycocotools
-from tests.report.known import Known, add_false_detection, leave_out_detection, perfect
+from tests.report.known import DOG, Known, add_false_detection, leave_out_detection, perfect
 
 OPTIONS = NumbersOptions(resamples=200)
 
@@ -30,7 +30,8 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert "not significant" in numbers["verdict"]
     assert (numbers["better"], numbers["worse"]) == ([], [])
     assert numbers["names"] == ["old", "new"]
-    assert len(numbers["images"]) == 30
+    assert numbers["images"] == []
+    assert "30 images on which both have the same F1 are not shown." in numbers["left_out"]
 
 
 def test_a_clear_improvement_is_significant(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_images_that_changed_come_first(tmp_path: Path) -> None:
         made.changed(leave_out_detection).detections,  # in image 5
         made.changed(add_false_detection).detections,  # in image 6
         tmp_path,
-        NumbersOptions(resamples=0, threshold=0.3, gallery=3),
+        NumbersOptions(resamples=0, threshold=0.3),
     )
     images = numbers["images"]
     assert [[images[x]["id"] for x in numbers[key]] for key in ("better", "worse")] == [[5], [6]]
@@ -86,10 +87,26 @@ def test_images_that_changed_come_first(tmp_path: Path) -> None:
     assert (better["found_by_a"], [row[5] for row in better["truth"]]) == ([0, 1, 1], [1, 1, 1])
     assert [row[6] for row in worse["found_b"]] == ["false", "right", "right", "right"]
     assert [row[6] for row in worse["found_a"]] == ["right"] * 3
-    assert len(images) == 3
+    assert len(images) == 2
+    assert "6 images on which both have the same F1 are not shown." in numbers["left_out"]
+    assert "2 of 8 images are shown." not in numbers["left_out"]
     assert numbers["metrics"]["AP"]["low"] is None
     assert not numbers["metrics"]["AP"]["significant"]
     assert "without an interval" in numbers["verdict"]
+
+
+def test_pictures_of_both_models_begin_at_the_lower_threshold(tmp_path: Path) -> None:
+    """A threshold that the slider chooses is one for both."""
+    made = perfect()
+    faint = [x | {"score": x["score"] / 50} for x in made.detections]  # all right, so the threshold is about 0.012
+    worse = made.changed(leave_out_detection)  # in image 5, which so differs
+    first = [*worse.detections, worse.detection_of(5, DOG) | {"score": 0.014}]
+    numbers = compare(made.dataset, first, faint, tmp_path, NumbersOptions(resamples=0))
+    lowest = min(numbers["thresholds"])
+    assert lowest < 0.012 < 0.05 < max(numbers["thresholds"])
+    assert f"Pictures show detections that score at least {lowest:.3g}, at most 100 of an image." in numbers["left_out"]
+    (changed,) = numbers["images"]
+    assert [len(changed[f"found_{name}"]) for name in "ab"] == [3, 3]
 
 
 @pytest.mark.parametrize("which", ["annotations", "detections"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dino_d2.report import intervals
-from dino_d2.report.intervals import METRICS, draw_samples, interval, resample
+from dino_d2.report.intervals import AP_METRICS, draw_samples, interval, resample
 from dino_d2.report.matches import match, overlapping
 from dino_d2.report.model import Model, NumbersOptions, evaluate_model
 from tests.evaluation.generated import Generated, generate
@@ -50,7 +50,7 @@ def test_samples_are_those_of_pycocotools(arguments: tuple, tmp_path: Path, monk
     samples = resample(truth, found, matches, times.astype(np.float32))
     for number in range(times.shape[1]):
         evaluation = by_pycocotools(repeated(made, times[:, number].tolist()), 100)
-        mine = [samples.metrics[name][number] for name in METRICS]
+        mine = [samples.metrics[name][number] for name in AP_METRICS]
         assert mine == pytest.approx(100 * evaluation.stats[:6], abs=0.1)  # recalls of exactly k % may count or not
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         known = ~(precision == -1).all((0, 1))
@@ -116,7 +116,7 @@ def test_intervals_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
 def test_intervals_contain_the_value_and_are_narrower_with_more_images(tmp_path: Path) -> None:
     few, many = (intervals_of(generate(images, 3, 7, 30), tmp_path) for images in (30, 270))
-    for name in (*METRICS, "F1", "precision", "recall"):
+    for name in (*AP_METRICS, "F1", "precision", "recall"):
         assert few[name]["low"] < few[name]["value"] < few[name]["high"]
         assert many[name]["low"] < many[name]["value"] < many[name]["high"]
         width = [metrics[name]["high"] - metrics[name]["low"] for metrics in (few, many)]

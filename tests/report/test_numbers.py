@@ -228,6 +228,15 @@ def test_a_threshold_can_be_given(tmp_path: Path) -> None:
 # --- pictures
 
 
+@pytest.mark.parametrize(("threshold", "lowest"), [(0.3, "0.05"), (0.0162, "0.0162")])
+def test_pictures_say_from_which_score_they_show_boxes(threshold: float, lowest: str, tmp_path: Path) -> None:
+    made = perfect()
+    made.detections[0]["score"], made.detections[1]["score"] = 0.05, 0.0162
+    numbers = report(made, tmp_path, NumbersOptions(resamples=0, threshold=threshold))
+    assert f"Pictures show detections that score at least {lowest}, at most 100 of an image." in numbers["left_out"]
+    assert min(box[5] for image in numbers["images"] for box in image["found"]) == float(lowest)
+
+
 def test_gallery_has_each_kind_of_case_when_it_is_small(tmp_path: Path) -> None:
     made = generate(60, 4, 6, 30)
     numbers = report(made, tmp_path, NumbersOptions(resamples=0, gallery=12))
@@ -394,7 +403,7 @@ def test_bad_detections_are_refused(change: dict, message: str, tmp_path: Path) 
 def test_bad_objects_are_refused(key: str, value: Any, tmp_path: Path) -> None:
     made = perfect()
     made.dataset["annotations"][2][key] = value
-    with pytest.raises(ValueError, match=r"val\.json"):
+    with pytest.raises(ValueError, match=r"val\.json.*dino-d2 check lists"):
         report_numbers(made.write(tmp_path), made.detections, {}, "", QUICK)
 
 

@@ -65,6 +65,13 @@ def test_threshold_decides_what_was_found(tmp_path: Path) -> None:
     assert counts == [2, 1, 1, 0]
 
 
+def test_detections_beyond_the_limit_of_the_evaluation_do_not_count(tmp_path: Path) -> None:
+    files = dataset(tmp_path, [[(3, HERE)]])
+    detections = [found(1, 3, HERE, 0.9), found(1, 3, THERE, 0.8), found(1, 7, THERE, 0.7)]
+    counts = [len(score_images(files, detections, max_dets=limit)[0].found) for limit in (1, 2)]
+    assert counts == [2, 3]  # of each class
+
+
 def test_best_and_worst_are_ordered_and_none_is_both(tmp_path: Path) -> None:
     truth = [[(3, HERE)], [(3, HERE), (7, THERE)], [], [(3, HERE), (7, THERE)], [(3, HERE)], [(3, HERE)], [(3, HERE)]]
     detections = [found(1, 3, HERE), found(2, 3, HERE), found(2, 7, THERE), found(4, 3, HERE), found(6, 7, THERE)]

@@ -9,18 +9,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dino_d2.report import page
 from dino_d2.report.page import write_comparison_page, write_page
-from dino_d2.report.plots import MOST_CLASSES, most_confused
+from dino_d2.report.plots import MOST_CLASSES, confusion_shares, most_confused
 from tests.report.made_report import (
     NASTY,
     made_comparison,
     made_curves,
     made_report,
     made_robustness,
+    taken_for_each_other,
     write_pictures,
 )
 
@@ -55,6 +57,17 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     write_page(numbers, tmp_path, tmp_path / "report", made_curves(), made_robustness())
     write_page(numbers | {"queries": None}, tmp_path, tmp_path / "report")
     assert not plots(tmp_path / "report") & {"layers", "curves", "corruptions", "sizes"}
+
+
+def test_plots_of_an_earlier_report_of_another_kind_do_not_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    (folder / "plots").mkdir(parents=True)
+    (folder / "plots" / "mine.png").touch()
+    write_page(made_report(images=1), tmp_path, folder, made_curves(), made_robustness())
+    write_comparison_page(made_comparison(), tmp_path, folder)
+    assert plots(folder) == {"differences", "differences_by_class", "mine"}
+    write_page(made_report(images=1), tmp_path, folder)
+    assert not plots(folder) & {"differences", "differences_by_class"}
 
 
 def test_report_that_measured_little_is_made_too(tmp_path: Path) -> None:
@@ -169,6 +182,20 @@ def test_most_confused_classes_are_those_taken_for_another() -> None:
     assert not {57, 58, 59} & set(chosen)
 
 
+def test_shares_of_the_confusion_matrix_count_what_is_not_shown(tmp_path: Path) -> None:
+    numbers = made_report(images=1, classes=60)
+    numbers["confusion"]["cells"] = taken_for_each_other()
+    data = read_data(write_page(numbers, tmp_path, tmp_path / "report"))["confusion"]
+    assert data["classes"] == list(range(40))
+    assert data["totals"][:2] == [40, 100]  # of class 0, 10 are right and 30 taken for classes that are not shown
+    assert data["totals"][-1] == 8  # found where there is nothing
+    assert sum(count for truth, _, count, _ in data["cells"] if truth == 0) == 20
+    shares = confusion_shares(numbers, data["classes"])
+    assert shares.shape == (41, 41)
+    assert shares[0, 0] == 25
+    assert shares[-1, 0] == 37.5
+
+
 def test_curves_are_thinned_but_keep_their_peak_and_their_ends(tmp_path: Path) -> None:
     curve = {iteration: 1.0 for iteration in range(5000)} | {1777: 9.0}
     index = write_page(made_report(images=0), tmp_path, tmp_path / "report", {"run": {"total_loss": curve}})
@@ -212,6 +239,78 @@ def test_where_boxes_lie_is_said_with_its_direction(tmp_path: Path) -> None:
     assert rows[1].startswith("Centre too low 0.5 % not significant")
     without = write_page(made_report() | {"placement": None}, tmp_path, tmp_path / "without").read_text("utf-8")
     assert "Where boxes lie" not in without
+
+
+@pytest.mark.parametrize(("drawn", "shown"), [((1500, 900), (1200, 720)), ((600, 1300), (600, 1300))])
+def test_picture_of_the_corruptions_is_in_the_page(
+    drawn: tuple[int, int], shown: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("RGB", drawn, "red").save(tmp_path / "corruptions.jpg")
+    robustness = made_robustness() | {"sheet": str(tmp_path / "corruptions.jpg")}
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report", robustness=robustness)
+    chapter = index.read_text("utf-8").split('<section id="robustness"')[1]
+    alt, content = re.findall(r'<img [^>]*alt="([^"]+)" src="data:image/jpeg;base64,([^"]+)">', chapter)[0]
+    assert "under every corruption" in alt
+    assert chapter.index("</table>") < chapter.index("<img ")
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert picture.size == shown
+    assert picture.getpixel((5, 5))[0] > 200
+    written = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert written["robustness"] == made_robustness()
+    assert index.read_text("utf-8").count(content) == 1
+
+
+@pytest.mark.parametrize("sheet", ["missing.jpg", None])
+def test_robustness_without_its_picture(sheet: str | None, tmp_path: Path) -> None:
+    robustness = made_robustness() | ({"sheet": str(tmp_path / sheet)} if sheet else {})
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report", robustness=robustness)
+    assert "<img " not in index.read_text("utf-8").split('<section id="robustness"')[1].split("</section>")[0]
+    left_out = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["left_out"]
+    assert [f"{tmp_path / 'missing.jpg'}" in sentence for sentence in left_out].count(True) == bool(sheet)
+
+
+def test_picture_of_the_corruptions_counts_in_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = made_report(images=20)
+    images = write_pictures(numbers, tmp_path / "images")
+    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "corruptions.jpg")
+    without = write_page(numbers, images, tmp_path / "without", robustness=made_robustness())
+    bound = without.stat().st_size + 5000
+    monkeypatch.setattr(page, "LARGEST_PAGE", bound)
+    shown = []
+    for robustness in (made_robustness(), made_robustness() | {"sheet": str(tmp_path / "corruptions.jpg")}):
+        index = write_page(numbers, images, tmp_path / "bounded", robustness=robustness)
+        assert index.stat().st_size <= bound
+        shown.append(len(read_data(index)["images"]))
+    assert 4 < shown[1] < shown[0]
+
+
+def text_of(index: Path, pattern: str) -> str:
+    """The text of the first element that matches, without tags."""
+    found = re.search(pattern, index.read_text("utf-8"), re.DOTALL)
+    assert found
+    return " ".join(re.sub("<[^>]*>", " ", found[0]).split())
+
+
+def test_intervals_of_slices_are_text_too(tmp_path: Path) -> None:
+    index = write_page(made_report(images=1), tmp_path, tmp_path / "report")
+    assert "small size 9 66.7 40.0 to 90.0 30.0" in text_of(index, r"<caption>By size.*?</table>")
+
+
+def test_limit_of_detections_is_of_each_class(tmp_path: Path) -> None:
+    numbers = made_report(images=1)
+    numbers["dataset"]["detections_counted"] = 3
+    index = write_page(numbers, tmp_path, tmp_path / "report")
+    said = text_of(index, r'<section id="glance".*?</section>')
+    assert "4 detections, of which the best 100 of each image and class count (3)." in said
+
+
+@pytest.mark.parametrize(("distance", "shown"), [(1.234, "1.23"), (0.0412, "0.041"), (None, "–")])
+def test_distances_have_the_digits_that_tell_them_apart(distance: float | None, shown: str, tmp_path: Path) -> None:
+    numbers = made_report(images=1)
+    numbers["queries"]["ATD100"] = distance
+    index = write_page(numbers, tmp_path, tmp_path / "report")
+    assert text_of(index, r"<dt>ATD\(100\)</dt><dd>.*?</dd>") == f"ATD(100) {shown}"
 
 
 def test_comparison_has_the_training_curves_of_both(tmp_path: Path) -> None:

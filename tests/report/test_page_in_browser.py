@@ -17,6 +17,7 @@ from tests.report.made_report import (
     made_curves,
     made_report,
     made_robustness,
+    taken_for_each_other,
     write_pictures,
 )
 
@@ -174,6 +175,25 @@ def test_slider_decides_which_boxes_are_drawn(report: Path, visit: Any) -> None:
     expect(tab.locator("#gallery .summary").first).to_contain_text("1 of 2 found · 2 wrong")
 
 
+def test_slider_reaches_the_faintest_boxes(tmp_path: Path, visit: Any) -> None:
+    numbers = made_report(images=1)
+    numbers["threshold"]["score"] = 0.0159
+    numbers["images"][0]["found"][3][5] = 0.016
+    tab = visit(write_page(numbers, tmp_path, tmp_path / "report"))
+    assert boxes(tab) == 4
+    expect(tab.locator("#threshold-value")).to_have_text("0.016")
+    tab.locator("#threshold").fill("0.5")
+    assert boxes(tab) == 3
+    tab.locator("#threshold").fill("0.01")
+    assert boxes(tab) == 4
+    tab.locator("#gallery .card").click()
+    viewer = tab.get_by_role("dialog")
+    viewer.get_by_label("Score threshold").fill("0.02")
+    expect(viewer.locator("tbody tr.found")).to_have_count(3)
+    viewer.get_by_label("Score threshold").fill("0.01")
+    expect(viewer.locator("tbody tr.found")).to_have_count(4)
+
+
 def test_filters_choose_pictures_and_mark_their_cases(report: Path, visit: Any) -> None:
     tab = visit(report)
     filters = tab.locator("#filters")
@@ -264,6 +284,15 @@ def test_many_classes_can_be_searched_and_the_matrix_says_what_it_shows(tmp_path
     expect(tab.locator("#class-table tbody tr:visible")).to_have_count(6)  # 36 and 360 to 364
 
 
+def test_colours_of_the_matrix_are_shares_of_all_objects_of_a_class(tmp_path: Path, visit: Any) -> None:
+    numbers = made_report(images=1, classes=60)
+    numbers["confusion"]["cells"] = taken_for_each_other()
+    tab = visit(write_page(numbers, tmp_path, tmp_path / "report"))
+    share = tab.locator('[data-truth="0"][data-found="0"]').evaluate("node => node.style.getPropertyValue('--share')")
+    assert share == "50%"  # the root of 10 of 40
+    expect(tab.locator("#errors")).to_contain_text("Colours are shares of all objects of a class")
+
+
 @pytest.mark.parametrize("kind", ["report", "comparison"])
 def test_phone_scrolls_only_downwards(kind: str, visit: Any, request: pytest.FixtureRequest) -> None:
     tab = visit(request.getfixturevalue(kind), viewport=PHONE)
@@ -273,6 +302,22 @@ def test_phone_scrolls_only_downwards(kind: str, visit: Any, request: pytest.Fix
     expect(viewer).to_be_visible()
     assert viewer.evaluate("node => node.scrollWidth - node.clientWidth") <= 0
     assert viewer.locator(".frame").first.bounding_box()["width"] > 150
+
+
+def test_long_paths_stay_readable_on_a_phone(tmp_path: Path, visit: Any) -> None:
+    numbers = made_report(images=1)
+    path = "/data/experiments/" + "run_with_a_long_name/" * 8 + "model_final.pth"
+    numbers |= {
+        "title": path,
+        "about": {"weights": path, "machine_with_a_long_name_of_its_own": path, "config": "89ef"},
+    }
+    tab = visit(write_page(numbers, tmp_path, tmp_path / "report"), viewport=PHONE)
+    tab.get_by_text("What was measured").click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    for text in tab.locator(".about dd").all():
+        box = text.bounding_box()
+        assert box["width"] > 300
+        assert box["x"] + box["width"] <= PHONE["width"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -329,3 +374,20 @@ def test_comparison_without_intervals_judges_nothing(tmp_path: Path, visit: Any)
     expect(tab.locator("#metric-table tbody tr td:last-child")).to_have_text(["–", "–", "–"])
     expect(tab.locator("#metric-table tbody tr").first).to_contain_text("+4.0")
     expect(tab.locator("#pictures .note")).to_have_text(["None.", "None."])
+
+
+def test_each_detector_is_judged_by_what_it_found(tmp_path: Path, visit: Any) -> None:
+    """Two objects of a class in almost one place: the first detector has found the second, the second the first."""
+    numbers = made_comparison(images=1)
+    numbers |= {"better": [0], "worse": []}
+    image = numbers["images"][0]
+    image["truth"] = [[10, 10, 30, 30, 0, 1, 0], [10, 10, 30.5, 30, 0, 0, 0]]
+    image |= {"found_by_a": [0, 1], **{f"found_{name}": [[10, 10, 30.25, 30, 0, 0.9, "right"]] for name in "ab"}}
+    tab = visit(write_comparison_page(numbers, tmp_path, tmp_path / "report"))
+
+    def widths() -> list[str | None]:
+        return [one.get_attribute("width") for one in tab.locator(".truth.missed").all()]
+
+    assert widths() == ["20", "20.5"]
+    tab.locator("#better-pictures .card").click()
+    assert widths()[2:] == ["20", "20.5"]

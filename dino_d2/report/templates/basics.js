@@ -20,6 +20,11 @@ function number(value, digits = 1) {
   return value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 }
 
+/** A score as text, with the digits that tell small ones apart. */
+function scoreText(value) {
+  return number(value, value < 0.1 ? 3 : 2);
+}
+
 function plural(count, one, many = `${one}s`) {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 }

@@ -5,7 +5,9 @@ class Threshold {
   /** scores: one for each detector. change: called whenever it changes. */
   constructor(scores, change) {
     Object.assign(this, { scores, change, chosen: null });
+    this.lowest = Math.floor(100 * data.lowest) / 100; // of the sliders, which go in steps of 0.01
     this.slider = byId("threshold");
+    this.slider.min = this.lowest;
     this.slider.addEventListener("input", () => this.set(Number(this.slider.value)));
     byId("threshold-reset").textContent = `Back to ${this.text()}`;
     byId("threshold-reset").addEventListener("click", () => this.set(null));
@@ -28,7 +30,7 @@ class Threshold {
 
   text() {
     const scores = this.chosen === null ? this.scores : [this.chosen];
-    return [...new Set(scores.map((score) => number(score, 2)))].join(" and ");
+    return [...new Set(scores.map(scoreText))].join(" and ");
   }
 }
 
@@ -41,8 +43,16 @@ function iou(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
-/** What a threshold leaves of an image: indices of the boxes found, and of the objects that none of them hits. */
-function judge(image, found, threshold) {
+/** Of each object, whether the report calls it found. */
+function hitsOf(image) {
+  return image.truth.map((box) => box[5]);
+}
+
+/**
+ * What a threshold leaves of an image: indices of the boxes found, and of the objects that none of them hits.
+ * hits: of each object, whether the report says that this detector found it.
+ */
+function judge(image, found, threshold, hits = hitsOf(image)) {
   const shown = found.flatMap((box, index) => (box[5] > threshold ? [index] : []));
   const objects = image.truth.flatMap((box, index) => (box[6] ? [] : [index]));
   const open = new Set(objects);
@@ -50,7 +60,7 @@ function judge(image, found, threshold) {
   for (const index of right) {
     const fitting = [...open].filter((object) => image.truth[object][4] === found[index][4]);
     // Boxes are rounded: of objects in the same place, take the one that the report calls found.
-    const overlap = (object) => iou(image.truth[object], found[index]) + 0.02 * image.truth[object][5];
+    const overlap = (object) => iou(image.truth[object], found[index]) + 0.02 * hits[object];
     if (fitting.length)
       open.delete(fitting.reduce((best, object) => (overlap(object) > overlap(best) ? object : best)));
   }

@@ -32,8 +32,9 @@ function pairCard(items, at) {
   );
   button.redraw = () =>
     frames.forEach((ground, index) => {
+      const { found, hits } = views[index];
       ground.querySelector("svg")?.remove();
-      ground.append(overlay(image, views[index].found, judge(image, views[index].found, threshold.get(index))));
+      ground.append(overlay(image, found, judge(image, found, threshold.get(index), hits)));
     });
   button.redraw();
   return button;
@@ -43,8 +44,12 @@ for (const kind of ["better", "worse"]) {
   if (!byId(`${kind}-pictures`)) continue;
   const items = data[kind].map((index) => {
     const image = data.images[index];
-    const found = [image.found_a, image.found_b];
-    return { image, views: data.names.map((title, view) => ({ title, found: found[view] })), marked: {} };
+    const [first, second] = data.names;
+    const views = [
+      { title: first, found: image.found_a, hits: image.found_by_a },
+      { title: second, found: image.found_b, hits: hitsOf(image) },
+    ];
+    return { image, views, marked: {} };
   });
   showInSteps(
     byId(`${kind}-pictures`),

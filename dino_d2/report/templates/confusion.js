@@ -10,12 +10,9 @@ function whatOf(truth, found) {
 }
 
 function drawConfusion() {
-  const { classes, cells } = data.confusion;
+  const { classes, cells, totals } = data.confusion;
   const order = [...classes, BACKGROUND];
   const counts = new Map(cells.map(([truth, found, count, ids]) => [`${truth} ${found}`, { count, ids }]));
-  const total = new Map(
-    order.map((truth) => [truth, order.reduce((sum, found) => sum + (counts.get(`${truth} ${found}`)?.count ?? 0), 0)]),
-  );
   const name = (index, found) => (index === BACKGROUND ? (found ? "missed" : "nothing") : className(index));
   const head = element(
     "tr",
@@ -23,7 +20,7 @@ function drawConfusion() {
     element("td", { class: "corner" }, "truth ↓ found →"),
     order.map((found) => element("th", { scope: "col" }, element("span", {}, element("bdi", {}, name(found, true))))),
   );
-  const body = order.map((truth) =>
+  const body = order.map((truth, row) =>
     element(
       "tr",
       {},
@@ -31,7 +28,7 @@ function drawConfusion() {
       order.map((found) => {
         const cell = counts.get(`${truth} ${found}`);
         if (!cell) return element("td", {});
-        const share = cell.count / total.get(truth);
+        const share = cell.count / totals[row];
         const text = `${element("span", {}, whatOf(truth, found)).textContent}: ${cell.count}`;
         return element(
           "td",

@@ -16,7 +16,7 @@ const choice = { kind: "all", ofClass: null };
 
 /** What a card and the viewer show of an image. */
 function itemOf(image, marked, note = null) {
-  return { image, views: [{ title: "", found: image.found }], marked, note };
+  return { image, views: [{ title: "", found: image.found, hits: hitsOf(image) }], marked, note };
 }
 
 /** A small picture that opens the viewer on `items[at]`. */
@@ -78,7 +78,7 @@ function chosenItems() {
 function tellCount() {
   const cards = byId("gallery").querySelectorAll(".card");
   const boxes = byId("gallery").querySelectorAll(".box.found").length;
-  const what = `${plural(boxes, "box", "boxes")} found with a score above ${number(threshold.get(), 2)}`;
+  const what = `${plural(boxes, "box", "boxes")} found with a score above ${threshold.text()}`;
   const where = `in the ${plural(cards.length, "picture")} shown.`;
   byId("gallery-count").textContent = cards.length ? `${what}, ${where}` : "No picture.";
 }

@@ -14,7 +14,7 @@ function showClass(index) {
     return;
   }
   const recall = one.pr.map((_, at) => (100 * at) / (one.pr.length - 1));
-  const best = `Best F1 ${number(one.best_F1)} at a score of ${number(one.best_threshold, 2)}.`;
+  const best = `Best F1 ${number(one.best_F1)} at a score of ${scoreText(one.best_threshold)}.`;
   panel.append(
     lineChart({
       label: `Precision against recall of ${one.name}`,
@@ -33,7 +33,7 @@ function f1Chart([scores, values], mark, label, word = "best") {
     x: { title: "Score threshold", domain: [0, 1] },
     y: { title: "F1", domain: [0, 100] },
     series: [{ name: "F1", points: points(scores, values) }],
-    marks: mark === null ? [] : [{ x: mark, text: `${word}: ${number(mark, 2)}` }],
+    marks: mark === null ? [] : [{ x: mark, text: `${word}: ${scoreText(mark)}` }],
   });
 }
 

@@ -1,6 +1,6 @@
 // A picture in a window over the page, with a list of its boxes. In a comparison: one picture for each detector.
 
-/** `views` of an item are [{ title, found }], one for each detector; its other keys are those of `overlay`. */
+/** `views` of an item are [{ title, found, hits }], one for each detector; its other keys are those of `overlay`. */
 class Viewer {
   /** items: [{ image, views, marked, note }]. threshold: a `Threshold`, which the slider shows and changes. */
   constructor(items, at, threshold) {
@@ -12,7 +12,7 @@ class Viewer {
     this.stage = element("div", { class: "stage" });
     this.list = element("div", { class: "list", tabindex: 0, role: "region", "aria-label": "Boxes" });
     this.score = element("output");
-    this.slider = element("input", { type: "range", min: 0.05, max: 1, step: 0.01, "aria-label": "Score threshold" });
+    this.slider = element("input", { type: "range", min: threshold.lowest, max: 1, step: 0.01, "aria-label": "Score threshold" });
     this.slider.addEventListener("input", () => {
       threshold.set(Number(this.slider.value));
       this.draw();
@@ -86,7 +86,7 @@ class Viewer {
     const { image, views } = this.items[this.at];
     this.slider.value = this.threshold.get(0);
     this.score.textContent = this.threshold.text();
-    this.verdicts = views.map(({ found }, view) => judge(image, found, this.threshold.get(view)));
+    this.verdicts = views.map(({ found, hits }, view) => judge(image, found, this.threshold.get(view), hits));
     this.status.replaceChildren(...this.verdicts.map((verdict) => element("span", {}, summary(verdict))));
     this.list.replaceChildren(...views.map((view, index) => this.table(index)));
     this.drawBoxes();
