@@ -16,8 +16,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from .coco import DETECTIONS
+
 RECORD = "results.json"  # in the folder of evaluations
-DETECTIONS = "coco_instances_results.json"  # written by detectron2's COCOEvaluator
 PACKAGES = ("dino_d2", "torch", "detectron2", "hotcoco", "pycocotools")
 
 

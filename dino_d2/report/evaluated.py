@@ -12,7 +12,8 @@ from detectron2.data import MetadataCatalog
 from dino_d2.data import CocoFiles
 from dino_d2.engine.run_folder import CONFIG, EVALUATION
 from dino_d2.evaluation.build import evaluator_type
-from dino_d2.evaluation.record import DETECTIONS, machine_and_versions, read_record
+from dino_d2.evaluation.coco import DETECTIONS
+from dino_d2.evaluation.record import machine_and_versions, read_record
 
 from .curves import Curve, read_curves
 

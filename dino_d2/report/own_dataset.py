@@ -23,6 +23,7 @@ from dino_d2.engine.run_folder import EVALUATION
 from dino_d2.evaluation.coco import DETECTIONS
 
 from .dataset import corners, part_of, read_found, read_truth
+from .evaluated import files_of
 from .matches import IGNORED, RIGHT, match, overlapping
 
 EXAMPLES = "examples"  # folder in OUTPUT_DIR
@@ -81,7 +82,7 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
         results: of the last evaluation, which wrote its detections to `OUTPUT_DIR/inference`.
     """
     name = own_dataset(cfg)
-    files = next(CocoFiles(Path(x[1]), Path(x[2])) for x in cfg.DATASETS.COCO_FORMAT if x[0] == name)
+    files = files_of(cfg, name)
     metrics = results.get("bbox") or results.get(name, {}).get("bbox")
     detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, DETECTIONS)
     if not metrics or not detections.is_file():  # no detections, or no ground truth
