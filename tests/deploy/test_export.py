@@ -228,3 +228,14 @@ def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg:
     cfg.merge_from_list([key, value])
     with pytest.raises(ExportError, match=key):
         check_exportable(cfg)
+
+
+def test_tokens_placed_by_strides_are_exported(
+    small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(small_model)
+    model.encoder.strides = (16, 32)
+    export_module.export_onnx(small_cfg, model, tmp_path / "exact.onnx", half=False)
+    run, inputs = load_onnx(tmp_path / "exact.onnx"), example_inputs(3, 97, 133, torch.device("cpu"))
+    assert agreement(model, run, inputs, FULL).share == 1
+    assert agreement(small_model, run, inputs, FULL).share < 1  # it is another model
