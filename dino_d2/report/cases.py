@@ -9,7 +9,7 @@ import numpy as np
 from .dataset import Found, Truth, rank_in_group
 from .errors import Judgement
 
-CASES = ("missed", "false", "wrong_class", "badly_placed", "duplicate", "sure_but_wrong")
+CASES = ("missed", "false", "wrong_class", "badly_placed", "duplicate", "second_class", "sure_but_wrong")
 
 
 def rank_cases(truth: Truth, found: Found, judgement: Judgement, sure_score: float) -> dict[str, np.ndarray]:

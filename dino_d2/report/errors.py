@@ -10,7 +10,7 @@ import numpy as np
 from .dataset import Found, Truth
 from .matches import IGNORED, IOU, RIGHT, WRONG, Matches, Pairs, take_in_turn
 
-KINDS = ("right", "wrong_class", "badly_placed", "duplicate", "false", "ignored")
+KINDS = ("right", "wrong_class", "badly_placed", "duplicate", "second_class", "false", "ignored")
 BACKGROUND = -1
 LISTED = 20  # images of a cell of the confusion matrix
 
@@ -42,7 +42,8 @@ def judge(truth: Truth, found: Found, pairs: Pairs, matches: Matches, threshold:
 
     "right": matched to an object as COCO does, at IoU 0.5. "ignored": in a crowd of its class. Else the first of:
     "wrong_class": IoU of 0.5 with an object of another class that nobody found. Each object is so taken once.
-    "duplicate": IoU of 0.5 with an object, which is then found or taken by another.
+    "duplicate": IoU of 0.5 with an object of its class, which is then found by another.
+    "second_class": IoU of 0.5 with an object of another class, which is then found or taken by another.
     "badly_placed": IoU of 0.1 with an object of its class.
     "false": nothing of these.
     """
@@ -55,7 +56,11 @@ def judge(truth: Truth, found: Found, pairs: Pairs, matches: Matches, threshold:
     same = found.label[pairs.found] == truth.label[pairs.object]
     on_it = pairs.iou >= IOU
     # Each kind overwrites those before it.
-    for name, which in (("badly_placed", same & ~on_it), ("duplicate", on_it)):
+    for name, which in (
+        ("badly_placed", same & ~on_it),
+        ("second_class", ~same & on_it),
+        ("duplicate", same & on_it),
+    ):
         _set(kind, objects, name, pairs[which])
     left = pairs[on_it & ~same & ~_is_found(truth, found, pairs, matches, sure)]
     taken = take_in_turn(left, found.image, np.zeros(len(truth.image), bool))

@@ -90,6 +90,7 @@ def made_report(images: int = 8, classes: int = 4) -> dict[str, Any]:
             "wrong_class": [[i, 1] for i in range(images)],
             "badly_placed": [],
             "duplicate": [[i, 2] for i in range(images)],
+            "second_class": [],
             "sure_but_wrong": [[i, 1] for i in range(images)][-1:],
             "worst_images": list(reversed(range(images))),
         },

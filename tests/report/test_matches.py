@@ -102,8 +102,8 @@ def image_with(truth: list[tuple], detections: list[tuple]) -> Known:
         ([(3, HERE)], [(3, THERE, 0.9)], ["false"]),
         ([], [(3, THERE, 0.9)], ["false"]),
         ([(3, HERE)], [(3, HERE, 0.9), (3, NEAR, 0.8)], ["right", "duplicate"]),
-        ([(3, HERE)], [(7, HERE, 0.9), (3, NEAR, 0.8)], ["duplicate", "right"]),  # it is found, if by another
-        ([(3, HERE)], [(7, HERE, 0.9), (9, NEAR, 0.8)], ["wrong_class", "duplicate"]),  # taken once
+        ([(3, HERE)], [(7, HERE, 0.9), (3, NEAR, 0.8)], ["second_class", "right"]),  # it is found, if by another
+        ([(3, HERE)], [(7, HERE, 0.9), (9, NEAR, 0.8)], ["wrong_class", "second_class"]),  # taken once
         ([(3, HERE), (7, NEAR)], [(9, HERE, 0.9), (9, HERE, 0.8)], ["wrong_class"] * 2),  # there are two objects
         # Of two equal overlaps the later object is taken, as in pycocotools, and the other is too far for the next
         ([(3, HERE), (3, OTHER)], [(3, BETWEEN, 0.9), (3, OTHER, 0.8)], ["right", "duplicate"]),
@@ -112,10 +112,10 @@ def image_with(truth: list[tuple], detections: list[tuple]) -> Known:
         ([(3, THERE, 1)], [(7, THERE, 0.8)], ["false"]),  # a crowd is no object
         # Below the threshold of 0.5, as if it were lower
         ([(3, HERE)], [(3, HERE, 0.4), (3, NEAR, 0.3)], ["right", "duplicate"]),
-        ([(3, HERE)], [(3, HERE, 0.4), (7, NEAR, 0.3)], ["right", "duplicate"]),
+        ([(3, HERE)], [(3, HERE, 0.4), (7, NEAR, 0.3)], ["right", "second_class"]),
         ([(3, HERE)], [(7, HERE, 0.4), (3, NEAR, 0.3)], ["wrong_class", "right"]),
         ([(3, HERE)], [(7, HERE, 0.6), (3, NEAR, 0.3)], ["wrong_class", "right"]),
-        ([(3, HERE)], [(3, HERE, 0.6), (7, HERE, 0.3)], ["right", "duplicate"]),
+        ([(3, HERE)], [(3, HERE, 0.6), (7, HERE, 0.3)], ["right", "second_class"]),
     ],
 )
 def test_kind_of_a_detection(truth: list, detections: list, kinds: list, tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from tests.report.known import IMAGES, Known, perfect
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 QUICK = NumbersOptions(resamples=0, threshold=0.3)
-CASES = {"missed", "false", "wrong_class", "badly_placed", "duplicate", "sure_but_wrong", "worst_images"}
+CASES = {
+    "missed",
+    "false",
+    "wrong_class",
+    "badly_placed",
+    "duplicate",
+    "second_class",
+    "sure_but_wrong",
+    "worst_images",
+}
 ERRORS = {"classification", "localization", "both", "duplicate", "background", "missed"}
 
 

@@ -7,6 +7,7 @@ const KINDS = {
   wrong_class: "wrong class",
   badly_placed: "badly placed",
   duplicate: "duplicate",
+  second_class: "a second class",
   false: "false",
   ignored: "in a crowd",
 };

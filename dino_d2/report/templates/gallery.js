@@ -8,6 +8,7 @@ const FILTERS = {
   wrong_class: "Wrong class",
   badly_placed: "Badly placed",
   duplicate: "Duplicates",
+  second_class: "A second class",
   sure_but_wrong: "Sure but wrong",
 };
 
