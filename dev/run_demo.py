@@ -49,7 +49,7 @@ CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
 SETTINGS = [  # those of `dino-d2 train --data`, but on a CPU, and without a look at the test photograph
     *(str(part) for item in overlay("few_photos") for part in item),
     *("SOLVER.AMP.ENABLED", "False", "SOLVER.BEST_METRIC", ""),
-    *("TEST.REPORT", "True", "TEST.QUERY_METRICS", "True"),
+    *("TEST.QUERY_METRICS", "True"),
 ]
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"

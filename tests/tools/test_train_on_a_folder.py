@@ -60,8 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     names = {"names": list(COLOURS), "train": "../train/images", "val": "../valid/images", "test": "../test/images"}
     (data / "data.yaml").write_text(yaml.safe_dump(names))
     options = ("--data", data, "--config-file", RECIPE, "--epochs", 2, "--output", output)
-    result = run("-m", "dino_d2", "train", *options, *small(output), "INPUT.MIN_SIZE_TRAIN", "(64,)",
-                 "TEST.REPORT", "True")  # fmt: skip
+    result = run("-m", "dino_d2", "train", *options, *small(output), "INPUT.MIN_SIZE_TRAIN", "(64,)")
     assert result.returncode == 0, result.stderr[-3000:]
     return output, result
 
