@@ -28,7 +28,8 @@ class Memory:
     tokens: (B, N, C).
     padding_mask: (B, N) bool, True for tokens on padding; None: no image is padded.
     spatial_shapes: (height, width) of each of the L levels, as Python numbers.
-    valid_sizes: (B, L, 2), number of unpadded columns and rows of each level, at least 1.
+    valid_sizes: (B, L, 2), number of unpadded columns and rows of each level: whole and at least 1, or with fractions
+        if tokens are placed by their strides.
     """
 
     tokens: Tensor

@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("--weights", required=True, help="name in the zoo, checkpoint, or folder of a run")
     parser.add_argument("--config-file", metavar="CONFIG", help="for a checkpoint without config.yaml beside it")
-    parser.add_argument("--data-set", default="", metavar="NAME", help="default: the first of DATASETS.TEST")
+    parser.add_argument("--dataset", default="", metavar="NAME", help="default: the first of DATASETS.TEST")
     parser.add_argument("--val-json", type=Path, metavar="FILE", help="annotations of other data, in COCO format")
     parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
@@ -44,8 +44,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--processes {args.processes}: it must be at least 1")
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images must be given together")
-    if args.val_json and args.data_set:
-        parser.error("--data-set and --val-json both name the data: give only one of them")
+    if args.val_json and args.dataset:
+        parser.error("--dataset and --val-json both name the data: give only one of them")
     return args
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.val_json:
         opts += ["DATASETS.COCO_FORMAT", [[VAL_NAME, str(args.val_json), str(args.val_images)]]]
         opts += ["DATASETS.TEST", (VAL_NAME,)]
-    source = Source(args.weights, args.config_file, tuple(opts), args.data_set)
+    source = Source(args.weights, args.config_file, tuple(opts), args.dataset)
     with user_errors():
         cells = choose_cells(
             list(CORRUPTIONS) if args.corruptions is None else args.corruptions,

@@ -66,7 +66,6 @@ def build_encoder(cfg: CfgNode, strides: Sequence[int] = ()) -> DeformableEncode
         layers = [_interleaved_block(cfg) for _ in range(c.ENC_LAYERS)]
     _xavier(layers)
     kind = FusingEncoder if c.MEMORY_FUSION else DeformableEncoder
-    coarser = [strides[-1] * 2**n for n in range(1, c.NUM_FEATURE_LEVELS - len(strides) + 1)] if strides else []
     return kind(
         layers,
         c.HIDDEN_DIM,
@@ -74,8 +73,13 @@ def build_encoder(cfg: CfgNode, strides: Sequence[int] = ()) -> DeformableEncode
         c.POS_TEMPERATURE,
         c.POS_OFFSET,
         c.CHECKPOINT.ENCODER,
-        [*strides, *coarser] if c.EXACT_POSITIONS else None,
+        _strides_of_levels(strides, c.NUM_FEATURE_LEVELS) if c.EXACT_POSITIONS else None,
     )
+
+
+def _strides_of_levels(strides: Sequence[int], levels: int) -> list[int]:
+    """Of the backbone's maps, and of the coarser ones that the neck derives from the last: twice as much each."""
+    return [*strides, *(strides[-1] * 2**n for n in range(1, levels - len(strides) + 1))]
 
 
 def _encoder_layer(cfg: CfgNode, dim_feedforward: int) -> EncoderLayer:

@@ -95,7 +95,7 @@ class DeformableEncoder(nn.Module):
             pixels = map_sizes((image_size,), counts.dtype, counts.device)[None].expand(len(counts), -1, -1)
         else:
             pixels = _valid_size(padding_mask, counts.dtype)[:, None]
-        return pixels / torch.tensor(self.strides, dtype=counts.dtype, device=counts.device)[:, None]
+        return pixels / column_of(self.strides, counts.dtype, counts.device)
 
     def flatten(self, features: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
         """Flatten the maps to tokens; also returns the position and level embedding of each token, (B, N, C)."""
@@ -115,6 +115,12 @@ class DeformableEncoder(nn.Module):
         levels = zip(position.split(sizes, dim=1), self.level_embed, strict=True)
         position = torch.cat([level + embed for level, embed in levels], dim=1)
         return Memory(_flatten(features), token_mask, shapes, valid_sizes), position.expand(batch, -1, -1)
+
+
+@constant
+def column_of(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n, 1), copied to the device once."""
+    return torch.tensor(numbers, dtype=dtype, device=device)[:, None]
 
 
 @constant

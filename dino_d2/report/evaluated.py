@@ -13,7 +13,7 @@ from dino_d2.data import CocoFiles
 from dino_d2.engine.run_folder import CONFIG, EVALUATION
 from dino_d2.evaluation.build import evaluator_type
 from dino_d2.evaluation.coco import DETECTIONS
-from dino_d2.evaluation.record import machine_and_versions, read_record
+from dino_d2.evaluation.record import read_record
 
 from .curves import Curve, read_curves
 
@@ -82,7 +82,7 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
             "dataset": name,
             "weights": record.get("weights", NOT_RECORDED),
             "config": f"SHA-256 {hashlib.sha256(cfg.dump().encode()).hexdigest()[:12]}…",
-            **(machine_and_versions() if not record else {key: record[key] for key in ("machine", "versions")}),
+            **{key: record[key] for key in ("machine", "versions") if record},
         },
         queries=metrics.get(name, metrics).get("queries"),
         curves=curves,

@@ -101,15 +101,6 @@ def report_on_run(run: Path, datasets: Sequence[str]) -> None:
         logger.info("Report on %s: %s", name, page)
 
 
-@contextmanager
-def _named(*files: Path) -> Iterator[None]:
-    """Errors say which detections they are about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"report on {' and '.join(map(str, files))}: {error}") from error
-
-
 def read_robustness(path: Path, evaluated: Evaluated) -> dict[str, Any]:
     """The result of `dino-d2 robustness`, and under "sheet" the path of its picture.
 
@@ -128,3 +119,12 @@ def read_robustness(path: Path, evaluated: Evaluated) -> dict[str, Any]:
     if json.loads(settings.read_text())["annotations"] != digest:
         raise ValueError(f"{path} was measured on other annotations than {evaluated.files.annotations}")
     return json.loads(result.read_text()) | {"sheet": str(path / SHEET)}
+
+
+@contextmanager
+def _named(*files: Path) -> Iterator[None]:
+    """Errors say which detections they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"report on {' and '.join(map(str, files))}: {error}") from error

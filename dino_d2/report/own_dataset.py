@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
@@ -17,7 +16,7 @@ from detectron2.config import CfgNode
 from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 
-from dino_d2.data import CocoFiles, class_names, read_image
+from dino_d2.data import CocoFiles, class_names, read_image, stream_results
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
 from dino_d2.evaluation.coco import DETECTIONS
@@ -89,7 +88,7 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
         return
     threshold = metrics.get("score_threshold", math.nan)
     threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
-    images = score_images(files, json.loads(detections.read_text()), threshold, cfg.TEST.MAX_DETS_PER_IMAGE)
+    images = score_images(files, stream_results(detections), threshold, cfg.TEST.MAX_DETS_PER_IMAGE)
     names = class_names(cfg)
     counts = Counter(label for image in images for label in image.truth.labels.tolist())
     logger.info("AP on the %d images of %s:\n%s", len(images), files.annotations, ap_table(metrics, names, counts))

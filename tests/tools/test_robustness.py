@@ -152,7 +152,7 @@ def test_other_data_are_given_as_files(model_files: Path, tmp_path: Path, counte
         (["--sizes", "-1"], "size -1: it must be a factor above 0"),
         (["--processes", "0"], "--processes 0"),
         (["--val-json", "x"], "must be given together"),
-        (["--data-set", "nothing"], "the data set 'nothing' is not known"),
+        (["--dataset", "nothing"], "the data set 'nothing' is not known"),
         (["INPUT.MIN_SIZE_TEST", "0"], "other sizes need a size in INPUT.MIN_SIZE_TEST"),
     ],
 )
