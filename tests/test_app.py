@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,18 +21,13 @@ from pycocotools.coco import COCO
 from dino_d2 import Detections, Detector, load_config
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
+from tests.browser import CHROMIUM, expect, sync_api
 from tests.synthetic import COLOURS, config_values, write_rectangles
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'dino-d2[app]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-from dino_d2.app import Session, build_page, detect, launch, to_coco  # noqa: E402
+from dino_d2.app import Session, build_page, detect, launch, to_coco
 
-expect = sync_api.expect
-expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
 RECIPE = str(Path(__file__).resolve().parents[1] / "configs" / "dino_r50_4scale_12ep.yaml")
 PICTURES = 4
 

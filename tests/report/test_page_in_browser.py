@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from dino_d2.report.page import write_comparison_page, write_page
+from tests.browser import CHROMIUM, expect, sync_api
 from tests.report.made_report import (
     NASTY,
     made_comparison,
@@ -21,13 +21,6 @@ from tests.report.made_report import (
     write_pictures,
 )
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
-
-expect = sync_api.expect
-expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 CONTRAST = """() => {
   const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
