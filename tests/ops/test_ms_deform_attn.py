@@ -397,6 +397,17 @@ def test_operator_itself_refuses_what_would_leave_its_memory(complaint: str, cha
         torch.ops.dino_d2.ms_deform_attn(value, flat, locations, weights)
 
 
+def test_more_values_than_32_bits_can_number_are_refused() -> None:
+    height, width = 2**12, 2**11
+    value = torch.zeros(1).expand(1, height * width, 8, 32)  # takes no memory
+    locations, weights = torch.zeros(1, 1, 8, 1, 1, 2), torch.ones(1, 1, 8, 1, 1)
+    with pytest.raises(RuntimeError, match="2147483648 values"):
+        torch.ops.dino_d2.ms_deform_attn(value, [height, width], locations, weights)
+    arguments = (torch.zeros(1, 1, 256), value, [height, width], locations, weights, True, True, False)
+    with pytest.raises(RuntimeError, match="2147483648 values"):
+        torch.ops.dino_d2.ms_deform_attn_backward(*arguments)
+
+
 @on_each_device
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=["value", "locations", "weights", "value+weights"])
 def test_gradient_of_some_inputs_is_that_of_all(wanted: tuple[int, ...], device: str) -> None:

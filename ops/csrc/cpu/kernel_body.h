@@ -10,11 +10,20 @@ namespace {
 
 #include "samples.h"
 
+// Registers that sums should fill: with eight of them additions need not wait for each other (four cycles each, two at
+// a time), and half of the sixteen that most processors have are left.
+constexpr int kSumRegisters = 8;
+
+constexpr int sums_of(int registers) {
+  return registers >= kSumRegisters ? 1 : kSumRegisters / registers < 4 ? kSumRegisters / registers : 4;
+}
+
 // How one head's channels are held, whatever they are stored as. RegisterChannels<N> keeps them in N registers; a head
-// size that is not such a multiple takes the plain loops of AnyChannels.
+// size that is not such a multiple takes the plain loops of AnyChannels. SUMS: the corners of a sample are added to so
+// many sums in turn.
 template <class A, int N>
 struct RegisterChannels {
-  static constexpr int width = VectorOf<A>::width;
+  static constexpr int width = VectorOf<A>::width, SUMS = sums_of(N);
   Vector<A> x[N];
 
   explicit RegisterChannels(int64_t) {
@@ -57,7 +66,7 @@ struct RegisterChannels {
 // cheap instructions take the place of two widening loads.
 template <int N>
 struct PairedChannels {
-  static constexpr int width = VectorOf<float>::width;
+  static constexpr int width = VectorOf<float>::width, SUMS = sums_of(2 * N);
   Vector<float> even[N], odd[N];
 
   explicit PairedChannels(int64_t) {
@@ -85,6 +94,7 @@ struct PairedChannels {
 
 template <class A>
 struct AnyChannels {
+  static constexpr int SUMS = 1;
   int64_t channels;
   A x[kMostChannels];
 
@@ -124,7 +134,7 @@ void forward_rows(const Forward<V, A>& p, const SampleLevels<A>& levels, A* scra
   const Sizes& z = p.sizes;
   const int64_t samples = z.samples(), token_stride = z.heads * z.channels;
   Row<A> row(z, p.sampling, levels, scratch);
-  Walk<A> walk(row, begin, end);
+  Walk<A> walk(row, begin, end, static_cast<Index<A>>(token_stride));
   Corners<A> corners[2];  // of these samples, and of the next ones
   int current = 0;
   walk.next(corners[current]);
@@ -132,7 +142,6 @@ void forward_rows(const Forward<V, A>& p, const SampleLevels<A>& levels, A* scra
     const V* image = p.value + query / z.queries * z.tokens * token_stride + first_channel;
     for (int64_t head = 0; head < z.heads; ++head) {
       const V* value = image + head * z.channels;
-      // A sum per corner: four short chains of additions instead of one long one.
       Channels sum[4] = {Channels(channels), Channels(channels), Channels(channels), Channels(channels)};
       for (int64_t first = 0; first < samples; first += VectorOf<A>::width) {
         const int64_t left = samples - first;
@@ -143,13 +152,13 @@ void forward_rows(const Forward<V, A>& p, const SampleLevels<A>& levels, A* scra
         for (int i = 0; i < count; ++i) {
           if (!s.inside[i]) continue;
           for (int corner = 0; corner < 4; ++corner) {
-            sum[corner].add(s.share[corner][i], value + s.token[corner][i] * token_stride);
+            sum[corner % Channels::SUMS].add(s.share[corner][i], value + s.offset[corner][i]);
           }
         }
       }
-      sum[0].add(sum[1]);
-      sum[2].add(sum[3]);
-      sum[0].add(sum[2]);
+      for (int left = Channels::SUMS / 2; left > 0; left /= 2) {
+        for (int i = 0; i < left; ++i) sum[i].add(sum[i + left]);
+      }
       sum[0].write(p.output + (query * z.heads + head) * z.channels + first_channel);
     }
   }
@@ -178,12 +187,12 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
       const int64_t left = samples - first;
       const int count = left < width ? static_cast<int>(left) : width;
       Corners<A> s;
-      s.find(row, first);
+      const Bilinear<A> b = s.find(row, first, static_cast<Index<A>>(token_stride));
       if (grad_value) {
         for (int i = 0; i < count; ++i) {
           if (!s.inside[i]) continue;
           for (int corner = 0; corner < 4; ++corner) {
-            grad.add_to(s.share[corner][i], grad_value + s.token[corner][i] * token_stride);
+            grad.add_to(s.share[corner][i], grad_value + s.offset[corner][i]);
           }
         }
       }
@@ -193,19 +202,16 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
       Vector<A> partial[width];
       for (int corner = 0; corner < 4; ++corner) {
         for (int i = 0; i < width; ++i) {
-          partial[i] = i < count && s.inside[i] ? grad.dot(value + s.token[corner][i] * token_stride) : Vector<A>{};
+          partial[i] = i < count && s.inside[i] ? grad.dot(value + s.offset[corner][i]) : Vector<A>{};
         }
         dot[corner] = sum_lanes<A>(partial);
       }
-      const Vector<A> left_share = load<A>(s.left), right_share = load<A>(s.right);
-      const Vector<A> top = load<A>(s.top), bottom = load<A>(s.bottom), weight = load<A>(row.weight + first);
-      const Vector<A> upper = left_share * dot[0] + right_share * dot[1];
-      const Vector<A> lower = left_share * dot[2] + right_share * dot[3];
-      const Vector<A> to_left = top * dot[0] + bottom * dot[2], to_right = top * dot[1] + bottom * dot[3];
-      store<A>(row.grad_weight + first, top * upper + bottom * lower);
-      store<A>(row.grad_x + first,
-               weight * (load<A>(s.column_slope[0]) * to_left + load<A>(s.column_slope[1]) * to_right));
-      store<A>(row.grad_y + first, weight * (load<A>(s.row_slope[0]) * upper + load<A>(s.row_slope[1]) * lower));
+      const Vector<A> weight = load<A>(row.weight + first);
+      const Vector<A> upper = b.left * dot[0] + b.right * dot[1], lower = b.left * dot[2] + b.right * dot[3];
+      const Vector<A> to_left = b.top * dot[0] + b.bottom * dot[2], to_right = b.top * dot[1] + b.bottom * dot[3];
+      store<A>(row.grad_weight + first, b.top * upper + b.bottom * lower);
+      store<A>(row.grad_x + first, weight * (b.column_slope[0] * to_left + b.column_slope[1] * to_right));
+      store<A>(row.grad_y + first, weight * (b.row_slope[0] * upper + b.row_slope[1] * lower));
     }
     if (p.sampling.grad_weights) row.give_gradients(index, first_channel > 0);
   }

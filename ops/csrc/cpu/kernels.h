@@ -5,14 +5,28 @@
 
 namespace dino_d2::cpu {
 
+// As wide as the numbers that it is worked out from.
+template <class A>
+struct IndexOf;
+template <>
+struct IndexOf<float> {
+  typedef int32_t Type;
+};
+template <>
+struct IndexOf<double> {
+  typedef int64_t Type;
+};
+template <class A>
+using Index = typename IndexOf<A>::Type;
+
 // The level of every sample of a query, spread out so that samples can be worked on as a vector.
 // Each array has `padded` entries, a multiple of every vector width; the tail repeats a harmless level.
 template <class A>
 struct SampleLevels {
   const A* width;
   const A* height;
-  const int32_t* columns;  // width as an integer
-  const int32_t* start;
+  const Index<A>* columns;  // width as an integer
+  const Index<A>* start;
   int64_t padded;
 };
 

@@ -47,8 +47,8 @@ class OwnedSampleLevels {
       const Level& level = levels[std::min(i, sizes.samples() - 1) / sizes.points];
       width_.push_back(static_cast<A>(level.width));
       height_.push_back(static_cast<A>(level.height));
-      columns_.push_back(static_cast<int32_t>(level.width));
-      start_.push_back(static_cast<int32_t>(level.start));
+      columns_.push_back(static_cast<Index<A>>(level.width));
+      start_.push_back(static_cast<Index<A>>(level.start));
     }
   }
   SampleLevels<A> view() const {
@@ -57,7 +57,7 @@ class OwnedSampleLevels {
 
  private:
   std::vector<A> width_, height_;
-  std::vector<int32_t> columns_, start_;
+  std::vector<Index<A>> columns_, start_;
 };
 
 // Calls f with (value type, accumulation type, kernels) for the dtype of the values.
@@ -79,19 +79,52 @@ ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Like new_empty. In fresh memory the first touch of each small page can cost more than the writing; Linux may follow
-// the hint to take large ones.
-Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor result = torch::stable::new_empty(like, shape, dtype);
+// Kernels whose sums are float32 number the values of an image in 32 bits.
+void check_count(const Sizes& sizes, ScalarType accumulate) {
+  const int64_t count = sizes.tokens * sizes.heads * sizes.channels;
+  STD_TORCH_CHECK(accumulate == ScalarType::Double || count < (int64_t(1) << 31), "an image has ", count,
+                  " values, more than the 2^31 - 1 that the CPU kernels can number");
+}
+
+// In fresh memory the first touch of each small page can cost more than the writing, and a walk through many of them
+// more than the reading; Linux may follow the hint to take large ones.
+constexpr uintptr_t kLargePage = uintptr_t(2) << 20;
+
+void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-  const uintptr_t end = begin + result.numel() * result.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+// Like new_empty.
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
+  prefer_large_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
   return result;
 }
+
+// Memory of one thread, which begins with a large page if it is as large as one.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const size_t bytes = count * sizeof(A), unit = bytes < kLargePage ? 64 : kLargePage;
+    const size_t rounded = (bytes + unit - 1) / unit * unit;
+    memory_.reset(static_cast<A*>(std::aligned_alloc(unit, rounded)));
+    STD_TORCH_CHECK(memory_ != nullptr, "no memory for ", bytes, " bytes");
+    prefer_large_pages(memory_.get(), rounded);
+  }
+  A* get() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(A* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<A[], Free> memory_;
+};
 
 // Without a reference, positions are locations and weights attention weights; see Sampling.
 template <class A>
@@ -112,12 +145,13 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
 
 Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
                const Tensor& any_weights, const std::optional<Tensor>& any_reference) {
+  const std::vector<Level> levels = levels_of(spatial_shapes);
+  const ScalarType accumulate = accumulation_type(any_value.scalar_type());
+  const Sizes sizes = sizes_of(any_value, levels, any_positions, any_weights, accumulate);
+  check_count(sizes, accumulate);
   const Tensor value = torch::stable::contiguous(any_value), positions = torch::stable::contiguous(any_positions),
                weights = torch::stable::contiguous(any_weights);
   const std::optional<Tensor> reference = contiguous(any_reference);
-  const std::vector<Level> levels = levels_of(spatial_shapes);
-  const ScalarType accumulate = accumulation_type(value.scalar_type());
-  const Sizes sizes = sizes_of(value, levels, positions, weights, accumulate);
   if (reference) check_reference(*reference, sizes, accumulate);
   const std::vector<int64_t> output_shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
   if (sizes.samples() == 0) return torch::stable::new_zeros(value, output_shape);
@@ -130,7 +164,7 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
                                 static_cast<V*>(output.mutable_data_ptr())};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
     torch::stable::parallel_for(0, sizes.batch * sizes.queries, 16, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<A[]> scratch(new A[kScratchArrays * sample_levels.view().padded]);
+      const Scratch<A> scratch(kScratchArrays * sample_levels.view().padded);
       set.forward(problem, sample_levels.view(), scratch.get(), begin, end);
     });
   });
@@ -142,13 +176,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
                                             const Tensor& any_weights, const std::optional<Tensor>& any_reference,
                                             bool value_wanted, bool sampling_wanted) {
   // Without gradients of the sampling, values are not read and may be a stand-in of the same shape.
+  const std::vector<Level> levels = levels_of(spatial_shapes);
+  const ScalarType accumulate = accumulation_type(any_value.scalar_type());
+  const Sizes sizes = sizes_of(any_value, levels, any_positions, any_weights, accumulate);
+  check_count(sizes, accumulate);
   const Tensor value = sampling_wanted ? torch::stable::contiguous(any_value) : any_value;
   const Tensor grad_output = torch::stable::contiguous(any_grad_output),
                positions = torch::stable::contiguous(any_positions), weights = torch::stable::contiguous(any_weights);
   const std::optional<Tensor> reference = contiguous(any_reference);
-  const std::vector<Level> levels = levels_of(spatial_shapes);
-  const ScalarType accumulate = accumulation_type(value.scalar_type());
-  const Sizes sizes = sizes_of(value, levels, positions, weights, accumulate);
   if (reference) check_reference(*reference, sizes, accumulate);
   check_grad_output(grad_output, value, sizes);
   // Worth it where a token is visited about eight times; and only where there is anything to visit.
@@ -183,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
     const int64_t staging = staged ? 2 * sizes.tokens * std::min(sizes.channels, kMostChannels) : 0;
     torch::stable::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<A[]> scratch(new A[kScratchArrays * sample_levels.view().padded + staging]);
+      const Scratch<A> scratch(kScratchArrays * sample_levels.view().padded + staging);
       for (int64_t plane = begin; plane < end; ++plane) {
         set.backward(problem, sample_levels.view(), scratch.get(), plane);
       }

@@ -54,23 +54,19 @@ struct Row {
     const A absent = sampling.reference ? -__builtin_inf() : A(0);
     for (int64_t first = 0; first < samples; first += width) {
       const int64_t there = samples - first;
-      alignas(64) A across[width], down[width], given[width];
       if (there >= width) {
-        for (int i = 0; i < width; ++i) {
-          across[i] = positions[2 * (first + i)];
-          down[i] = positions[2 * (first + i) + 1];
-          given[i] = weights[first + i];
-        }
-      } else {
-        for (int i = 0; i < width; ++i) {
-          across[i] = i < there ? positions[2 * (first + i)] : A(0);
-          down[i] = i < there ? positions[2 * (first + i) + 1] : A(0);
-          given[i] = i < there ? weights[first + i] : absent;
-        }
+        const A* from = positions + 2 * first;
+        const Pairs<A> xy = unzip<A>(load<A>(from), load<A>(from + width));
+        put(first, xy.first, xy.second, load<A>(weights + first));
+        continue;
       }
-      store<A>(x + first, load<A>(origin_x + first) + load<A>(scale_x + first) * load<A>(across));
-      store<A>(y + first, load<A>(origin_y + first) + load<A>(scale_y + first) * load<A>(down));
-      store<A>(weight + first, load<A>(given));
+      alignas(64) A across[width], down[width], given[width];
+      for (int i = 0; i < width; ++i) {
+        across[i] = i < there ? positions[2 * (first + i)] : A(0);
+        down[i] = i < there ? positions[2 * (first + i) + 1] : A(0);
+        given[i] = i < there ? weights[first + i] : absent;
+      }
+      put(first, load<A>(across), load<A>(down), load<A>(given));
     }
     if (sampling.reference) softmax();
   }
@@ -103,21 +99,19 @@ struct Row {
       mean = sum_of_lanes<A>(sum);
     }
     for (int64_t first = 0; first < samples; first += width) {
-      alignas(64) A across[width], down[width], of_weight[width];
       const Vector<A> given = load<A>(grad_weight + first);
-      store<A>(of_weight, sampling.reference ? load<A>(weight + first) * (given - mean) : given);
-      store<A>(across, load<A>(scale_x + first) * load<A>(grad_x + first));
-      store<A>(down, load<A>(scale_y + first) * load<A>(grad_y + first));
+      const Vector<A> of_weight = sampling.reference ? load<A>(weight + first) * (given - mean) : given;
+      const Vector<A> across = load<A>(scale_x + first) * load<A>(grad_x + first);
+      const Vector<A> down = load<A>(scale_y + first) * load<A>(grad_y + first);
       const int64_t left = samples - first;
-      const int count = left < width ? static_cast<int>(left) : width;
-      if (count == width && !accumulate) {
-        for (int i = 0; i < width; ++i) {
-          to_positions[2 * (first + i)] = across[i];
-          to_positions[2 * (first + i) + 1] = down[i];
-          to_weights[first + i] = of_weight[i];
-        }
+      if (left >= width && !accumulate) {
+        const Pairs<A> xy = zip<A>(across, down);
+        store<A>(to_positions + 2 * first, xy.first);
+        store<A>(to_positions + 2 * first + width, xy.second);
+        store<A>(to_weights + first, of_weight);
         continue;
       }
+      const int count = left < width ? static_cast<int>(left) : width;
       for (int i = 0; i < count; ++i) {
         A* position = to_positions + 2 * (first + i);
         position[0] = across[i] + (accumulate ? position[0] : A(0));
@@ -128,6 +122,12 @@ struct Row {
   }
 
  private:
+  DINO_D2_INLINE void put(int64_t first, Vector<A> across, Vector<A> down, Vector<A> given) {
+    store<A>(x + first, load<A>(origin_x + first) + load<A>(scale_x + first) * across);
+    store<A>(y + first, load<A>(origin_y + first) + load<A>(scale_y + first) * down);
+    store<A>(weight + first, given);
+  }
+
   DINO_D2_INLINE void softmax() {
     constexpr int width = VectorOf<A>::width;
     Vector<A> largest = load<A>(weight);
@@ -149,59 +149,75 @@ struct Row {
   }
 };
 
+// What gradients of a vector of samples need beside their corners.
+template <class A>
+struct Bilinear {
+  Vector<A> left, right, top, bottom;  // shares of columns and rows, 0 of what lies outside
+  Vector<A> column_slope[2];           // d left / dx, d right / dx: -1 or 0, 1 or 0
+  Vector<A> row_slope[2];
+};
+
 // As many samples as a vector holds, ready to be gathered. Corners are numbered 0 = top left, 1 = top right,
 // 2 = bottom left, 3 = bottom right.
 template <class A>
-struct Corners {  // plain arithmetic on arrays of constant length, which compilers turn into vector code
+struct Corners {
   static constexpr int width = VectorOf<A>::width;
-  alignas(64) A right[width];  // bilinear share of the right column, 0 where it lies outside
-  alignas(64) A left[width];
-  alignas(64) A bottom[width];
-  alignas(64) A top[width];
-  alignas(64) A column_slope[2][width];  // d left / dx, d right / dx: -1 or 0, 1 or 0
-  alignas(64) A row_slope[2][width];
-  alignas(64) A share[4][width];  // bilinear share times weight
-  alignas(64) int32_t token[4][width];
-  alignas(64) int32_t inside[width];  // 0: no corner of the sample lies in the level
+  typedef Index<A> Indices __attribute__((vector_size(DINO_D2_VECTOR_BYTES)));
 
-  // Of the samples from `first` on that `row` has placed.
-  DINO_D2_INLINE void find(const Row<A>& row, int64_t first) {
-    const A* const level_width = row.levels.width + first;
-    const A* const level_height = row.levels.height + first;
-    const int32_t* const columns = row.levels.columns + first;
-    const int32_t* const start = row.levels.start + first;
-    for (int i = 0; i < width; ++i) {
-      const A w = level_width[i], h = level_height[i], weight = row.weight[first + i];
-      A x = row.x[first + i], y = row.y[first + i];
-      // False for NaN too, so that what follows is finite and the conversion to integers defined.
-      const bool is_inside = (x > A(-1)) & (y > A(-1)) & (x < w) & (y < h);
-      x = is_inside ? x : A(0);
-      y = is_inside ? y : A(0);
-      const A x0 = sizeof(A) == 4 ? A(__builtin_floorf(x)) : A(__builtin_floor(x));
-      const A y0 = sizeof(A) == 4 ? A(__builtin_floorf(y)) : A(__builtin_floor(y));
-      const A has_left = x0 >= A(0) ? A(1) : A(0), has_right = x0 + A(1) < w ? A(1) : A(0);
-      const A has_top = y0 >= A(0) ? A(1) : A(0), has_bottom = y0 + A(1) < h ? A(1) : A(0);
-      left[i] = (A(1) - (x - x0)) * has_left;
-      right[i] = (x - x0) * has_right;
-      top[i] = (A(1) - (y - y0)) * has_top;
-      bottom[i] = (y - y0) * has_bottom;
-      column_slope[0][i] = -has_left;
-      column_slope[1][i] = has_right;
-      row_slope[0][i] = -has_top;
-      row_slope[1][i] = has_bottom;
-      share[0][i] = weight * top[i] * left[i];
-      share[1][i] = weight * top[i] * right[i];
-      share[2][i] = weight * bottom[i] * left[i];
-      share[3][i] = weight * bottom[i] * right[i];
-      // A corner outside has share 0 and is read at its neighbour inside, which is read anyway.
-      const int32_t x_low = static_cast<int32_t>(x0 * has_left), y_low = static_cast<int32_t>(y0 * has_top);
-      const int32_t x_high = static_cast<int32_t>(x0 + has_right), y_high = static_cast<int32_t>(y0 + has_bottom);
-      token[0][i] = start[i] + y_low * columns[i] + x_low;
-      token[1][i] = start[i] + y_low * columns[i] + x_high;
-      token[2][i] = start[i] + y_high * columns[i] + x_low;
-      token[3][i] = start[i] + y_high * columns[i] + x_high;
-      inside[i] = is_inside;
-    }
+  alignas(64) A share[4][width];  // bilinear share times weight
+  alignas(64) Index<A> offset[4][width];  // of the corner's token, in numbers
+  alignas(64) Index<A> inside[width];  // 0: no corner of the sample lies in the level
+
+  // Of the samples from `first` on that `row` has placed; tokens are `stride` numbers apart.
+  DINO_D2_INLINE Bilinear<A> find(const Row<A>& row, int64_t first, Index<A> stride) {
+    const SampleLevels<A>& levels = row.levels;
+    const Vector<A> zero{}, one = zero + A(1), w = load<A>(levels.width + first), h = load<A>(levels.height + first);
+    const Vector<A> weight = load<A>(row.weight + first);
+    Vector<A> x = load<A>(row.x + first), y = load<A>(row.y + first);
+    // False for NaN too, so that what follows is finite and the conversion to integers defined.
+    const Indices is_inside = (x > -one) & (y > -one) & (x < w) & (y < h);
+    x = is_inside ? x : zero;
+    y = is_inside ? y : zero;
+    const Indices column = floor_of(x), line = floor_of(y);
+    const Vector<A> x0 = __builtin_convertvector(column, Vector<A>), y0 = __builtin_convertvector(line, Vector<A>);
+    const Indices has_left = column >= 0, has_right = x0 + one < w, has_top = line >= 0, has_bottom = y0 + one < h;
+    Bilinear<A> result;
+    result.left = has_left ? one - (x - x0) : zero;
+    result.right = has_right ? x - x0 : zero;
+    result.top = has_top ? one - (y - y0) : zero;
+    result.bottom = has_bottom ? y - y0 : zero;
+    result.column_slope[0] = has_left ? -one : zero;
+    result.column_slope[1] = has_right ? one : zero;
+    result.row_slope[0] = has_top ? -one : zero;
+    result.row_slope[1] = has_bottom ? one : zero;
+    const Vector<A> upper = weight * result.top, lower = weight * result.bottom;
+    store<A>(share[0], upper * result.left);
+    store<A>(share[1], upper * result.right);
+    store<A>(share[2], lower * result.left);
+    store<A>(share[3], lower * result.right);
+    // A corner outside has share 0 and is read at its neighbour inside, which is read anyway. What is true is -1.
+    const Indices columns = load_indices(levels.columns + first) * stride;
+    const Indices to_right = has_left & has_right & stride, to_bottom = has_top & has_bottom & columns;
+    const Indices first_of_line = load_indices(levels.start + first) * stride + (line & has_top) * columns;
+    const Indices top_left = first_of_line + (column & has_left) * stride;
+    store_indices(offset[0], top_left);
+    store_indices(offset[1], top_left + to_right);
+    store_indices(offset[2], top_left + to_bottom);
+    store_indices(offset[3], top_left + to_bottom + to_right);
+    store_indices(inside, is_inside);
+    return result;
+  }
+
+ private:
+  typedef Index<A> Unaligned __attribute__((vector_size(DINO_D2_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+
+  static DINO_D2_INLINE Indices load_indices(const Index<A>* from) {
+    return *reinterpret_cast<const Unaligned*>(from);
+  }
+  static DINO_D2_INLINE void store_indices(Index<A>* to, Indices x) { *reinterpret_cast<Unaligned*>(to) = x; }
+  static DINO_D2_INLINE Indices floor_of(Vector<A> x) {
+    const Indices towards_zero = __builtin_convertvector(x, Indices);
+    return towards_zero + (__builtin_convertvector(towards_zero, Vector<A>) > x);
   }
 };
 
@@ -209,8 +225,8 @@ struct Corners {  // plain arithmetic on arrays of constant length, which compil
 template <class A>
 class Walk {
  public:
-  Walk(Row<A>& row, int64_t begin, int64_t end)
-      : row_(row), index_(begin * row.sizes.heads), end_(end * row.sizes.heads) {}
+  Walk(Row<A>& row, int64_t begin, int64_t end, Index<A> stride)
+      : row_(row), index_(begin * row.sizes.heads), end_(end * row.sizes.heads), stride_(stride) {}
 
   // Fills `corners` with the next samples, if there are any.
   DINO_D2_INLINE void next(Corners<A>& corners) {
@@ -219,7 +235,7 @@ class Walk {
       if (index_ % row_.sizes.heads == 0) row_.begin_query(index_ / row_.sizes.heads);
       row_.place(index_);
     }
-    corners.find(row_, first_);
+    corners.find(row_, first_, stride_);
     first_ += Corners<A>::width;
     if (first_ < row_.sizes.samples()) return;
     first_ = 0;
@@ -230,4 +246,5 @@ class Walk {
   Row<A>& row_;
   int64_t index_, end_;  // through queries and heads
   int64_t first_ = 0;    // sample
+  Index<A> stride_;
 };

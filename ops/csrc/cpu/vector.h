@@ -61,49 +61,125 @@ DINO_D2_INLINE Words narrowed(Vector<float> x) {
   return x != x ? Words{} + 0x7fc00000u : rounded;
 }
 
-// Pairwise sums: the first half of the result holds a[0]+a[1], a[2]+a[3], …, the second half those of b.
-// log2(width) rounds of it turn `width` vectors into the vector of their sums.
+// Two vectors whose numbers are to be taken together, place by place.
 template <class A>
-DINO_D2_INLINE Vector<A> add_pairs(Vector<A> a, Vector<A> b) {
-  constexpr int width = VectorOf<A>::width;
+struct Pairs {
+  Vector<A> first, second;
+
+  DINO_D2_INLINE Vector<A> sum() const { return first + second; }
+  DINO_D2_INLINE Vector<A> larger() const { return second > first ? second : first; }
+};
+
 #if defined(__clang__)
-#define DINO_D2_PAIRS(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define DINO_D2_SHUFFLE(MASK, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-  typedef __typeof__(a < b) Mask;
-#define DINO_D2_PAIRS(...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#define DINO_D2_SHUFFLE(MASK, ...) __builtin_shuffle(a, b, MASK{__VA_ARGS__})
 #endif
+
+// Neighbours within each 16 bytes, which processors shuffle in one instruction: of a and b in turn.
+template <class A>
+DINO_D2_INLINE Pairs<A> neighbours(Vector<A> a, Vector<A> b) {
+  constexpr int width = VectorOf<A>::width;
+  typedef __typeof__(a < b) Mask;
   if constexpr (width == 2) {
-    return DINO_D2_PAIRS(0, 2) + DINO_D2_PAIRS(1, 3);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
+  } else if constexpr (width == 4 && sizeof(A) == 8) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 4, 2, 6), DINO_D2_SHUFFLE(Mask, 1, 5, 3, 7)};
   } else if constexpr (width == 4) {
-    return DINO_D2_PAIRS(0, 2, 4, 6) + DINO_D2_PAIRS(1, 3, 5, 7);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7)};
+  } else if constexpr (width == 8 && sizeof(A) == 8) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 8, 2, 10, 4, 12, 6, 14), DINO_D2_SHUFFLE(Mask, 1, 9, 3, 11, 5, 13, 7, 15)};
   } else if constexpr (width == 8) {
-    return DINO_D2_PAIRS(0, 2, 4, 6, 8, 10, 12, 14) + DINO_D2_PAIRS(1, 3, 5, 7, 9, 11, 13, 15);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 8, 10, 4, 6, 12, 14), DINO_D2_SHUFFLE(Mask, 1, 3, 9, 11, 5, 7, 13, 15)};
   } else {
     static_assert(width == 16);
-    return DINO_D2_PAIRS(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           DINO_D2_PAIRS(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30),
+            DINO_D2_SHUFFLE(Mask, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31)};
   }
-#undef DINO_D2_PAIRS
 }
+
+// Neighbouring parts of 16 bytes: those of x, then those of y.
+template <class A>
+DINO_D2_INLINE Pairs<A> neighbouring_parts(Vector<A> x, Vector<A> y) {
+#if DINO_D2_VECTOR_BYTES == 16
+  return {x, y};  // there is one part
+#else
+  const Vector<double> a = reinterpret_cast<Vector<double>>(x), b = reinterpret_cast<Vector<double>>(y);
+  typedef __typeof__(a < b) Mask;
+#if DINO_D2_VECTOR_BYTES == 64
+  return {reinterpret_cast<Vector<A>>(DINO_D2_SHUFFLE(Mask, 0, 1, 4, 5, 8, 9, 12, 13)),
+          reinterpret_cast<Vector<A>>(DINO_D2_SHUFFLE(Mask, 2, 3, 6, 7, 10, 11, 14, 15))};
+#else
+  return {reinterpret_cast<Vector<A>>(DINO_D2_SHUFFLE(Mask, 0, 1, 4, 5)),
+          reinterpret_cast<Vector<A>>(DINO_D2_SHUFFLE(Mask, 2, 3, 6, 7))};
+#endif
+#endif
+}
+
+// The numbers at even and at odd places of a and what follows it, b.
+template <class A>
+DINO_D2_INLINE Pairs<A> unzip(Vector<A> a, Vector<A> b) {
+  constexpr int width = VectorOf<A>::width;
+  typedef __typeof__(a < b) Mask;
+  if constexpr (width == 2) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
+  } else if constexpr (width == 4) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7)};
+  } else if constexpr (width == 8) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15)};
+  } else {
+    static_assert(width == 16);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+            DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+  }
+}
+
+// a and b in turns, in two vectors: the inverse of `unzip`.
+template <class A>
+DINO_D2_INLINE Pairs<A> zip(Vector<A> a, Vector<A> b) {
+  constexpr int width = VectorOf<A>::width;
+  typedef __typeof__(a < b) Mask;
+  if constexpr (width == 2) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
+  } else if constexpr (width == 4) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 4, 1, 5), DINO_D2_SHUFFLE(Mask, 2, 6, 3, 7)};
+  } else if constexpr (width == 8) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 8, 1, 9, 2, 10, 3, 11), DINO_D2_SHUFFLE(Mask, 4, 12, 5, 13, 6, 14, 7, 15)};
+  } else {
+    static_assert(width == 16);
+    return {DINO_D2_SHUFFLE(Mask, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+            DINO_D2_SHUFFLE(Mask, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+  }
+}
+#undef DINO_D2_SHUFFLE
+
+constexpr int kPartBytes = 16, kParts = DINO_D2_VECTOR_BYTES / kPartBytes;
 
 // Lane i of the result is the sum over the lanes of partial[i]; `partial` is used up.
 template <class A>
 DINO_D2_INLINE Vector<A> sum_lanes(Vector<A>* partial) {
-  for (int rows = VectorOf<A>::width; rows > 1; rows /= 2) {
-    for (int i = 0; i < rows / 2; ++i) partial[i] = add_pairs<A>(partial[2 * i], partial[2 * i + 1]);
+  int rows = VectorOf<A>::width;
+  for (unsigned lanes = kPartBytes / sizeof(A); lanes > 1; lanes /= 2) {
+    rows /= 2;
+    for (int i = 0; i < rows; ++i) partial[i] = neighbours<A>(partial[2 * i], partial[2 * i + 1]).sum();
+  }
+  for (int parts = kParts; parts > 1; parts /= 2) {
+    rows /= 2;
+    for (int i = 0; i < rows; ++i) partial[i] = neighbouring_parts<A>(partial[2 * i], partial[2 * i + 1]).sum();
   }
   return partial[0];
 }
 template <class A>
 DINO_D2_INLINE A sum_of_lanes(Vector<A> x) {
-  for (int lanes = VectorOf<A>::width; lanes > 1; lanes /= 2) x = add_pairs<A>(x, x);
+  for (unsigned lanes = kPartBytes / sizeof(A); lanes > 1; lanes /= 2) x = neighbours<A>(x, x).sum();
+  for (int parts = kParts; parts > 1; parts /= 2) x = neighbouring_parts<A>(x, x).sum();
   return x[0];
 }
 template <class A>
 DINO_D2_INLINE A largest_lane(Vector<A> x) {
-  A result = x[0];
-  for (int i = 1; i < VectorOf<A>::width; ++i) result = x[i] > result ? x[i] : result;
-  return result;
+  for (unsigned lanes = kPartBytes / sizeof(A); lanes > 1; lanes /= 2) x = neighbours<A>(x, x).larger();
+  for (int parts = kParts; parts > 1; parts /= 2) x = neighbouring_parts<A>(x, x).larger();
+  return x[0];
 }
 
 // What exp needs of a floating point type. `shift` is 1.5 * 2^(bits of the mantissa): adding it rounds to an integer and
