@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 RECIPE = "small/dino_mobilenetv2_640"
 # Files needed for a build with CUDA, and for an installation.
-IN_SDIST = ["ops/csrc/cuda/kernels.cuh", "ops/csrc/cuda/ms_deform_attn_cuda.cu", "ops/csrc/cpu/vector.h", "setup.py"]
+IN_SDIST = ["ops/csrc/cuda/primitives.cuh", "ops/csrc/cuda/ms_deform_attn_cuda.cu", "ops/csrc/cpu/vector.h", "setup.py"]
 IN_WHEEL = [
     "dino_d2/configs/dino_r50_4scale_12ep.yaml", f"dino_d2/configs/{RECIPE}.yaml", "dino_d2/tools/train_net.py",
     "dino_d2/model_zoo/zoo.yaml", "dino_d2_cli.py", "dino_d2/report/templates/report.html",

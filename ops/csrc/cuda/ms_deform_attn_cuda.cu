@@ -1,4 +1,4 @@
-// The operators on CUDA tensors: checks, memory, launches. The kernels are in kernels.cuh.
+// The operators on CUDA tensors: checks, memory, launches. The kernels are in forward.cuh, backward.cuh and fixed_point.cuh.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
 
 namespace dino_d2::cuda {
 

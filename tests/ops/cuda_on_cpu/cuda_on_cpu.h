@@ -1,4 +1,4 @@
-// Enough of CUDA to run ops/csrc/cuda/kernels.cuh on a CPU: one block after the other, one warp after the other, the 32
+// Enough of CUDA to run the kernels of ops/csrc/cuda on a CPU: one block after the other, one warp after the other, the 32
 // lanes of a warp as fibers that take turns at every shuffle and __syncwarp. It shows what the kernels compute, that no
 // lane misses a collective, and that nothing depends on the order of lanes; not what a GPU's memory model would allow.
 #pragma once
