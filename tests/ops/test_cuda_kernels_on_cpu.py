@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ SOURCE = Path(__file__).parent / "cuda_on_cpu" / "kernels.cpp"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of kernels.cpp
 # Roundings of what is stored, of the output; gradients are in the precision of the sums.
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ARCHITECTURES = [800, 900]  # without and with additions of four numbers at once
 PYRAMID = [(9, 11), (5, 6), (2, 3)]  # none of them a multiple of a tile
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -80,18 +83,27 @@ def make_problem(
     return Problem(value, shapes, reference, positions.to(accumulate), weights.to(accumulate))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tensor | None]]:
-    """Output, gradients of value, positions and weights, by the kernels; None where not wanted."""
-    binary = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
-    command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", str(SOURCE), "-o"]
-    subprocess.run([*command, str(binary)], check=True)
-    library = ctypes.CDLL(str(binary))
+class Traffic(ctypes.Structure):
+    """As in cuda_on_cpu.h."""
 
-    def call(
-        problem: Problem, value_wanted: bool = True, sampling_wanted: bool = True, deterministic: bool = False,
+    _fields_ = [(name, ctypes.c_int64) for name in ("instructions", "lines", "sectors")]
+
+
+class Kernels:
+    """The kernels as an architecture compiles them."""
+
+    def __init__(self, binary: Path, architecture: int) -> None:
+        command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+        subprocess.run([*command, f"-D__CUDA_ARCH__={architecture}", str(SOURCE), "-o", str(binary)], check=True)
+        self.library = ctypes.CDLL(str(binary))
+        self.library.backward.restype = Traffic
+        self.traffic = Traffic()  # of the last call
+
+    def __call__(
+        self, problem: Problem, value_wanted: bool = True, sampling_wanted: bool = True, deterministic: bool = False,
         aligned: bool = True, backwards: bool = False,
     ) -> list[Tensor | None]:  # fmt: skip
+        """Output, gradients of value, positions and weights; None where not wanted."""
         value, positions, weights = problem.value, problem.positions, problem.weights
         batch, tokens, heads, channels = value.shape
         accumulate = positions.dtype
@@ -111,11 +123,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tensor |
             reference, 0 if problem.reference is None else problem.reference.shape[-1], *others,
             deterministic, aligned, backwards,
         )  # fmt: skip
-        library.forward(ctypes.byref(arguments))
-        library.backward(ctypes.byref(arguments))
+        self.library.forward(ctypes.byref(arguments))
+        self.traffic = self.library.backward(ctypes.byref(arguments))
         return [output, *grads]
 
-    return call
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Kernels]:
+    folder = tmp_path_factory.mktemp("kernels")
+    return functools.cache(lambda architecture: Kernels(folder / f"{architecture}.so", architecture))
+
+
+@pytest.fixture
+def run(built: Callable[[int], Kernels], request: pytest.FixtureRequest) -> Kernels:
+    return built(getattr(request, "param", 900))
+
+
+on_each_architecture = pytest.mark.parametrize("run", ARCHITECTURES, indirect=True)
 
 
 def assert_close(results: list[Tensor | None], truths: list[Tensor], dtype: torch.dtype) -> None:
@@ -134,6 +158,7 @@ LAYOUTS = [  # each of plan.h, and head sizes that none is made for
 ]
 
 
+@on_each_architecture
 @pytest.mark.parametrize("reference_size", [0, 2, 4], ids=["plain", "points", "boxes"])
 @pytest.mark.parametrize(("dtype", "channels"), LAYOUTS, ids=lambda x: str(x).removeprefix("torch."))
 def test_every_layout(run, dtype: torch.dtype, channels: int, reference_size: int) -> None:
@@ -141,6 +166,7 @@ def test_every_layout(run, dtype: torch.dtype, channels: int, reference_size: in
     assert_close(run(problem), problem.truth(), dtype)
 
 
+@on_each_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_in_tiles(run, dtype: torch.dtype) -> None:
     problem = make_problem(dtype, 32, queries=None, reference_size=4)
@@ -207,3 +233,41 @@ def test_result_does_not_depend_on_the_order_of_lanes(run) -> None:
     problem = make_problem(torch.float32, 64, queries=5, reference_size=4)
     for forwards, backwards in zip(run(problem), run(problem, backwards=True), strict=True):
         torch.testing.assert_close(forwards, backwards, rtol=1e-5, atol=1e-6)
+
+
+def count_additions(run: Kernels, dtype: torch.dtype, channels: int, deterministic: bool = False) -> list[float]:
+    """Instructions, cache lines and sectors of 32 bytes that additions take, per row and corner."""
+    height, width, rows, heads = 8, 32, 64, 2  # a multiple of the rows of any block
+    problem = make_problem(dtype, channels, [(height, width)], 1, rows, batch=1, heads=heads)
+    query = torch.arange(rows)  # each between four pixels of its own
+    column, line = query % (width // 2) * 2 + 1, query // (width // 2) * 2 + 1
+    problem.positions[:] = torch.stack((column / width, line / height), -1).view(1, rows, 1, 1, 1, 2)
+    run(problem, deterministic=deterministic)
+    return [getattr(run.traffic, name) / (rows * heads * 4) for name in ("instructions", "lines", "sectors")]
+
+
+@on_each_architecture
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_additions_touch_no_sector_twice(run, dtype: torch.dtype, channels: int) -> None:
+    """Part of a sector costs as much as all of it."""
+    size = 8 if dtype == torch.float64 else 4
+    assert count_additions(run, dtype, channels)[2] == channels * size / 32
+
+
+def test_deterministic_additions_touch_no_sector_twice(run) -> None:
+    assert count_additions(run, torch.float32, 32, deterministic=True)[2] == 32 * 8 / 32
+
+
+def print_additions() -> None:
+    """The table in docs/performance.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in ARCHITECTURES:
+            kernels = Kernels(Path(folder, f"{architecture}.so"), architecture)
+            for dtype in DTYPES:
+                counts = {channels: count_additions(kernels, dtype, channels) for channels in (16, 32, 64, 128)}
+                print(f"sm_{architecture // 10} {dtype}: instructions, lines and sectors by channels: {counts}")
+
+
+if __name__ == "__main__":
+    print_additions()

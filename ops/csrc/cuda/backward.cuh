@@ -52,6 +52,48 @@ __device__ __forceinline__ void add_dots(const Staged<L, A>& staged, const Row<L
   for (int corner = 0; corner < 4; ++corner) dots[corner] += partial[0][corner];
 }
 
+// Adds the gradients of `channels` channels of the values for the samples that are staged, beginning with channel `turn`.
+template <class L, class Sum, class V, class A>
+__device__ __forceinline__ void add_to_values(const Staged<L, A>& staged, const Row<L, A>& row, const V* grad_output,
+                                              Sum* grad_value, int64_t stride, int turn, int channels, double scale) {
+  using Share = typename L::template Additions<Sum>;
+  const int first = Share::channel(0);
+  const Channels<Sum, Share::UNIT> to(grad_value + turn + first, stride);
+#pragma unroll
+  for (int r = 0; r < Share::ROWS; ++r) {
+    const int place = row.place / Share::ROWS * Share::ROWS + r;
+    int64_t index = row.index;
+    if constexpr (Share::ROWS > 1) index = __shfl_sync(0xffffffffu, index, r * L::LANES, Share::TOGETHER);
+    A grad[Share::UNITS][Share::UNIT];
+#pragma unroll
+    for (int unit = 0; unit < Share::UNITS; ++unit) {
+      const int channel = turn + Share::channel(unit);
+      Pack<V, Share::UNIT> g{};
+      if (L::WHOLE || channel < channels) {
+        g = *reinterpret_cast<const Pack<V, Share::UNIT>*>(grad_output + index * channels + channel);
+      }
+#pragma unroll
+      for (int e = 0; e < Share::UNIT; ++e) grad[unit][e] = widen(g.x[e]);
+    }
+#pragma unroll 2
+    for (int i = 0; i < L::LANES; ++i) {
+      const Pack<int, 4> token = staged.token[place * L::LANES + i];
+      if (token.x[0] < 0 || !(L::WHOLE || turn + first < channels)) continue;
+      const Pack<A, 4> share = staged.share[place * L::LANES + i];
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+        for (int unit = 0; unit < Share::UNITS; ++unit) {
+          Sum part[Share::UNIT];
+#pragma unroll
+          for (int e = 0; e < Share::UNIT; ++e) part[e] = part_of(Sum{}, share.x[corner] * grad[unit][e], scale);
+          to.add(token.x[corner], Share::channel(unit) - first, part);
+        }
+      }
+    }
+  }
+}
+
 // FIXED: gradients of the values are collected in fixed point.
 template <class V, class A, class L, bool FIXED>
 __global__ void __launch_bounds__(kThreads, L::WHOLE ? 2 : 1)
@@ -85,26 +127,13 @@ __global__ void __launch_bounds__(kThreads, L::WHOLE ? 2 : 1)
       const int channel = turn + row.lane * L::VEC;
       const bool has_channels = L::WHOLE || channel < channels;
       const Channels<const V, L::VEC> value(p.value + offset + channel, stride);
-      const Channels<Sum, L::VEC> to(grad_value + offset + channel, stride);
       A grad[L::VEC] = {};
       if (has_channels) {
         const auto g = *reinterpret_cast<const Pack<V, L::VEC>*>(grad_output + channel);
         for (int e = 0; e < L::VEC; ++e) grad[e] = widen(g.x[e]);
       }
       if (grad_value) {
-#pragma unroll 2
-        for (int i = 0; i < L::LANES; ++i) {
-          const Pack<int, 4> token = staged.token[row.place * L::LANES + i];
-          if (token.x[0] < 0 || !has_channels) continue;
-          const Pack<A, 4> share = staged.share[row.place * L::LANES + i];
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-            Sum part[L::VEC];
-#pragma unroll
-            for (int e = 0; e < L::VEC; ++e) part[e] = part_of(Sum{}, share.x[corner] * grad[e], scale);
-            to.add(token.x[corner], part);
-          }
-        }
+        add_to_values<L>(staged, row, p.grad_output, grad_value + offset, stride, turn, channels, scale);
       }
       if (!sampling_wanted) continue;
       if constexpr (L::SPREAD == 1) {  // no loop for the compiler to keep

@@ -18,6 +18,13 @@ __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
 __device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
+// How many neighbouring sums in float32 one instruction adds to.
+#if __CUDA_ARCH__ >= 900
+constexpr int kAddedAtOnce = 4;
+#else
+constexpr int kAddedAtOnce = 1;
+#endif
+
 template <class T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T x[N];
@@ -54,16 +61,9 @@ __device__ __forceinline__ void add_at(uint64_t address, double x) {
 __device__ __forceinline__ void add_at(uint64_t address, long long x) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(address), "l"(x) : "memory");
 }
-__device__ __forceinline__ void add_at(uint64_t address, float x, float y, float z, float w) {
-#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void add_at(uint64_t address, float x, float y, float z, float w) {  // from 9.0 on
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");
-#else
-  add_at(address, x);
-  add_at(address + 4, y);
-  add_at(address + 8, z);
-  add_at(address + 12, w);
-#endif
 }
 #endif
 
@@ -77,14 +77,13 @@ class Channels {
   __device__ __forceinline__ Pack<std::remove_const_t<T>, VEC> operator[](int token) const {
     return read_at<Pack<std::remove_const_t<T>, VEC>>(address_of(first_, token, stride_));
   }
-  __device__ __forceinline__ void add(int token, const T (&x)[VEC]) const {
-    const uint64_t address = address_of(first_, token, stride_);
-    if constexpr (VEC % 4 == 0) {
-#pragma unroll
-      for (int e = 0; e < VEC; e += 4) add_at(address + e * sizeof(T), x[e], x[e + 1], x[e + 2], x[e + 3]);
+  __device__ __forceinline__ void add(int token, int channel, const T (&x)[VEC]) const {
+    const uint64_t address = address_of(first_, token, stride_) + channel * sizeof(T);
+    if constexpr (VEC == 4) {
+      add_at(address, x[0], x[1], x[2], x[3]);
     } else {
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) add_at(address + e * sizeof(T), x[e]);
+      static_assert(VEC == 1);
+      add_at(address, x[0]);
     }
   }
 

@@ -39,6 +39,22 @@ struct Layout {
   static constexpr int GROUP = LANES == 8 ? 8 : 4;      // samples whose sums over channels are made together
   static constexpr int SPREAD = LANES / GROUP;         // lanes that end up with the same sum
 
+  // Additions to sums of type S. TOGETHER neighbouring lanes add to one row at a time, UNIT neighbouring channels each, so
+  // that an instruction fills sectors of 32 bytes; the rows that these lanes serve have their turns.
+  template <class S>
+  struct Additions {
+    static constexpr int UNIT = std::is_same_v<S, float> && VEC % kAddedAtOnce == 0 ? kAddedAtOnce : 1;
+    static constexpr int FILLED = 32 / (UNIT * sizeof(S));
+    static constexpr int TOGETHER = LANES < FILLED ? FILLED : LANES;
+    static constexpr int ROWS = TOGETHER / LANES;
+    static constexpr int UNITS = VEC / (UNIT * ROWS);  // of a lane, in each of these rows
+    static_assert(UNITS * UNIT * ROWS == VEC);
+
+    static __device__ __forceinline__ int channel(int unit) {
+      return (unit * TOGETHER + static_cast<int>(threadIdx.x) % TOGETHER) * UNIT;
+    }
+  };
+
   static __device__ __forceinline__ int sample(int lane) { return lane % SPREAD * GROUP + lane / SPREAD; }
   static __device__ __forceinline__ int channels(const Sizes& z) {
     return WHOLE ? LANES * VEC : static_cast<int>(z.channels);

@@ -1,6 +1,7 @@
 // Enough of CUDA to run the kernels of ops/csrc/cuda on a CPU: one block after the other, one warp after the other, the 32
 // lanes of a warp as fibers that take turns at every shuffle and __syncwarp. It shows what the kernels compute, that no
 // lane misses a collective, and that nothing depends on the order of lanes; not what a GPU's memory model would allow.
+// __CUDA_ARCH__ is defined by the command line. Atomic additions are counted as the memory sees them.
 #pragma once
 
 #include <ucontext.h>
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <vector>
 
 #define __global__
@@ -30,6 +32,14 @@ namespace emulation {
 constexpr int kLanes = 32;
 inline bool backwards = false;  // the order in which lanes take their turns
 
+// Atomic additions: instructions of warps, the cache lines (128 bytes) and the sectors (32 bytes) that they touch. The
+// n-th addition of every lane belongs to one instruction, which holds where no lane skips one.
+struct Traffic {
+  int64_t instructions, lines, sectors;
+};
+inline Traffic traffic;
+inline uint64_t first_sum;  // on a GPU, memory begins where a line does
+
 struct Warp {
   ucontext_t scheduler, lanes[kLanes];
   std::vector<char> stacks = std::vector<char>(kLanes * size_t(256) << 10);
@@ -37,6 +47,7 @@ struct Warp {
   unsigned first_thread = 0;
   int current = 0, rounds[kLanes] = {};
   bool done[kLanes] = {};
+  std::vector<uint64_t> added[kLanes];  // the sectors of each addition, one after the other
   uint64_t given[2][kLanes];  // of this collective and of the last, which slower lanes may still be reading
 
   static Warp& instance() {
@@ -54,6 +65,7 @@ struct Warp {
     for (int i = 0; i < kLanes; ++i) {
       done[i] = false;
       rounds[i] = 0;
+      added[i].clear();
       getcontext(&lanes[i]);
       lanes[i].uc_stack.ss_sp = stacks.data() + i * (size_t(256) << 10);
       lanes[i].uc_stack.ss_size = size_t(256) << 10;
@@ -71,6 +83,21 @@ struct Warp {
         std::fprintf(stderr, "lane %d left the others at a collective\n", i);
         std::abort();
       }
+    }
+    count_additions();
+  }
+  void count_additions() const {
+    for (size_t n = 0;; ++n) {
+      std::set<uint64_t> lines, sectors;
+      for (const std::vector<uint64_t>& of_lane : added) {
+        if (n >= of_lane.size()) continue;
+        sectors.insert(of_lane[n]);
+        lines.insert(of_lane[n] / 4);
+      }
+      if (sectors.empty()) return;
+      ++traffic.instructions;
+      traffic.lines += static_cast<int64_t>(lines.size());
+      traffic.sectors += static_cast<int64_t>(sectors.size());
     }
   }
   // Gives `bits` and waits until every lane has. What they gave is in given[result].
@@ -95,15 +122,24 @@ void launch(unsigned blocks, int threads, const F& kernel) {
 
 }  // namespace emulation
 
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int distance) {
+// What the lane `of(me)` gave.
+template <class T, class F>
+T exchange(T x, const F& of) {
   emulation::Warp& warp = emulation::Warp::instance();
   const int me = warp.current;
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof(T));
   const int slot = warp.meet(bits);
-  std::memcpy(&x, &warp.given[slot][me ^ distance], sizeof(T));
+  std::memcpy(&x, &warp.given[slot][of(me)], sizeof(T));
   return x;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int distance) {
+  return exchange(x, [&](int me) { return me ^ distance; });
+}
+template <class T>
+T __shfl_sync(unsigned, T x, int lane, int width) {
+  return exchange(x, [&](int me) { return me / width * width + lane; });
 }
 inline void __syncwarp() { emulation::Warp::instance().meet(0); }
 
@@ -152,19 +188,27 @@ T read_at(uint64_t address) {
   }
   return *reinterpret_cast<const T*>(address);
 }
+// `address` is a multiple of the size of what is added, which therefore lies in one sector.
+inline void record_addition(uint64_t address, size_t size) {
+  if (address % size != 0) {
+    std::fprintf(stderr, "an addition to %zu bytes is not aligned\n", size);
+    std::abort();
+  }
+  emulation::Warp& warp = emulation::Warp::instance();
+  warp.added[warp.current].push_back((address - emulation::first_sum) / 32);
+}
 template <class T>
 void add_at(uint64_t address, T x) {
+  record_addition(address, sizeof(T));
   *reinterpret_cast<T*>(address) += x;
 }
 inline void add_at(uint64_t address, float x, float y, float z, float w) {
-  if (address % 16 != 0) {
-    std::fprintf(stderr, "an addition of four numbers is not aligned\n");
-    std::abort();
-  }
-  for (const float part : {x, y, z, w}) {
-    add_at(address, part);
-    address += sizeof(float);
-  }
+  record_addition(address, 4 * sizeof(float));
+  float* const to = reinterpret_cast<float*>(address);
+  to[0] += x;
+  to[1] += y;
+  to[2] += z;
+  to[3] += w;
 }
 
 }  // namespace dino_d2::cuda

@@ -75,8 +75,11 @@ extern "C" void forward(const Call* call) {
   });
 }
 
-extern "C" void backward(const Call* call) {
+// Returns what the additions into the gradient of the values did to the memory.
+extern "C" emulation::Traffic backward(const Call* call) {
   const Call& c = *call;
+  emulation::traffic = {};
+  emulation::first_sum = reinterpret_cast<uint64_t>(c.grad_value);
   emulation::backwards = c.backwards;
   const std::vector<Level> levels = levels_of(c);
   const Sizes sizes = sizes_of(c);
@@ -96,6 +99,7 @@ extern "C" void backward(const Call* call) {
       const int64_t count = sizes.batch * sizes.tokens * sizes.heads * sizes.channels;
       const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
       std::vector<long long> sums(count);
+      emulation::first_sum = reinterpret_cast<uint64_t>(sums.data());
       const double largest[2] = {largest_of(problem.grad_output, rows * sizes.channels),
                                  c.reference ? 1.0 : largest_of(problem.sampling.weights, rows * sizes.samples())};
       const int64_t additions = sizes.queries * (c.reference ? 1 : sizes.samples());
@@ -114,4 +118,5 @@ extern "C" void backward(const Call* call) {
                         [&] { backward_kernel<V, A, L, false>(problem, on_device, tiles, FixedPoint{}); });
     });
   });
+  return emulation::traffic;
 }
