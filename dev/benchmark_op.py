@@ -5,8 +5,9 @@
     dev/benchmark_op.py --dtype bfloat16 --shape decoder
     dev/benchmark_op.py --device cuda --locations random
 
-All are first compared with float64, then timed in interleaved rounds, so that other load affects them alike. Prints a
-Markdown table. The exit code is 1 if one of our results is wrong.
+All are first compared with float64, then timed in interleaved rounds, so that other load affects them alike. On a GPU
+its own clock is read before and after many calls, made from Python and replayed as a graph, which leaves out what the
+host needs for a call. Prints a Markdown table. The exit code is 1 if one of our results is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -46,6 +47,7 @@ PEERS = [  # package, module, function of value, shapes, starts of levels, locat
     ("torch-ms-deform-attn", "torch_ms_deform_attn", "ms_deform_attn"),
     ("deformops", "deformops.registry", "msda"),
 ]
+CALLS = 50  # between two looks at a GPU's clock
 LOCAL_SPREAD = 0.03  # standard deviation of sample offsets, relative to the image
 
 
@@ -82,11 +84,12 @@ class Contestant:
 
 @dataclass
 class Times:
-    forward: list[float]
-    backward: list[float]
+    """Seconds of a call in each round; `replayed`: as a graph on a GPU, empty elsewhere and where that fails."""
 
-    def median(self) -> tuple[float, float]:
-        return statistics.median(self.forward), statistics.median(self.backward)
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    replayed_forward: list[float] = field(default_factory=list)
+    replayed_backward: list[float] = field(default_factory=list)
 
 
 def make_problem(shape: str, locations: str, dtype: torch.dtype, device: str) -> Problem:
@@ -231,32 +234,79 @@ def truth_of(problem: Problem) -> dict[bool, list[Tensor]]:
     return {False: [output, of_value, of_locations, of_weights], True: [output, of_value, of_offsets, of_logits]}
 
 
-def wait_for(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Seconds that a call takes: on a GPU the average of many, by its own clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
+
+
+def graphs_of(entrant: Contestant, grad_output: Tensor) -> tuple[Callable[[], None], Callable[[], None]] | None:
+    """Replay of the forward pass, and of forward and backward pass; None if it cannot be captured."""
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(entrant.run(*entrant.leaves), entrant.leaves, grad_output)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return entrant.run(*entrant.leaves)
+
+    replays = []
+    for function in (forward, both):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        except RuntimeError as error:
+            print(f"{entrant.name} in a graph: {str(error).splitlines()[0]}\n")
+            return None
+        replays.append(graph.replay)
+    return tuple(replays)
 
 
 def measure(entrants: list[Contestant], device: str, seconds: float) -> dict[str, Times]:
-    times = {entrant.name: Times([], []) for entrant in entrants}
+    times = {entrant.name: Times() for entrant in entrants}
     grads = {entrant.name: torch.randn_like(entrant.run(*entrant.leaves)) for entrant in entrants}
+    graphs = {}
+    if device != "cpu":
+        graphs = {entrant.name: graphs_of(entrant, grads[entrant.name]) for entrant in entrants}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 5 or time.perf_counter() < end:
         for entrant in entrants:
+            leaves = entrant.leaves
             with torch.no_grad():
-                entrant.run(*entrant.leaves)  # so that the caches do not hold another contestant's data
-                wait_for(device)
-                start = time.perf_counter()
-                entrant.run(*entrant.leaves)
-                wait_for(device)
-                forward = time.perf_counter() - start
-            output = entrant.run(*entrant.leaves)
-            wait_for(device)
-            start = time.perf_counter()
-            torch.autograd.grad(output, entrant.leaves, grads[entrant.name])
-            wait_for(device)
-            if rounds > 0:  # the first round warms up
-                times[entrant.name].forward.append(forward)
-                times[entrant.name].backward.append(time.perf_counter() - start)
+                entrant.run(*leaves)  # so that the caches do not hold another contestant's data
+                forward = seconds_of(lambda entrant=entrant: entrant.run(*entrant.leaves), device)
+            output, grad = entrant.run(*leaves), grads[entrant.name]
+            backward = seconds_of(
+                lambda output=output, leaves=leaves, grad=grad: torch.autograd.grad(
+                    output, leaves, grad, retain_graph=True
+                ),
+                device,
+            )
+            replayed = [seconds_of(replay, device) for replay in graphs.get(entrant.name) or ()]
+            if rounds == 0:  # warms up
+                continue
+            of_entrant = times[entrant.name]
+            of_entrant.forward.append(forward)
+            of_entrant.backward.append(backward)
+            if replayed:
+                of_entrant.replayed_forward.append(replayed[0])
+                of_entrant.replayed_backward.append(replayed[1] - replayed[0])
         rounds += 1
     return times
 
@@ -265,13 +315,7 @@ def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second when copying a large tensor, best of ten."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        wait_for(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait_for(device)
-        best = min(best, time.perf_counter() - start)
+    best = min(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
     return 2 * source.numel() * source.element_size() / best
 
 
@@ -281,6 +325,27 @@ def least_bytes(problem: Problem) -> tuple[int, int]:
     sampling = sum(x.numel() * x.element_size() for x in (problem.offsets, problem.logits))
     output = problem.offsets.shape[1] * prod(problem.value.shape[2:]) * problem.value.element_size()
     return value + sampling + output, 2 * value + 2 * sampling + output
+
+
+def print_table(
+    title: str,
+    times: dict[str, Times],
+    errors: dict[str, float],
+    floors: list[float],
+    select: Callable[[Times], tuple[list[float], list[float]]],
+) -> None:
+    """Medians of what `select` picks; ratios to the first contestant."""
+    medians = {name: [statistics.median(part) for part in select(of)] for name, of in times.items()}
+    slow = next(iter(medians.values()))
+    print(f"| {title} | forward (ms) | ratio | of copy speed | backward (ms) | ratio | of copy speed | both | error |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, both in medians.items():
+        cells = [
+            f"{mine * 1e3:.3g} | {theirs / mine:.1f} | {floor / mine:.0%}"
+            for mine, theirs, floor in zip(both, slow, floors, strict=True)
+        ]
+        print(f"| {name} | {' | '.join(cells)} | {sum(slow) / sum(both):.1f} | {errors[name]:.0e} |")
+    print()
 
 
 def main() -> int:
@@ -311,17 +376,10 @@ def main() -> int:
         f"{kernels}, torch {torch.__version__}; copies {bandwidth / 1e9:.1f} GB/s; medians of "
         f"{len(times['grid_sample'].forward)} rounds\n"
     )
-    print("| | forward (ms) | ratio | of copy speed | backward (ms) | ratio | of copy speed | both, ratio | error |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    slow_forward, slow_backward = times["grid_sample"].median()
-    for entrant in entrants:
-        forward, backward = times[entrant.name].median()
-        both = (slow_forward + slow_backward) / (forward + backward)
-        print(
-            f"| {entrant.name} | {forward * 1e3:.2f} | {slow_forward / forward:.1f} | {floors[0] / forward:.0%} "
-            f"| {backward * 1e3:.2f} | {slow_backward / backward:.1f} | {floors[1] / backward:.0%} "
-            f"| {both:.1f} | {errors[entrant.name]:.0e} |"
-        )
+    print_table("Called from Python", times, errors, floors, lambda of: (of.forward, of.backward))
+    if args.device != "cpu":
+        replayed = {name: of for name, of in times.items() if of.replayed_forward}
+        print_table("Replayed", replayed, errors, floors, lambda of: (of.replayed_forward, of.replayed_backward))
     wrong = [entrant.name for entrant in entrants if entrant.is_ours and not errors[entrant.name] <= allowed]
     if wrong:
         print(f"\nwrong: {', '.join(wrong)} (more than {allowed:.0e} from float64)")

@@ -57,7 +57,6 @@ struct Backward {
   const V* value;
   const V* grad_output;
   A* grad_value;  // null: not wanted
-  bool staged;    // grad_value is written whole, through a copy per head; otherwise it arrives filled with zeros
 };
 
 }  // namespace dino_d2

@@ -173,6 +173,16 @@ def test_queries_in_tiles(run, dtype: torch.dtype) -> None:
     assert_close(run(problem), problem.truth(), dtype)
 
 
+@on_each_architecture
+@pytest.mark.parametrize("queries", [70, None])
+@pytest.mark.parametrize("reference_size", [0, 2, 4], ids=["plain", "points", "boxes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_levels_of_four_points(run, dtype: torch.dtype, reference_size: int, queries: int | None) -> None:
+    """Which have kernels of their own."""
+    problem = make_problem(dtype, 32, [(8, 9), (4, 5), (2, 3), (1, 2)], 4, queries, reference_size=reference_size)
+    assert_close(run(problem), problem.truth(), dtype)
+
+
 @pytest.mark.parametrize(("levels", "points"), [(1, 1), (1, 7), (4, 4), (5, 4), (3, 8)])
 def test_numbers_of_levels_and_points(run, levels: int, points: int) -> None:
     """Fewer samples than lanes take at once, more, and no multiple of it."""
@@ -194,14 +204,19 @@ def test_values_may_begin_anywhere(run) -> None:
     assert_close(run(problem, aligned=False), problem.truth(), torch.float32)
 
 
-def test_samples_outside_read_nothing(run) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_samples_outside_read_nothing(run, levels: int, dtype: torch.dtype) -> None:
     height, width = 5, 6
-    problem = make_problem(torch.float32, 32, [(height, width)], queries=6)
+    problem = make_problem(dtype, 32, [(height, width)] * levels, points=4, queries=7)
     for query, place in enumerate((-5.0, 7.0, 1e30, float("inf"), float("nan"))):
         problem.positions[:, query] = place
-    problem.positions[:, 5] = torch.tensor([1 / width, 1 / height])  # between the first four pixels
+    problem.positions[:, 5:] = torch.tensor([1 / width, 1 / height])  # between the first four pixels of a level
+    problem.positions[:, 6, :, 0, :3] = 7.0  # but for three samples, which are outside
     problem.value[:] = float("nan")
-    problem.value[:, [0, 1, width, width + 1]] = 1
+    for level in range(levels):
+        problem.value[:, [level * height * width + i for i in (0, 1, width, width + 1)]] = 1
+    problem.grad_output.view(2, 7, 2, 32)[:, 0] = float("nan")  # reaches no value
     output, grad_value, grad_locations, grad_weights = run(problem)
     assert output.isfinite().all()
     assert (output[:, :5] == 0).all()
@@ -209,6 +224,8 @@ def test_samples_outside_read_nothing(run) -> None:
     assert (grad_value[:, 0] != 0).any()
     assert (grad_locations[:, :5] == 0).all()
     assert (grad_weights[:, :5] == 0).all()
+    assert (grad_weights[:, 6, :, 0, :3] == 0).all()
+    assert grad_locations.isfinite().all()
 
 
 @pytest.mark.parametrize("reference_size", [0, 4])

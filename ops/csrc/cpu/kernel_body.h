@@ -220,7 +220,7 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
 // One head's values lie `heads * channels` apart, which uses few of a cache's sets. Where every token is visited often
 // it pays to copy the head's values side by side, in the precision of the sums, and to collect its gradient likewise.
 template <class V, class A, class Channels>
-void backward_rows(const Backward<V, A>& p, const SampleLevels<A>& levels, A* scratch, int64_t plane,
+void backward_rows(const PlanesBackward<V, A>& p, const SampleLevels<A>& levels, A* scratch, int64_t plane,
                    int64_t first_channel, int64_t channels) {
   const Sizes& z = p.sizes;
   const int64_t stride = z.heads * z.channels;
@@ -297,7 +297,7 @@ void forward(const Forward<V, A>& problem, const SampleLevels<A>& levels, A* scr
 }
 
 template <class V, class A>
-void backward(const Backward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, int64_t plane) {
+void backward(const PlanesBackward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, int64_t plane) {
   DINO_D2_FOR_CHANNELS(backward_rows, InOrder, plane);
 }
 

@@ -35,12 +35,17 @@ constexpr int64_t kMostChannels = 256;  // of a head worked on at once; more are
 constexpr int64_t kScratchArrays = 10;  // of `padded` numbers, that a kernel keeps one query's samples in
 
 template <class V, class A>
+struct PlanesBackward : Backward<V, A> {
+  bool staged;  // grad_value is written whole, through a copy per head; otherwise it arrives filled with zeros
+};
+
+template <class V, class A>
 struct KernelsOf {
   // Queries [begin, end) of the flattened (batch, query) axis. `scratch`: kScratchArrays * padded numbers.
   void (*forward)(const Forward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t begin, int64_t end);
   // One plane of the flattened (batch, head) axis: heads never share a gradient, so threads that own whole heads need
   // no atomics. `scratch`: as above, and 2 * tokens * min(channels, kMostChannels) more for a staged problem.
-  void (*backward)(const Backward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t plane);
+  void (*backward)(const PlanesBackward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t plane);
 };
 
 struct BFloat16 {

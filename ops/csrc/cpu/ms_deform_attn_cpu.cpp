@@ -209,12 +209,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
       sampling.grad_positions = static_cast<A*>(grad_positions.mutable_data_ptr());
       sampling.grad_weights = static_cast<A*>(grad_weights.mutable_data_ptr());
     }
-    const Backward<V, A> problem{sizes,
-                                 sampling,
-                                 static_cast<const V*>(value.const_data_ptr()),
-                                 static_cast<const V*>(grad_output.const_data_ptr()),
-                                 value_wanted ? static_cast<A*>(grad_value.mutable_data_ptr()) : nullptr,
-                                 staged};
+    const PlanesBackward<V, A> problem{{sizes, sampling, static_cast<const V*>(value.const_data_ptr()),
+                                        static_cast<const V*>(grad_output.const_data_ptr()),
+                                        value_wanted ? static_cast<A*>(grad_value.mutable_data_ptr()) : nullptr},
+                                       staged};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
     const int64_t staging = staged ? 2 * sizes.tokens * std::min(sizes.channels, kMostChannels) : 0;
     torch::stable::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t begin, int64_t end) {

@@ -19,9 +19,10 @@ __device__ __forceinline__ long long part_of(long long, A x, double scale) { ret
 
 // The bits of the largest magnitude of `count` numbers, which sort like unsigned integers; NaN is larger than all.
 template <class T>
-__global__ void __launch_bounds__(kThreads) largest_kernel(const T* x, int64_t count, unsigned long long* result) {
+__global__ void __launch_bounds__(kMostThreads) largest_kernel(const T* x, int64_t count, unsigned long long* result) {
   double largest = 0;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
+  const int64_t threads = int64_t(gridDim.x) * kMostThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kMostThreads + threadIdx.x; i < count; i += threads) {
     const double magnitude = fabs(static_cast<double>(widen(x[i])));
     largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
   }
@@ -37,9 +38,10 @@ static __global__ void scale_kernel(const double* largest, double additions, dou
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMostThreads)
     from_fixed_kernel(const long long* sums, const double* scale, int64_t count, A* result) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
+  const int64_t threads = int64_t(gridDim.x) * kMostThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kMostThreads + threadIdx.x; i < count; i += threads) {
     result[i] = static_cast<A>(static_cast<double>(sums[i]) / *scale);
   }
 }

@@ -6,42 +6,43 @@
 namespace dino_d2::cuda {
 
 template <class V, class A, class L>
-__global__ void __launch_bounds__(kThreads, L::WHOLE ? 4 : 1)
+__global__ void __launch_bounds__(kMostThreads, L::WHOLE ? 3 : 1)
     forward_kernel(const Forward<V, A> p, const Levels levels, const Tiles tiles) {
-  __shared__ Staged<L, A> staged;
+  using Values = Pack<V, L::VEC>;
   const Sizes& z = p.sizes;
-  const Row<L, A> row(z, levels, tiles);
-  const Weights<L, A> weights(row, p.sampling);
+  const Row<L> row(z, levels, tiles);
+  const Samples<L, A> samples(row, p.sampling, levels, z);
+  Staged<L, A>& staged = shared_memory<Staged<L, A>>()[row.place];
   const int channels = L::channels(z);
-  const int64_t stride = z.heads * z.channels, offset = row.image * z.tokens * stride + row.head * z.channels;
+  const uint32_t pitch = static_cast<uint32_t>(z.heads) * (channels / L::VEC);
   for (int turn = 0; turn < channels; turn += L::LANES * L::VEC) {
     const int channel = turn + row.lane * L::VEC;
     const bool has_channels = L::WHOLE || channel < channels;
-    const Channels<const V, L::VEC> value(p.value + offset + channel, stride);
+    const uint64_t value = kept_address_of(p.value + row.value + channel);
     A sum[L::VEC] = {};
-    for (int first = 0; first < row.samples; first += L::LANES) {
-      const int mine = first + L::sample(row.lane);
-      const Sample<A> sample(row, p.sampling, levels, z.levels, mine);
-      __syncwarp();  // what was staged before has been read
-      staged.put(row, sample, sample.inside ? weights[mine] : A(0));
-      __syncwarp();
-#pragma unroll 4
-      for (int i = 0; i < L::LANES; ++i) {
-        const Pack<int, 4> token = staged.token[row.place * L::LANES + i];
-        if (token.x[0] < 0 || !has_channels) continue;
-        const Pack<A, 4> share = staged.share[row.place * L::LANES + i];
+#pragma unroll L::PASSES > 0 ? L::PASSES : 1
+    for (int pass = 0; pass < samples.passes(); ++pass) {
+      const Sample<A> sample = samples.sample(pass, pitch);
+      const unsigned inside = staged.put(row.lane, sample, sample.inside ? samples.weight(pass) : A(0));
+      if (inside == 0 || !has_channels) continue;
+#pragma unroll 2
+      for (int i = 0; i < samples.taken(pass); ++i) {
+        const Pack<uint32_t, 4> offset = staged.offset[i];
+        const Pack<A, 4> share = staged.share[i];
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          const auto v = value[token.x[corner]];
+          A wide[L::VEC];
+          widen(read_at<Values>(address_of<sizeof(Values)>(value, offset.x[corner])), wide);
 #pragma unroll
-          for (int e = 0; e < L::VEC; ++e) sum[e] += share.x[corner] * widen(v.x[e]);
+          for (int e = 0; e < L::VEC; ++e) sum[e] += share.x[corner] * wide[e];
         }
       }
     }
     if (!row.exists || !has_channels) continue;
-    Pack<V, L::VEC> result;
+    Values result;
+#pragma unroll
     for (int e = 0; e < L::VEC; ++e) narrow(sum[e], &result.x[e]);
-    *reinterpret_cast<Pack<V, L::VEC>*>(p.output + row.index * z.channels + channel) = result;
+    *reinterpret_cast<Values*>(p.output + row.index * channels + channel) = result;
   }
 }
 

@@ -1,4 +1,5 @@
-// The operators on CUDA tensors: checks, memory, launches. The kernels are in forward.cuh, backward.cuh and fixed_point.cuh.
+// The operators on CUDA tensors: checks, memory, launches. The kernels are in forward.cuh, backward.cuh and
+// fixed_point.cuh.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -82,8 +83,6 @@ struct Arguments {
         sizes(sizes_of(value, levels, positions, weights, accumulate)) {
     STD_TORCH_CHECK(levels.size() <= kMostLevels, "the CUDA kernels take at most ", kMostLevels, " levels, not ",
                     levels.size());
-    // Tokens are at most 2^31 bytes apart in the widest type.
-    STD_TORCH_CHECK(sizes.heads * sizes.channels < (int64_t(1) << 28), "more than 2^28 channels of all heads");
     check_same_device(value, positions, "sampling positions");
     check_same_device(value, weights, "attention weights");
     if (!any_reference) return;
@@ -91,6 +90,8 @@ struct Arguments {
     check_reference(*reference, sizes, accumulate);
     check_same_device(value, *reference, "reference");
   }
+
+  bool samples_are_aligned() const { return is_aligned(positions) && is_aligned(weights); }
 
   template <class A>
   Sampling<A> sampling() const {
@@ -105,16 +106,18 @@ struct Arguments {
   }
 };
 
-// Calls f(layout, tiles, blocks).
-template <class V, class F>
-void plan(const Arguments& arguments, bool aligned, const F& f) {
-  with_layout<V>(arguments.sizes.channels, aligned, [&](auto layout) {
-    const Tiles tiles = plan_tiles(arguments.levels, arguments.sizes, decltype(layout)::ROWS);
-    const int64_t blocks = plan_blocks(tiles, arguments.sizes);
-    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "too many queries for one launch");
-    f(layout, tiles, static_cast<unsigned>(blocks));
-    check_launch();
-  });
+// Launches a kernel for rows of layout L: calls f(blocks, launch).
+template <class L, class A, class F>
+void launch(const Arguments& arguments, const F& f) {
+  const Sizes& sizes = arguments.sizes;
+  constexpr int64_t kMost = int64_t(1) << 31, kMostOffsets = int64_t(1) << 32;
+  STD_TORCH_CHECK(sizes.queries < kMost && sizes.samples() < kMost, "2^31 queries or samples or more");
+  STD_TORCH_CHECK(sizes.batch < (1 << 16) && sizes.heads < (1 << 16), "2^16 images or heads or more in one call");
+  STD_TORCH_CHECK(sizes.tokens * sizes.heads * sizes.channels / L::VEC < kMostOffsets,
+                  "an image of ", sizes.tokens * sizes.heads * sizes.channels, " values is too large");
+  const Launch launch = plan_launch<L, A>(arguments.levels, sizes);
+  f(dim3(launch.tiles.count, sizes.heads, sizes.batch), launch);
+  check_launch();
 }
 
 Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
@@ -129,9 +132,12 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
     using V = decltype(v);
     using A = decltype(a);
     const Forward<V, A> problem{in.sizes, in.sampling<A>(), read<V>(in.value), written<V>(output)};
-    plan<V>(in, is_aligned(in.value), [&](auto layout, const Tiles& tiles, unsigned blocks) {
-      forward_kernel<V, A, decltype(layout)><<<blocks, kThreads, 0, current_stream(in.value)>>>(
-          problem, plan_levels(in.levels, in.sizes.points), tiles);
+    with_layout<V>(in.sizes, is_aligned(in.value) && in.samples_are_aligned(), [&](auto layout) {
+      using L = decltype(layout);
+      launch<L, A>(in, [&](dim3 blocks, const Launch& launch) {
+        forward_kernel<V, A, L><<<blocks, launch.threads, launch.shared_bytes, current_stream(in.value)>>>(
+            problem, plan_levels(in.levels, in.sizes.points), launch.tiles);
+      });
     });
   });
   return output;
@@ -157,7 +163,7 @@ class FixedPointSums {
 
   template <class A>
   void write(const Tensor& result) const {
-    from_fixed_kernel<A><<<kBlocks, kThreads, 0, current_stream(result)>>>(
+    from_fixed_kernel<A><<<kBlocks, kMostThreads, 0, current_stream(result)>>>(
         read<long long>(sums_), read<double>(numbers_) + 2, result.numel(), written<A>(result));
     check_launch();
   }
@@ -172,7 +178,7 @@ class FixedPointSums {
   }
   static void find_largest(const Tensor& of, double* result, cudaStream_t stream) {
     with_dtype(of.scalar_type(), [&](auto t, auto) {
-      largest_kernel<decltype(t)><<<kBlocks, kThreads, 0, stream>>>(read<decltype(t)>(of), of.numel(),
+      largest_kernel<decltype(t)><<<kBlocks, kMostThreads, 0, stream>>>(read<decltype(t)>(of), of.numel(),
                                                                     reinterpret_cast<unsigned long long*>(result));
     });
     check_launch();
@@ -216,24 +222,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
       sampling.grad_weights = written<A>(grad_weights);
     }
     const Backward<V, A> problem{in.sizes, sampling, read<V>(in.value), read<V>(grad_output),
-                                 value_wanted ? written<A>(grad_value) : nullptr, /*staged=*/false};
+                                 value_wanted ? written<A>(grad_value) : nullptr};
     const Levels levels = plan_levels(in.levels, in.sizes.points);
     const cudaStream_t stream = current_stream(in.value);
     if (fixed) {
-      using L = Layout<1, 32, false>;
-      const Tiles tiles = plan_tiles(in.levels, in.sizes, L::ROWS);
-      const int64_t blocks = plan_blocks(tiles, in.sizes);
-      STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "too many queries for one launch");
-      backward_kernel<V, A, L, true>
-          <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(problem, levels, tiles, sums->view());
-      check_launch();
+      launch<AnyLayout, A>(in, [&](dim3 blocks, const Launch& launch) {
+        backward_kernel<V, A, AnyLayout, true>
+            <<<blocks, launch.threads, launch.shared_bytes, stream>>>(problem, levels, launch.tiles, sums->view());
+      });
       sums->write<A>(grad_value);
       return;
     }
-    const bool aligned = is_aligned(grad_output) && (!sampling_wanted || is_aligned(in.value));
-    plan<V>(in, aligned, [&](auto layout, const Tiles& tiles, unsigned blocks) {
-      backward_kernel<V, A, decltype(layout), false>
-          <<<blocks, kThreads, 0, stream>>>(problem, levels, tiles, FixedPoint{});
+    const bool values_are_aligned = is_aligned(grad_output) && (!sampling_wanted || is_aligned(in.value));
+    with_layout<V>(in.sizes, values_are_aligned && in.samples_are_aligned(), [&](auto layout) {
+      using L = decltype(layout);
+      launch<L, A>(in, [&](dim3 blocks, const Launch& launch) {
+        backward_kernel<V, A, L, false>
+            <<<blocks, launch.threads, launch.shared_bytes, stream>>>(problem, levels, launch.tiles, FixedPoint{});
+      });
     });
   });
   return {grad_value, grad_positions, grad_weights};
@@ -268,7 +274,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_output, con
 #define DINO_D2_TEXT_OF(x) #x
 #define DINO_D2_TEXT(x) DINO_D2_TEXT_OF(x)
 
-// What nvcc put into the binary, as setup.py asked for: sm_80+sm_90+compute_90, machine code and portable code.
+// What nvcc put into the binary, as setup.py asked for: sm_80+sm_90+compute_90, machine code and portable code, which
+// nvcc's own __CUDA_ARCH_LIST__ does not tell apart.
 std::string architectures() { return DINO_D2_TEXT(DINO_D2_CUDA_CODE); }
 
 }  // namespace

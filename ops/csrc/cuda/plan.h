@@ -9,6 +9,11 @@
 
 namespace dino_d2::cuda {
 
+constexpr int kFewThreads = 64;  // of a block where there are few queries
+static_assert(kMostThreads % kFewThreads == 0);
+
+using AnyLayout = Layout<1, 32, false>;  // for rows of any length, beginning anywhere
+
 inline Levels plan_levels(const std::vector<Level>& levels, int64_t points) {
   Levels result{};
   result.per_point = 1.0f / static_cast<float>(points);
@@ -20,35 +25,62 @@ inline Levels plan_levels(const std::vector<Level>& levels, int64_t points) {
   return result;
 }
 
+// How the kernels for rows of a layout are launched.
+struct Launch {
+  Tiles tiles;
+  int threads;         // of a block
+  size_t shared_bytes;
+};
+
 // As many queries as tokens: an encoder, whose queries lie as the tokens do. (If they do not, only time is lost.)
-inline Tiles plan_tiles(const std::vector<Level>& levels, const Sizes& sizes, int rows) {
+inline Tiles plan_tiles(const std::vector<Level>& levels, int rows) {
   Tiles tiles{};
-  if (sizes.queries != sizes.tokens) {
-    tiles.count = static_cast<int>((sizes.queries + rows - 1) / rows);
-    return tiles;
-  }
-  const int64_t tile_height = rows / kTileWidth;
+  tiles.rows = rows;
+  tiles.height = rows / kTileWidth;
   tiles.levels = static_cast<int>(levels.size());
   for (size_t i = 0; i < levels.size(); ++i) {
+    const int64_t across = (levels[i].width + kTileWidth - 1) / kTileWidth;
+    const int64_t count = across * ((levels[i].height + tiles.height - 1) / tiles.height);
+    if (count >= kMostTiles) return {};
     tiles.first[i] = tiles.count;
-    tiles.across[i] = static_cast<int>((levels[i].width + kTileWidth - 1) / kTileWidth);
-    tiles.count += tiles.across[i] * static_cast<int>((levels[i].height + tile_height - 1) / tile_height);
+    tiles.across[i] = static_cast<float>(across);
+    tiles.per_tile[i] = 1 / tiles.across[i];
+    tiles.count += static_cast<int>(count);
   }
   return tiles;
 }
 
-inline int64_t plan_blocks(const Tiles& tiles, const Sizes& sizes) { return sizes.batch * sizes.heads * tiles.count; }
+// In an encoder, large blocks read once what their rows share. Otherwise queries are few, and small blocks spread over
+// all multiprocessors.
+template <class L, class A>
+Launch plan_launch(const std::vector<Level>& levels, const Sizes& sizes) {
+  Launch launch{};
+  launch.threads = kMostThreads;
+  if (sizes.queries == sizes.tokens) launch.tiles = plan_tiles(levels, launch.threads / L::LANES);
+  if (launch.tiles.levels == 0) {
+    launch.threads = kFewThreads;
+    launch.tiles.rows = launch.threads / L::LANES;
+    launch.tiles.count = static_cast<int>((sizes.queries + launch.tiles.rows - 1) / launch.tiles.rows);
+  }
+  launch.shared_bytes = launch.tiles.rows * sizeof(Staged<L, A>);
+  return launch;
+}
 
-// Calls f with the layout for rows of so many channels. `aligned`: every row of channels begins at a multiple of 16 bytes.
+// Calls f with the layout for such rows. `aligned`: every row of channels, positions and weights begins at a multiple
+// of 16 bytes, if there are multiples of 16 bytes of them.
 template <class V, class F>
-void with_layout(int64_t channels, bool aligned, const F& f) {
+void with_layout(const Sizes& sizes, bool aligned, const F& f) {
   if constexpr (sizeof(V) <= 4) {
     constexpr int VEC = 16 / sizeof(V);
+    const int64_t channels = sizes.channels;
+    if (aligned && channels == 32 && sizes.levels == 4 && sizes.points == 4) {  // DINO's
+      return f(Layout<VEC, 32 / VEC, true, 4, 4>{});
+    }
     if (aligned && channels == 4 * VEC) return f(Layout<VEC, 4, true>{});
     if (aligned && channels == 8 * VEC) return f(Layout<VEC, 8, true>{});
     if (aligned && channels == 16 * VEC) return f(Layout<VEC, 16, true>{});
   }
-  f(Layout<1, 32, false>{});
+  f(AnyLayout{});
 }
 
 }  // namespace dino_d2::cuda

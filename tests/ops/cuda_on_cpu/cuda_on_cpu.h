@@ -1,7 +1,7 @@
-// Enough of CUDA to run the kernels of ops/csrc/cuda on a CPU: one block after the other, one warp after the other, the 32
-// lanes of a warp as fibers that take turns at every shuffle and __syncwarp. It shows what the kernels compute, that no
-// lane misses a collective, and that nothing depends on the order of lanes; not what a GPU's memory model would allow.
-// __CUDA_ARCH__ is defined by the command line. Atomic additions are counted as the memory sees them.
+// Enough of CUDA to run the kernels of ops/csrc/cuda on a CPU: one block after the other, one warp after the other, the
+// 32 lanes of a warp as fibers that take turns at every shuffle and __syncwarp. It shows what the kernels compute, that
+// no lane misses a collective, and that nothing depends on the order of lanes; not what a GPU's memory model would
+// allow. __CUDA_ARCH__ is defined by the command line. Atomic additions are counted as the memory sees them.
 #pragma once
 
 #include <ucontext.h>
@@ -20,10 +20,9 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
 
 struct Index {
-  unsigned x;
+  unsigned x, y, z;
 };
 inline Index threadIdx, blockIdx, gridDim;
 
@@ -110,12 +109,19 @@ struct Warp {
   }
 };
 
+inline std::vector<uint64_t> shared;  // of a block; begins as rubbish
+
 template <class F>
-void launch(unsigned blocks, int threads, const F& kernel) {
-  gridDim.x = blocks;
+void launch(const Index& blocks, int threads, size_t shared_bytes, const F& kernel) {
+  gridDim = blocks;
   Warp& warp = Warp::instance();
   warp.body = kernel;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+  const int64_t count = int64_t(blocks.x) * blocks.y * blocks.z;
+  for (int64_t block = 0; block < count; ++block) {
+    blockIdx.x = static_cast<unsigned>(block % blocks.x);
+    blockIdx.y = static_cast<unsigned>(block / blocks.x % blocks.y);
+    blockIdx.z = static_cast<unsigned>(block / blocks.x / blocks.y);
+    shared.assign(shared_bytes / sizeof(uint64_t) + 1, 0x7ff8dead7fc0beefu);
     for (int first = 0; first < threads; first += kLanes) warp.run(first);
   }
 }
@@ -139,7 +145,14 @@ T __shfl_xor_sync(unsigned, T x, int distance) {
 }
 template <class T>
 T __shfl_sync(unsigned, T x, int lane, int width) {
-  return exchange(x, [&](int me) { return me / width * width + lane; });
+  return exchange(x, [&](int me) { return me / width * width + (lane & (width - 1)); });
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  emulation::Warp& warp = emulation::Warp::instance();
+  const int slot = warp.meet(x);
+  unsigned bits = 0;
+  for (int lane = 0; lane < emulation::kLanes; ++lane) bits |= unsigned(warp.given[slot][lane]) << lane;
+  return bits;
 }
 inline void __syncwarp() { emulation::Warp::instance().meet(0); }
 
@@ -152,7 +165,10 @@ inline long long __double_as_longlong(double x) {
 }
 using std::exp;
 using std::floor;
+using std::fmax;
 using std::isfinite;
+using std::max;
+using std::memcpy;
 using std::min;
 
 // Stored in two bytes, as bfloat16 and float16 are; bfloat16 is the upper half of a float.
@@ -179,7 +195,20 @@ inline __half __float2half(float x) { return {static_cast<_Float16>(x)}; }
 namespace dino_d2::cuda {
 
 inline uint64_t address_of(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
-inline uint64_t address_of(uint64_t first, int index, int stride) { return first + int64_t(index) * stride; }
+inline uint64_t kept_address_of(const void* pointer) { return address_of(pointer); }
+template <int SIZE>
+uint64_t address_of(uint64_t first, uint32_t index) {
+  return first + uint64_t(index) * SIZE;
+}
+inline int lowest_bit(unsigned x) { return __builtin_ffs(static_cast<int>(x)) - 1; }
+template <class A>
+A reciprocal(A x) {
+  return 1 / x;
+}
+template <class T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulation::shared.data());
+}
 template <class T>
 T read_at(uint64_t address) {
   if (address % alignof(T) != 0) {

@@ -46,10 +46,19 @@ Sampling<A> sampling_of(const Call& c) {
           c.reference_size, static_cast<A*>(c.grad_positions), static_cast<A*>(c.grad_weights)};
 }
 
+// A kernel for rows of layout L: f(tiles).
+template <class L, class A, class F>
+void run(const std::vector<Level>& levels, const Sizes& sizes, const F& f) {
+  const Launch launch = plan_launch<L, A>(levels, sizes);
+  const Index blocks{static_cast<unsigned>(launch.tiles.count), static_cast<unsigned>(sizes.heads),
+                     static_cast<unsigned>(sizes.batch)};
+  emulation::launch(blocks, launch.threads, launch.shared_bytes, [&] { f(launch.tiles); });
+}
+
 template <class T>
 double largest_of(const T* x, int64_t count) {
   unsigned long long bits = 0;
-  emulation::launch(3, kThreads, [&] { largest_kernel<T>(x, count, &bits); });
+  emulation::launch({3, 1, 1}, kMostThreads, 0, [&] { largest_kernel<T>(x, count, &bits); });
   double result;
   std::memcpy(&result, &bits, sizeof(result));
   return result;
@@ -66,11 +75,11 @@ extern "C" void forward(const Call* call) {
     using V = decltype(v);
     using A = decltype(a);
     const Forward<V, A> problem{sizes, sampling_of<A>(c), static_cast<const V*>(c.value), static_cast<V*>(c.output)};
-    with_layout<V>(sizes.channels, c.aligned, [&](auto layout) {
+    with_layout<V>(sizes, c.aligned, [&](auto layout) {
       using L = decltype(layout);
-      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
-      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads,
-                        [&] { forward_kernel<V, A, L>(problem, plan_levels(levels, sizes.points), tiles); });
+      run<L, A>(levels, sizes, [&](const Tiles& tiles) {
+        forward_kernel<V, A, L>(problem, plan_levels(levels, sizes.points), tiles);
+      });
     });
   });
 }
@@ -90,12 +99,9 @@ extern "C" emulation::Traffic backward(const Call* call) {
                                  sampling_of<A>(c),
                                  static_cast<const V*>(c.value),
                                  static_cast<const V*>(c.grad_output),
-                                 static_cast<A*>(c.grad_value),
-                                 false};
+                                 static_cast<A*>(c.grad_value)};
     const Levels on_device = plan_levels(levels, sizes.points);
     if (c.deterministic) {
-      using L = Layout<1, 32, false>;
-      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
       const int64_t count = sizes.batch * sizes.tokens * sizes.heads * sizes.channels;
       const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
       std::vector<long long> sums(count);
@@ -104,18 +110,19 @@ extern "C" emulation::Traffic backward(const Call* call) {
                                  c.reference ? 1.0 : largest_of(problem.sampling.weights, rows * sizes.samples())};
       const int64_t additions = sizes.queries * (c.reference ? 1 : sizes.samples());
       double scale;
-      emulation::launch(1, 32, [&] { scale_kernel(largest, static_cast<double>(additions), &scale); });
-      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads, [&] {
-        backward_kernel<V, A, L, true>(problem, on_device, tiles, FixedPoint{sums.data(), &scale});
+      emulation::launch({1, 1, 1}, 32, 0, [&] { scale_kernel(largest, static_cast<double>(additions), &scale); });
+      run<AnyLayout, A>(levels, sizes, [&](const Tiles& tiles) {
+        backward_kernel<V, A, AnyLayout, true>(problem, on_device, tiles, FixedPoint{sums.data(), &scale});
       });
-      emulation::launch(2, kThreads, [&] { from_fixed_kernel<A>(sums.data(), &scale, count, problem.grad_value); });
+      emulation::launch({2, 1, 1}, kMostThreads, 0,
+                        [&] { from_fixed_kernel<A>(sums.data(), &scale, count, problem.grad_value); });
       return;
     }
-    with_layout<V>(sizes.channels, c.aligned, [&](auto layout) {
+    with_layout<V>(sizes, c.aligned, [&](auto layout) {
       using L = decltype(layout);
-      const Tiles tiles = plan_tiles(levels, sizes, L::ROWS);
-      emulation::launch(static_cast<unsigned>(plan_blocks(tiles, sizes)), kThreads,
-                        [&] { backward_kernel<V, A, L, false>(problem, on_device, tiles, FixedPoint{}); });
+      run<L, A>(levels, sizes, [&](const Tiles& tiles) {
+        backward_kernel<V, A, L, false>(problem, on_device, tiles, FixedPoint{});
+      });
     });
   });
   return emulation::traffic;
