@@ -47,6 +47,7 @@ PEERS = [  # package, module, function of value, shapes, starts of levels, locat
     ("torch-ms-deform-attn", "torch_ms_deform_attn", "ms_deform_attn"),
     ("deformops", "deformops.registry", "msda"),
 ]
+BASELINE = "design of 2020, float32"
 CALLS = 50  # between two looks at a GPU's clock
 LOCAL_SPREAD = 0.03  # standard deviation of sample offsets, relative to the image
 
@@ -147,7 +148,7 @@ def contestants(problem: Problem) -> list[Contestant]:
         Contestant("dino_d2, fused", fused, leaves(*predicted), is_ours=True, makes_locations=True),
     ]
     if problem.value.is_cuda:
-        result.append(Contestant("design of 2020, float32", baseline_2020(shapes), leaves(*map(Tensor.float, located))))
+        result.append(Contestant(BASELINE, baseline_2020(shapes), leaves(*map(Tensor.float, located))))
     for name, peer in peers_of(problem).items():
         result.append(Contestant(name, peer, leaves(*located)))
     return result
@@ -354,6 +355,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the values (default float32)")
     parser.add_argument("--shape", choices=("4scale", "5scale", "decoder"), default="4scale")
     parser.add_argument("--locations", choices=("local", "random"), default="local", help="distribution of samples")
+    parser.add_argument("--once", action="store_true", help="only call ours and the design of 2020, for a profiler")
     parser.add_argument("--seconds", type=float, default=30, help="total time for timing (default 30)")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.accelerator.is_available():
@@ -362,7 +364,14 @@ def main() -> int:
         print(f"no kernels for {args.device}: dino_d2 below is the reference\n")
 
     problem = make_problem(args.shape, args.locations, DTYPES[args.dtype], args.device)
-    entrants, truths = contestants(problem), truth_of(problem)
+    entrants = contestants(problem)
+    if args.once:
+        for entrant in entrants:
+            if entrant.name in ("dino_d2, fused", BASELINE):
+                output = entrant.run(*entrant.leaves)
+                torch.autograd.grad(output, entrant.leaves, torch.randn_like(output))
+        return 0
+    truths = truth_of(problem)
     errors = {entrant.name: largest_error(entrant, truths) for entrant in entrants}
     allowed = max(2 * errors["grid_sample"], 1e-5)  # twice the error of grid_sample
     del truths

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_d2.ops import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_fused_reference, ms_deform_attn_reference
+from dino_d2.ops import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_fused_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,7 +41,11 @@ def output_and_gradients(function, inputs: tuple) -> list[Tensor]:
 
 @pytest.mark.parametrize("queries", [37, TOKENS])
 @pytest.mark.parametrize("channels", HEAD_SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    ids=["float32", "float64", "float16", "bfloat16"],
+)
 def test_error_is_at_most_twice_that_of_the_reference(dtype: torch.dtype, channels: int, queries: int) -> None:
     inputs = make_inputs(channels, queries, dtype)
     exact = [x.double() if isinstance(x, Tensor) else x for x in inputs]
@@ -49,8 +53,10 @@ def test_error_is_at_most_twice_that_of_the_reference(dtype: torch.dtype, channe
     # The reference samples in the dtype of its locations, which no one would make half.
     wide = [x.float() if isinstance(x, Tensor) and dtype != torch.float64 else x for x in inputs]
     baseline = [x.to(dtype) for x in output_and_gradients(ms_deform_attn_fused_reference, wide)]
+    # Where the truth is float64 too, the reference has no error, and another order of sums is all that there is.
+    roundings = 16 if dtype == torch.float64 else 4
     for ours, theirs, expected in zip(output_and_gradients(ms_deform_attn_fused, inputs), baseline, truth, strict=True):
-        allowed = 2 * (theirs.double() - expected).norm() + 4 * torch.finfo(dtype).eps * expected.norm()
+        allowed = 2 * (theirs.double() - expected).norm() + roundings * torch.finfo(dtype).eps * expected.norm()
         assert (ours.double() - expected).norm() <= allowed
 
 
@@ -103,7 +109,9 @@ def test_forward_and_backward_in_a_graph() -> None:
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    height, width = 4096, 2100  # times 256 channels: 2.2e9 numbers, 4.4 GB
+    height, width = 4096, 2100  # times 256 channels: 2.2e9 numbers, 4.4 GB; sums in float32 twice that
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of memory")
     value = torch.zeros(1, height * width, 8, 32, device="cuda", dtype=torch.bfloat16)
     value[0, -1] = 3
     locations = torch.ones(1, 2, 8, 1, 1, 2, device="cuda")
@@ -139,15 +147,24 @@ def test_deterministic_on_request(dtype: torch.dtype, function: str) -> None:
         torch.testing.assert_close(result, truth, rtol=1e-2, atol=1e-4)
 
 
-def test_values_may_begin_anywhere_in_memory() -> None:
-    value, shapes, reference, offsets, logits = make_inputs(queries=20)
-    shifted = torch.empty(value.numel() + 1, device="cuda")[1:].view_as(value).copy_(value)
-    assert shifted.data_ptr() % 16 != 0
-    expected = output_and_gradients(ms_deform_attn_fused, (value, shapes, reference, offsets, logits))
-    results = output_and_gradients(ms_deform_attn_fused, (shifted, shapes, reference, offsets, logits))
-    for result, truth in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-4)
-    grid = ms_deform_attn_reference(shifted, shapes, offsets.sigmoid(), logits)
-    torch.testing.assert_close(
-        ms_deform_attn(shifted, shapes, None, offsets.sigmoid(), logits), grid, rtol=1e-4, atol=1e-4
-    )
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers, where no multiple of 16 bytes is."""
+    result = tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+    assert result.data_ptr() % 16 != 0
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moved", ["value", "offsets", "logits", "gradient"])
+def test_tensors_may_begin_anywhere_in_memory(moved: str, dtype: torch.dtype) -> None:
+    value, shapes, reference, offsets, logits = make_inputs(queries=20, dtype=dtype)
+    tensors = {"value": value, "offsets": offsets, "logits": logits}
+    tensors["gradient"] = torch.randn(2, 20, 4 * 32, device="cuda").to(dtype)
+    results = []
+    for case in (tensors, {**tensors, moved: shifted(tensors[moved])}):
+        *leaves, gradient = (tensor.detach() for tensor in case.values())  # no copies, which would be aligned
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        output = ms_deform_attn_fused(leaves[0], shapes, reference, *leaves[1:])
+        results.append([output, *torch.autograd.grad(output, leaves, gradient)])
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
