@@ -65,6 +65,7 @@ def readable(name: str) -> str:
         channels, lanes, levels, points = layout
         parts.append(f"{channels}x{lanes}" + (f", {levels}x{points}" if levels else ""))
     parts.append("deterministic" if "EEELb1E" in name else None)
+    parts.append("16-bit offsets" if "S2_EEv" in name else None)
     return " ".join(part for part in parts if part)
 
 

@@ -89,10 +89,13 @@ def ms_deform_attn_fused(
     _check_sampling(value, shapes, sampling_offsets, attention_logits, ("sampling_offsets", "attention_logits"))
     _check_reference(value, sampling_offsets, reference)
     accumulate = _accumulation_dtype(value)
-    reference, offsets, logits = (tensor.to(accumulate) for tensor in (reference, sampling_offsets, attention_logits))
+    device, reference = value.device.type, reference.to(accumulate)
     differentiates_reference = torch.is_grad_enabled() and reference.requires_grad
-    device = value.device.type
-    if not compiled(device) or differentiates_reference or (device == "cpu" and value.dtype == torch.float16):
+    separate = not compiled(device) or differentiates_reference or (device == "cpu" and value.dtype == torch.float16)
+    offsets, logits = sampling_offsets, attention_logits
+    if separate or device == "cpu" or not offsets.dtype == logits.dtype == value.dtype:  # which CUDA kernels read
+        offsets, logits = offsets.to(accumulate), logits.to(accumulate)
+    if separate:
         locations = sampling_locations_of(reference, offsets, shapes)
         return ms_deform_attn(value, shapes, None, locations, attention_weights_of(logits))
     return torch.ops.dino_d2.ms_deform_attn_fused(value, _flat(shapes), reference, offsets, logits)

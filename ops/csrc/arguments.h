@@ -28,9 +28,9 @@ inline std::vector<Level> levels_of(const std::vector<int64_t>& spatial_shapes) 
   return levels;
 }
 
-// `positions` and `weights` as in Sampling; `accumulate` is the precision that they must have beside these values.
+// `positions` and `weights` as in Sampling; `stored` is the type that they must have beside these values.
 inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels, const Tensor& positions,
-                      const Tensor& weights, ScalarType accumulate) {
+                      const Tensor& weights, ScalarType stored) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, tokens, heads, channels), but has ", value.dim(),
                   " dimensions");
   STD_TORCH_CHECK(positions.dim() == 6 && positions.size(5) == 2,
@@ -49,8 +49,8 @@ inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels, con
   const int64_t tokens = levels.empty() ? 0 : levels.back().start + levels.back().height * levels.back().width;
   STD_TORCH_CHECK(tokens == sizes.tokens, "value has ", sizes.tokens, " tokens, spatial_shapes add up to ", tokens);
   STD_TORCH_CHECK(tokens < (int64_t(1) << 31), "more than 2^31 tokens");
-  STD_TORCH_CHECK(positions.scalar_type() == accumulate && weights.scalar_type() == accumulate,
-                  "sampling positions and attention weights must be ", toString(accumulate), " beside ",
+  STD_TORCH_CHECK(positions.scalar_type() == stored && weights.scalar_type() == stored,
+                  "sampling positions and attention weights must be ", toString(stored), " beside ",
                   toString(value.scalar_type()), " values");
   return sizes;
 }

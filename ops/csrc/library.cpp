@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(dino_d2, m) {
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
       "Tensor attention_weights, bool value_wanted, bool sampling_wanted, bool deterministic) "
       "-> (Tensor, Tensor, Tensor)");
-  // The same with the locations and the softmax inside: see Sampling in problem.h. The reference has no gradient.
+  // The same with the locations and the softmax inside: see Sampling in problem.h. The reference has no gradient. On CUDA,
+  // offsets and logits may be stored as the values are; so are their gradients then.
   m.def(
       "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor reference, Tensor sampling_offsets, "
       "Tensor attention_logits) -> Tensor");

@@ -36,7 +36,7 @@ class Call(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in ("value", "positions", "weights", "reference")]
         + [("reference_size", ctypes.c_int64), ("output", ctypes.c_void_p), ("grad_output", ctypes.c_void_p)]
         + [(name, ctypes.c_void_p) for name in ("grad_value", "grad_positions", "grad_weights")]
-        + [(name, ctypes.c_int64) for name in ("deterministic", "aligned", "backwards")]
+        + [(name, ctypes.c_int64) for name in ("deterministic", "aligned", "backwards", "samples_as_values")]
     )
 
 
@@ -106,7 +106,7 @@ class Kernels:
         """Output, gradients of value, positions and weights; None where not wanted."""
         value, positions, weights = problem.value, problem.positions, problem.weights
         batch, tokens, heads, channels = value.shape
-        accumulate = positions.dtype
+        accumulate = torch.float64 if value.dtype == torch.float64 else torch.float32
         # What is written whole begins as rubbish.
         output = torch.full((batch, weights.shape[1], heads * channels), float("nan")).to(value.dtype)
         grads = [
@@ -121,7 +121,7 @@ class Kernels:
             DTYPES.index(value.dtype), batch, tokens, heads, channels, *weights.shape[1:2], *weights.shape[3:5],
             (ctypes.c_int64 * len(sides))(*sides), value.data_ptr(), positions.data_ptr(), weights.data_ptr(),
             reference, 0 if problem.reference is None else problem.reference.shape[-1], *others,
-            deterministic, aligned, backwards,
+            deterministic, aligned, backwards, positions.dtype != accumulate,
         )  # fmt: skip
         self.library.forward(ctypes.byref(arguments))
         self.traffic = self.library.backward(ctypes.byref(arguments))
@@ -181,6 +181,17 @@ def test_four_levels_of_four_points(run, dtype: torch.dtype, reference_size: int
     """Which have kernels of their own."""
     problem = make_problem(dtype, 32, [(8, 9), (4, 5), (2, 3), (1, 2)], 4, queries, reference_size=reference_size)
     assert_close(run(problem), problem.truth(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_and_logits_in_16_bits(run, dtype: torch.dtype) -> None:
+    problem = make_problem(dtype, 32, [(8, 9), (4, 5), (2, 3), (1, 2)], 4, 70, reference_size=4)
+    problem.positions, problem.weights = problem.positions.to(dtype), problem.weights.to(dtype)
+    results, truths = run(problem), problem.truth()
+    assert [result.dtype for result in results] == [dtype, torch.float32, dtype, dtype]
+    assert_close([*results[:2], None, None], truths, dtype)
+    for result, truth in zip(results[2:], truths[2:], strict=True):
+        torch.testing.assert_close(result, truth.to(dtype), rtol=ROUNDING[dtype], atol=1e-5 * truth.abs().max().item())
 
 
 @pytest.mark.parametrize(("levels", "points"), [(1, 1), (1, 7), (4, 4), (5, 4), (3, 8)])

@@ -147,6 +147,23 @@ def test_deterministic_on_request(dtype: torch.dtype, function: str) -> None:
         torch.testing.assert_close(result, truth, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("channels", [32, 64])  # with and without a kernel that reads 16 bits
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_and_logits_in_16_bits(dtype: torch.dtype, channels: int, deterministic: bool) -> None:
+    value, shapes, reference, offsets, logits = make_inputs(channels, dtype=dtype)
+    narrow = (value, shapes, reference, offsets.to(dtype), logits.to(dtype))
+    wide = (value, shapes, reference, *(x.float() for x in narrow[3:]))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        results, expected = (output_and_gradients(ms_deform_attn_fused, inputs) for inputs in (narrow, wide))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result, truth in zip(results, expected, strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, truth.to(dtype), rtol=1e-2, atol=1e-4)
+
+
 def shifted(tensor: Tensor) -> Tensor:
     """The same numbers, where no multiple of 16 bytes is."""
     result = tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)

@@ -115,13 +115,13 @@ __device__ __forceinline__ void add_dots(const Staged<L, A>& staged, int lane, i
 }
 
 // FIXED: gradients of the values are collected in fixed point.
-template <class V, class A, class L, bool FIXED>
+template <class V, class A, class L, bool FIXED, class S = A>
 __global__ void __launch_bounds__(kMostThreads, L::WHOLE ? 2 : 1)
-    backward_kernel(const Backward<V, A> p, const Levels levels, const Tiles tiles, const FixedPoint fixed) {
+    backward_kernel(const Backward<V, A, S> p, const Levels levels, const Tiles tiles, const FixedPoint fixed) {
   using Sum = std::conditional_t<FIXED, long long, A>;
   const Sizes& z = p.sizes;
   const Row<L> row(z, levels, tiles);
-  Samples<L, A> samples(row, p.sampling, levels, z);
+  Samples<L, A, S> samples(row, p.sampling, levels, z);
   Staged<L, A>* const first_row = shared_memory<Staged<L, A>>();
   Staged<L, A>& staged = first_row[row.place];
   const int channels = L::channels(z);

@@ -5,13 +5,13 @@
 
 namespace dino_d2::cuda {
 
-template <class V, class A, class L>
+template <class V, class A, class L, class S = A>
 __global__ void __launch_bounds__(kMostThreads, L::WHOLE ? 3 : 1)
-    forward_kernel(const Forward<V, A> p, const Levels levels, const Tiles tiles) {
+    forward_kernel(const Forward<V, A, S> p, const Levels levels, const Tiles tiles) {
   using Values = Pack<V, L::VEC>;
   const Sizes& z = p.sizes;
   const Row<L> row(z, levels, tiles);
-  const Samples<L, A> samples(row, p.sampling, levels, z);
+  const Samples<L, A, S> samples(row, p.sampling, levels, z);
   Staged<L, A>& staged = shared_memory<Staged<L, A>>()[row.place];
   const int channels = L::channels(z);
   const uint32_t pitch = static_cast<uint32_t>(z.heads) * (channels / L::VEC);
@@ -39,10 +39,7 @@ __global__ void __launch_bounds__(kMostThreads, L::WHOLE ? 3 : 1)
       }
     }
     if (!row.exists || !has_channels) continue;
-    Values result;
-#pragma unroll
-    for (int e = 0; e < L::VEC; ++e) narrow(sum[e], &result.x[e]);
-    *reinterpret_cast<Values*>(p.output + row.index * channels + channel) = result;
+    *reinterpret_cast<Values*>(p.output + row.index * channels + channel) = narrow<V>(sum);
   }
 }
 

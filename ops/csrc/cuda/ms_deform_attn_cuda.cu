@@ -72,19 +72,27 @@ struct Arguments {
   ScalarType accumulate;
   Sizes sizes;
 
-  // `value_is_read`: otherwise it may be a stand-in of which only the shape counts.
+  // `value_is_read`: otherwise it may be a stand-in of which only the shape counts. Offsets and logits in 16 bits stay so
+  // where there is a kernel for it, if `others_allow` it.
   Arguments(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
-            const Tensor& any_weights, const std::optional<Tensor>& any_reference, bool value_is_read)
+            const Tensor& any_weights, const std::optional<Tensor>& any_reference, bool value_is_read,
+            bool others_allow)
       : value(value_is_read ? torch::stable::contiguous(any_value) : any_value),
         positions(torch::stable::contiguous(any_positions)),
         weights(torch::stable::contiguous(any_weights)),
         levels(levels_of(spatial_shapes)),
-        accumulate(accumulation_type(value.scalar_type())),
-        sizes(sizes_of(value, levels, positions, weights, accumulate)) {
+        accumulate(accumulation_type(value.scalar_type())) {
+    const bool as_values = any_reference && positions.scalar_type() == value.scalar_type();
+    sizes = sizes_of(value, levels, positions, weights, as_values ? value.scalar_type() : accumulate);
     STD_TORCH_CHECK(levels.size() <= kMostLevels, "the CUDA kernels take at most ", kMostLevels, " levels, not ",
                     levels.size());
     check_same_device(value, positions, "sampling positions");
     check_same_device(value, weights, "attention weights");
+    const bool aligned = samples_are_aligned() && (!value_is_read || is_aligned(value));
+    if (as_values && !(others_allow && is_known(sizes, aligned))) {
+      positions = torch::stable::to(positions, accumulate);
+      weights = torch::stable::to(weights, accumulate);
+    }
     if (!any_reference) return;
     reference = torch::stable::contiguous(*any_reference);
     check_reference(*reference, sizes, accumulate);
@@ -93,16 +101,25 @@ struct Arguments {
 
   bool samples_are_aligned() const { return is_aligned(positions) && is_aligned(weights); }
 
-  template <class A>
-  Sampling<A> sampling() const {
-    Sampling<A> result{};
-    result.positions = read<A>(positions);
-    result.weights = read<A>(weights);
+  template <class A, class S>
+  Sampling<A, S> sampling() const {
+    Sampling<A, S> result{};
+    result.positions = read<S>(positions);
+    result.weights = read<S>(weights);
     if (reference) {
       result.reference = read<A>(*reference);
       result.reference_size = reference->size(3);
     }
     return result;
+  }
+
+  // Calls f with the layout for these rows and the type of positions and weights. `aligned`: everything else is.
+  template <class V, class A, class F>
+  void with_layout(bool aligned, const F& f) const {
+    if constexpr (sizeof(V) == 2) {
+      if (positions.scalar_type() != accumulate) return f(KnownLayout<V>{}, V{});
+    }
+    cuda::with_layout<V>(sizes, aligned && samples_are_aligned(), [&](auto layout) { f(layout, A{}); });
   }
 };
 
@@ -122,7 +139,7 @@ void launch(const Arguments& arguments, const F& f) {
 
 Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
                const Tensor& any_weights, const std::optional<Tensor>& any_reference) {
-  const Arguments in(any_value, spatial_shapes, any_positions, any_weights, any_reference, true);
+  const Arguments in(any_value, spatial_shapes, any_positions, any_weights, any_reference, true, true);
   const torch::stable::accelerator::DeviceGuard guard(in.value.get_device());
   const std::vector<int64_t> shape{in.sizes.batch, in.sizes.queries, in.sizes.heads * in.sizes.channels};
   if (in.sizes.samples() == 0) return torch::stable::new_zeros(in.value, shape);
@@ -131,11 +148,12 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
   with_dtype(in.value.scalar_type(), [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
-    const Forward<V, A> problem{in.sizes, in.sampling<A>(), read<V>(in.value), written<V>(output)};
-    with_layout<V>(in.sizes, is_aligned(in.value) && in.samples_are_aligned(), [&](auto layout) {
+    in.with_layout<V, A>(is_aligned(in.value), [&](auto layout, auto s) {
       using L = decltype(layout);
+      using S = decltype(s);
+      const Forward<V, A, S> problem{in.sizes, in.sampling<A, S>(), read<V>(in.value), written<V>(output)};
       launch<L, A>(in, [&](dim3 blocks, const Launch& launch) {
-        forward_kernel<V, A, L><<<blocks, launch.threads, launch.shared_bytes, current_stream(in.value)>>>(
+        forward_kernel<V, A, L, S><<<blocks, launch.threads, launch.shared_bytes, current_stream(in.value)>>>(
             problem, plan_levels(in.levels, in.sizes.points), launch.tiles);
       });
     });
@@ -191,58 +209,67 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
                                             const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
                                             const Tensor& any_weights, const std::optional<Tensor>& any_reference,
                                             bool value_wanted, bool sampling_wanted, bool deterministic) {
-  const Arguments in(any_value, spatial_shapes, any_positions, any_weights, any_reference, sampling_wanted);
+  const bool fixed = deterministic && value_wanted;
   const Tensor grad_output = torch::stable::contiguous(any_grad_output);
+  const Arguments in(any_value, spatial_shapes, any_positions, any_weights, any_reference, sampling_wanted,
+                     is_aligned(grad_output) && !fixed);
   check_grad_output(grad_output, in.value, in.sizes);
   check_same_device(in.value, grad_output, "grad_output");
   const torch::stable::accelerator::DeviceGuard guard(in.value.get_device());
-  const bool fixed = deterministic && value_wanted;
-  const auto gradient = [&](const Tensor& of, bool wanted, bool written_whole) {
+  const auto gradient = [&](const Tensor& of, ScalarType dtype, bool wanted, bool written_whole) {
     std::vector<int64_t> shape{0};
     if (wanted) {
       shape.clear();
       for (int64_t d = 0; d < of.dim(); ++d) shape.push_back(of.size(d));
     }
-    return written_whole ? torch::stable::new_empty(of, shape, in.accumulate)
-                         : torch::stable::new_zeros(of, shape, in.accumulate);
+    return written_whole ? torch::stable::new_empty(of, shape, dtype) : torch::stable::new_zeros(of, shape, dtype);
   };
+  const ScalarType stored = in.positions.scalar_type();
   const bool nothing_to_add = in.weights.numel() == 0 || in.value.numel() == 0;
-  const Tensor grad_value = gradient(in.value, value_wanted, fixed && !nothing_to_add);
-  const Tensor grad_positions = gradient(in.positions, sampling_wanted, !nothing_to_add);
-  const Tensor grad_weights = gradient(in.weights, sampling_wanted, !nothing_to_add);
-  if (nothing_to_add) return {grad_value, grad_positions, grad_weights};
+  const Tensor grad_value = gradient(in.value, in.accumulate, value_wanted, fixed && !nothing_to_add);
+  const Tensor grad_positions = gradient(in.positions, stored, sampling_wanted, !nothing_to_add);
+  const Tensor grad_weights = gradient(in.weights, stored, sampling_wanted, !nothing_to_add);
+  const auto gradients = [&] {  // in the types of what they are gradients of
+    const ScalarType given = any_positions.scalar_type();
+    if (given == stored) return std::tuple{grad_value, grad_positions, grad_weights};
+    return std::tuple{grad_value, torch::stable::to(grad_positions, given), torch::stable::to(grad_weights, given)};
+  };
+  if (nothing_to_add) return gradients();
   std::optional<FixedPointSums> sums;
   if (fixed) sums.emplace(in, grad_output);
   with_dtype(in.value.scalar_type(), [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
-    Sampling<A> sampling = in.sampling<A>();
-    if (sampling_wanted) {
-      sampling.grad_positions = written<A>(grad_positions);
-      sampling.grad_weights = written<A>(grad_weights);
-    }
-    const Backward<V, A> problem{in.sizes, sampling, read<V>(in.value), read<V>(grad_output),
-                                 value_wanted ? written<A>(grad_value) : nullptr};
     const Levels levels = plan_levels(in.levels, in.sizes.points);
     const cudaStream_t stream = current_stream(in.value);
+    const auto problem_of = [&](auto s) {
+      using S = decltype(s);
+      Sampling<A, S> sampling = in.sampling<A, S>();
+      if (sampling_wanted) {
+        sampling.grad_positions = written<S>(grad_positions);
+        sampling.grad_weights = written<S>(grad_weights);
+      }
+      return Backward<V, A, S>{in.sizes, sampling, read<V>(in.value), read<V>(grad_output),
+                               value_wanted ? written<A>(grad_value) : nullptr};
+    };
     if (fixed) {
       launch<AnyLayout, A>(in, [&](dim3 blocks, const Launch& launch) {
-        backward_kernel<V, A, AnyLayout, true>
-            <<<blocks, launch.threads, launch.shared_bytes, stream>>>(problem, levels, launch.tiles, sums->view());
+        backward_kernel<V, A, AnyLayout, true><<<blocks, launch.threads, launch.shared_bytes, stream>>>(
+            problem_of(A{}), levels, launch.tiles, sums->view());
       });
       sums->write<A>(grad_value);
       return;
     }
-    const bool values_are_aligned = is_aligned(grad_output) && (!sampling_wanted || is_aligned(in.value));
-    with_layout<V>(in.sizes, values_are_aligned && in.samples_are_aligned(), [&](auto layout) {
+    const bool aligned = is_aligned(grad_output) && (!sampling_wanted || is_aligned(in.value));
+    in.with_layout<V, A>(aligned, [&](auto layout, auto s) {
       using L = decltype(layout);
       launch<L, A>(in, [&](dim3 blocks, const Launch& launch) {
-        backward_kernel<V, A, L, false>
-            <<<blocks, launch.threads, launch.shared_bytes, stream>>>(problem, levels, launch.tiles, FixedPoint{});
+        backward_kernel<V, A, L, false, decltype(s)><<<blocks, launch.threads, launch.shared_bytes, stream>>>(
+            problem_of(s), levels, launch.tiles, FixedPoint{});
       });
     });
   });
-  return {grad_value, grad_positions, grad_weights};
+  return gradients();
 }
 
 Tensor plain_forward(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& locations,

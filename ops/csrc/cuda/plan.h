@@ -66,19 +66,25 @@ Launch plan_launch(const std::vector<Level>& levels, const Sizes& sizes) {
   return launch;
 }
 
-// Calls f with the layout for such rows. `aligned`: every row of channels, positions and weights begins at a multiple
-// of 16 bytes, if there are multiples of 16 bytes of them.
+// Of DINO: 32 channels, 4 levels of 4 points.
+template <class V>
+using KnownLayout = Layout<16 / sizeof(V), 2 * sizeof(V), true, 4, 4>;
+
+// `aligned`: every row of channels, positions and weights begins at a multiple of 16 bytes, if there are multiples of 16
+// bytes of them.
+inline bool is_known(const Sizes& sizes, bool aligned) {
+  return aligned && sizes.channels == 32 && sizes.levels == 4 && sizes.points == 4;
+}
+
+// Calls f with the layout for such rows.
 template <class V, class F>
 void with_layout(const Sizes& sizes, bool aligned, const F& f) {
   if constexpr (sizeof(V) <= 4) {
     constexpr int VEC = 16 / sizeof(V);
-    const int64_t channels = sizes.channels;
-    if (aligned && channels == 32 && sizes.levels == 4 && sizes.points == 4) {  // DINO's
-      return f(Layout<VEC, 32 / VEC, true, 4, 4>{});
-    }
-    if (aligned && channels == 4 * VEC) return f(Layout<VEC, 4, true>{});
-    if (aligned && channels == 8 * VEC) return f(Layout<VEC, 8, true>{});
-    if (aligned && channels == 16 * VEC) return f(Layout<VEC, 16, true>{});
+    if (is_known(sizes, aligned)) return f(KnownLayout<V>{});
+    if (aligned && sizes.channels == 4 * VEC) return f(Layout<VEC, 4, true>{});
+    if (aligned && sizes.channels == 8 * VEC) return f(Layout<VEC, 8, true>{});
+    if (aligned && sizes.channels == 16 * VEC) return f(Layout<VEC, 16, true>{});
   }
   f(AnyLayout{});
 }

@@ -49,6 +49,14 @@ __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
 __device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
+template <class V, class A, int N>
+__device__ __forceinline__ Pack<V, N> narrow(const A (&from)[N]) {
+  Pack<V, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) narrow(from[i], &result.x[i]);
+  return result;
+}
+
 // Memory, in instructions of its own: the compiler would take an address apart and spend three instructions on every
 // corner of every sample, where one multiplies by a constant and adds. (The tests bring what serves on a CPU.)
 #if defined(__CUDACC__)

@@ -117,7 +117,8 @@ struct Frame {
   int width, height, start;
   A x, y, scale_x, scale_y;
 
-  __device__ __forceinline__ Frame(const Sampling<A>& p, const Levels& levels, int64_t level_of_query, int level,
+  template <class S>
+  __device__ __forceinline__ Frame(const Sampling<A, S>& p, const Levels& levels, int64_t level_of_query, int level,
                                    int points)
       : width(levels.width[level]), height(levels.height[level]), start(levels.start[level]) {
     scale_x = width;
@@ -169,72 +170,70 @@ struct Sample {
 // The samples that one lane works out, one in each pass, with their weights, as given or by softmax over given logits,
 // and their gradients. Here the compiler knows their number: all are read at once, and all gradients are written at
 // once.
-template <class L, class A>
+template <class L, class A, class S>
 class KnownSamples {
  public:
-  __device__ __forceinline__ KnownSamples(const Row<L>& row, const Sampling<A>& p, const Levels& levels, const Sizes&)
+  __device__ __forceinline__ KnownSamples(const Row<L>& row, const Sampling<A, S>& p, const Levels& levels,
+                                          const Sizes&)
       : p_(p),
         first_(row.index * L::SAMPLES + L::slot(row.lane) * L::PASSES),
         exists_(row.exists),
         level_(L::slot(row.lane) * L::PASSES / L::POINTS),
-        frame_(p, levels, row.query * L::LEVELS + level_, level_, L::POINTS),
-        positions_(*reinterpret_cast<const Positions*>(p.positions + 2 * first_)),
-        weights_(*reinterpret_cast<const Weights*>(p.weights + first_)) {
+        frame_(p, levels, row.query * L::LEVELS + level_, level_, L::POINTS) {
+    widen(*reinterpret_cast<const Pack<S, 2 * L::PASSES>*>(p.positions + 2 * first_), positions_);
+    widen(*reinterpret_cast<const Pack<S, L::PASSES>*>(p.weights + first_), weights_);
     if (!p.reference) return;
-    A largest = weights_.x[0], sum = 0;
+    A largest = weights_[0], sum = 0;
 #pragma unroll
-    for (int i = 1; i < L::PASSES; ++i) largest = fmax(largest, weights_.x[i]);
+    for (int i = 1; i < L::PASSES; ++i) largest = fmax(largest, weights_[i]);
     largest = largest_of_row<L::LANES>(largest);
 #pragma unroll
-    for (int i = 0; i < L::PASSES; ++i) sum += weights_.x[i] = exp(weights_.x[i] - largest);
+    for (int i = 0; i < L::PASSES; ++i) sum += weights_[i] = exp(weights_[i] - largest);
     const A share = reciprocal(sum_of_row<L::LANES>(sum));
 #pragma unroll
-    for (int i = 0; i < L::PASSES; ++i) weights_.x[i] *= share;
+    for (int i = 0; i < L::PASSES; ++i) weights_[i] *= share;
   }
 
   __device__ __forceinline__ static constexpr int passes() { return L::PASSES; }
   // How many slots of a pass are taken: the first ones.
   __device__ __forceinline__ static constexpr int taken(int) { return L::LANES; }
-  __device__ __forceinline__ A weight(int pass) const { return weights_.x[pass]; }
+  __device__ __forceinline__ A weight(int pass) const { return weights_[pass]; }
   __device__ __forceinline__ const Frame<A>& frame(int) const { return frame_; }
   __device__ __forceinline__ Sample<A> sample(int pass, uint32_t pitch) const {
-    return {frame_, exists_, positions_.x[2 * pass], positions_.x[2 * pass + 1], pitch};
+    return {frame_, exists_, positions_[2 * pass], positions_[2 * pass + 1], pitch};
   }
 
   __device__ __forceinline__ void keep(int pass, A grad_weight, A grad_x, A grad_y) {
-    grad_weights_.x[pass] = grad_weight;
-    grad_positions_.x[2 * pass] = grad_x;
-    grad_positions_.x[2 * pass + 1] = grad_y;
+    grad_weights_[pass] = grad_weight;
+    grad_positions_[2 * pass] = grad_x;
+    grad_positions_[2 * pass + 1] = grad_y;
   }
   // Writes what was kept; of logits instead of weights where there is a softmax.
   __device__ __forceinline__ void write() {
     if (p_.reference) {
       A mean = 0;
 #pragma unroll
-      for (int i = 0; i < L::PASSES; ++i) mean += weights_.x[i] * grad_weights_.x[i];
+      for (int i = 0; i < L::PASSES; ++i) mean += weights_[i] * grad_weights_[i];
       mean = sum_of_row<L::LANES>(mean);
 #pragma unroll
-      for (int i = 0; i < L::PASSES; ++i) grad_weights_.x[i] = weights_.x[i] * (grad_weights_.x[i] - mean);
+      for (int i = 0; i < L::PASSES; ++i) grad_weights_[i] = weights_[i] * (grad_weights_[i] - mean);
     }
     if (!exists_) return;
-    *reinterpret_cast<Weights*>(p_.grad_weights + first_) = grad_weights_;
-    *reinterpret_cast<Positions*>(p_.grad_positions + 2 * first_) = grad_positions_;
+    *reinterpret_cast<Pack<S, L::PASSES>*>(p_.grad_weights + first_) = narrow<S>(grad_weights_);
+    *reinterpret_cast<Pack<S, 2 * L::PASSES>*>(p_.grad_positions + 2 * first_) = narrow<S>(grad_positions_);
   }
 
  private:
-  using Weights = Pack<A, L::PASSES>;
-  using Positions = Pack<A, 2 * L::PASSES>;
-
-  const Sampling<A>& p_;
+  const Sampling<A, S>& p_;
   int64_t first_;
   bool exists_;
   int level_;
   Frame<A> frame_;
-  Positions positions_, grad_positions_;
-  Weights weights_, grad_weights_;
+  A positions_[2 * L::PASSES], grad_positions_[2 * L::PASSES];
+  A weights_[L::PASSES], grad_weights_[L::PASSES];
 };
 
-// The same for any number of samples, which stay in memory.
+// The same for any number of samples, which stay in memory, in the type that is computed in.
 template <class L, class A>
 class AnySamples {
  public:
@@ -301,8 +300,8 @@ class AnySamples {
   A mean_ = 0;         // of the gradients of the row's weights
 };
 
-template <class L, class A>
-using Samples = std::conditional_t<(L::SAMPLES > 0), KnownSamples<L, A>, AnySamples<L, A>>;
+template <class L, class A, class S>
+using Samples = std::conditional_t<(L::SAMPLES > 0), KnownSamples<L, A, S>, AnySamples<L, A>>;
 
 // What the lanes of a row tell each other in a pass. The padding keeps rows of a warp in banks of their own.
 template <class L, class A>

@@ -17,7 +17,7 @@ struct Call {  // the layout of the structure that the test fills in
   void* output;
   const void* grad_output;
   void *grad_value, *grad_positions, *grad_weights;
-  int64_t deterministic, aligned, backwards;
+  int64_t deterministic, aligned, backwards, samples_as_values;
 };
 
 template <class F>
@@ -40,10 +40,19 @@ std::vector<Level> levels_of(const Call& c) {
 
 Sizes sizes_of(const Call& c) { return {c.batch, c.tokens, c.heads, c.channels, c.queries, c.levels, c.points}; }
 
-template <class A>
-Sampling<A> sampling_of(const Call& c) {
-  return {static_cast<const A*>(c.positions), static_cast<const A*>(c.weights), static_cast<const A*>(c.reference),
-          c.reference_size, static_cast<A*>(c.grad_positions), static_cast<A*>(c.grad_weights)};
+template <class A, class S>
+Sampling<A, S> sampling_of(const Call& c) {
+  return {static_cast<const S*>(c.positions), static_cast<const S*>(c.weights), static_cast<const A*>(c.reference),
+          c.reference_size, static_cast<S*>(c.grad_positions), static_cast<S*>(c.grad_weights)};
+}
+
+// Calls f with the layout and the type of positions and weights.
+template <class V, class A, class F>
+void with_layout_of(const Call& c, const F& f) {
+  if constexpr (sizeof(V) == 2) {
+    if (c.samples_as_values) return f(KnownLayout<V>{}, V{});
+  }
+  with_layout<V>(sizes_of(c), c.aligned, [&](auto layout) { f(layout, A{}); });
 }
 
 // A kernel for rows of layout L: f(tiles).
@@ -74,11 +83,13 @@ extern "C" void forward(const Call* call) {
   with_dtype(c, [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
-    const Forward<V, A> problem{sizes, sampling_of<A>(c), static_cast<const V*>(c.value), static_cast<V*>(c.output)};
-    with_layout<V>(sizes, c.aligned, [&](auto layout) {
+    with_layout_of<V, A>(c, [&](auto layout, auto s) {
       using L = decltype(layout);
+      using S = decltype(s);
+      const Forward<V, A, S> problem{sizes, sampling_of<A, S>(c), static_cast<const V*>(c.value),
+                                     static_cast<V*>(c.output)};
       run<L, A>(levels, sizes, [&](const Tiles& tiles) {
-        forward_kernel<V, A, L>(problem, plan_levels(levels, sizes.points), tiles);
+        forward_kernel<V, A, L, S>(problem, plan_levels(levels, sizes.points), tiles);
       });
     });
   });
@@ -95,13 +106,14 @@ extern "C" emulation::Traffic backward(const Call* call) {
   with_dtype(c, [&](auto v, auto a) {
     using V = decltype(v);
     using A = decltype(a);
-    const Backward<V, A> problem{sizes,
-                                 sampling_of<A>(c),
-                                 static_cast<const V*>(c.value),
-                                 static_cast<const V*>(c.grad_output),
-                                 static_cast<A*>(c.grad_value)};
+    const auto problem_of = [&](auto s) {
+      using S = decltype(s);
+      return Backward<V, A, S>{sizes, sampling_of<A, S>(c), static_cast<const V*>(c.value),
+                               static_cast<const V*>(c.grad_output), static_cast<A*>(c.grad_value)};
+    };
     const Levels on_device = plan_levels(levels, sizes.points);
     if (c.deterministic) {
+      const auto problem = problem_of(A{});
       const int64_t count = sizes.batch * sizes.tokens * sizes.heads * sizes.channels;
       const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
       std::vector<long long> sums(count);
@@ -118,10 +130,10 @@ extern "C" emulation::Traffic backward(const Call* call) {
                         [&] { from_fixed_kernel<A>(sums.data(), &scale, count, problem.grad_value); });
       return;
     }
-    with_layout<V>(sizes, c.aligned, [&](auto layout) {
+    with_layout_of<V, A>(c, [&](auto layout, auto s) {
       using L = decltype(layout);
       run<L, A>(levels, sizes, [&](const Tiles& tiles) {
-        backward_kernel<V, A, L, false>(problem, on_device, tiles, FixedPoint{});
+        backward_kernel<V, A, L, false, decltype(s)>(problem_of(s), on_device, tiles, FixedPoint{});
       });
     });
   });
