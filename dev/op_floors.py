@@ -37,8 +37,8 @@ class Card:
     instructions: dict[str, tuple[float, float]]  # per sample and row, forward and backward, by dev/cuda_report.py
 
 
-SM_80 = {"float32": (13.2, 31.2), "bfloat16": (13.9, 31.8)}  # also for sm_89
-SM_90 = {"float32": (13.3, 28.1), "bfloat16": (14.0, 25.6)}
+SM_80 = {"float32": (13.2, 31.4), "bfloat16": (13.9, 31.8)}  # also for sm_89
+SM_90 = {"float32": (13.4, 28.2), "bfloat16": (14.0, 25.3)}
 CARDS = [
     Card("H100 SXM", 132, 1.755e9, 3.35e12, 5.5e12, 96, SM_90),
     Card("A100 80 GB", 108, 1.41e9, 2.04e12, 4.5e12, 80, SM_80),
