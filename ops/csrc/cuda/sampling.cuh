@@ -45,7 +45,7 @@ struct Layout {
   static constexpr int GROUP = LANES == 8 ? 8 : 4;  // samples whose sums over channels are made together
   static constexpr int SPREAD = LANES / GROUP;      // lanes that end up with the same sum
   static_assert(32 % LANES == 0 && kMostThreads % (LANES * kTileWidth) == 0);
-  static_assert(SAMPLES % LANES == 0 && (PASSES == 0 || POINTS % PASSES == 0), "a lane's samples are of one level");
+  static_assert(SAMPLES % LANES == 0 && POINTS % (PASSES > 0 ? PASSES : 1) == 0, "a lane's samples are of one level");
 
   // Additions to sums of type S. TOGETHER neighbouring lanes add to one row at a time, UNIT neighbouring channels each,
   // so that an instruction fills sectors of 32 bytes; the rows that these lanes serve have their turns.
