@@ -263,15 +263,18 @@ def test_result_does_not_depend_on_the_order_of_lanes(run) -> None:
         torch.testing.assert_close(forwards, backwards, rtol=1e-5, atol=1e-6)
 
 
-def count_additions(run: Kernels, dtype: torch.dtype, channels: int, deterministic: bool = False) -> list[float]:
+def count_additions(
+    run: Kernels, dtype: torch.dtype, channels: int, levels: int = 1, points: int = 1, deterministic: bool = False
+) -> list[float]:
     """Instructions, cache lines and sectors of 32 bytes that additions take, per row and corner."""
     height, width, rows, heads = 8, 32, 64, 2  # a multiple of the rows of any block
-    problem = make_problem(dtype, channels, [(height, width)], 1, rows, batch=1, heads=heads)
+    problem = make_problem(dtype, channels, [(height, width)] * levels, points, rows, batch=1, heads=heads)
     query = torch.arange(rows)  # each between four pixels of its own
     column, line = query % (width // 2) * 2 + 1, query // (width // 2) * 2 + 1
     problem.positions[:] = torch.stack((column / width, line / height), -1).view(1, rows, 1, 1, 1, 2)
     run(problem, deterministic=deterministic)
-    return [getattr(run.traffic, name) / (rows * heads * 4) for name in ("instructions", "lines", "sectors")]
+    corners = rows * heads * levels * points * 4
+    return [getattr(run.traffic, name) / corners for name in ("instructions", "lines", "sectors")]
 
 
 @on_each_architecture
@@ -281,6 +284,12 @@ def test_additions_touch_no_sector_twice(run, dtype: torch.dtype, channels: int)
     """Part of a sector costs as much as all of it."""
     size = 8 if dtype == torch.float64 else 4
     assert count_additions(run, dtype, channels)[2] == channels * size / 32
+
+
+@on_each_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_additions_for_four_levels_of_four_points_touch_no_sector_twice(run, dtype: torch.dtype) -> None:
+    assert count_additions(run, dtype, 32, levels=4, points=4)[2] == 32 * 4 / 32
 
 
 def test_deterministic_additions_touch_no_sector_twice(run) -> None:
