@@ -55,7 +55,8 @@ void run(const Header& h, const KernelsOf<V, A>& kernels, std::FILE* in, std::FI
   Sampling<A> sampling{positions.data(), weights.data(), h.reference_size ? reference.data() : nullptr, h.reference_size,
                        grad_positions.data(), grad_weights.data()};
   kernels.forward({sizes, sampling, value.data(), output.data()}, levels, scratch.data(), 0, h.batch * h.queries);
-  const Backward<V, A> backward{sizes, sampling, value.data(), grad_output.data(), grad_value.data(), h.staged != 0};
+  const PlanesBackward<V, A> backward{
+      {sizes, sampling, value.data(), grad_output.data(), grad_value.data()}, h.staged != 0};
   for (int64_t plane = 0; plane < h.batch * h.heads; ++plane) kernels.backward(backward, levels, scratch.data(), plane);
   write(out, output);
   write(out, grad_value);
