@@ -9,6 +9,7 @@ block of threads or a warp first joined those to the same token (docs/performanc
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,7 @@ def floors(card: Card, dtype: str, queries: int, backward: bool, distinct: float
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     places, tokens = tokens_of_samples()
     tiles = {"warp, float32: 4 x 1": (1, 4), "warp, 16 bits: 8 x 1": (1, 8)}
     tiles |= {"block, float32: 8 x 4": (4, TILE_WIDTH), "block, 16 bits: 8 x 8": (8, TILE_WIDTH)}
