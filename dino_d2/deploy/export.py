@@ -116,6 +116,8 @@ def check_exportable(cfg: CfgNode) -> None:
         raise ExportError(
             "TEST.AMP.ENABLED is not supported in exported files. Set it to False, and use --half for float16"
         )
+    if cfg.TEST.QUANTIZE != "none":
+        raise ExportError(f"TEST.QUANTIZE {cfg.TEST.QUANTIZE} is not supported in exported files. Set it to none")
     if cfg.MODEL.DINO.QUERY_SCORE_THRESHOLD > 0:
         raise ExportError(
             "MODEL.DINO.QUERY_SCORE_THRESHOLD is not supported in exported files, which use a fixed number of queries. "

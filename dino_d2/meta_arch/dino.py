@@ -22,6 +22,7 @@ from dino_d2.modeling.backbone.frozen_norm import fold_frozen_norms
 from dino_d2.modeling.criterion import SetCriterion
 from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
+from dino_d2.modeling.int8 import int8_of_config, multiply_in_int8
 from dino_d2.modeling.layers import maybe_checkpoint
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.modeling.query_selection import filter_by_score
@@ -42,6 +43,7 @@ class InferenceSettings:
         which depend on its class loss.
     nms_threshold: IoU threshold of per-class NMS; 1: no NMS.
     autocast: name of the autocast dtype; None: no mixed precision.
+    int8: on a CPU, products of encoder and decoder in 8-bit integers.
     test_time_augmentation: None: a single pass per image.
     """
 
@@ -49,6 +51,7 @@ class InferenceSettings:
     query_score_threshold: float
     nms_threshold: float
     autocast: str | None
+    int8: bool
     test_time_augmentation: TestTimeAugmentation | None
 
     @classmethod
@@ -58,6 +61,7 @@ class InferenceSettings:
             build.query_score_threshold(cfg),
             cfg.MODEL.DINO.NMS_THRESHOLD,
             autocast_of_config("TEST.AMP", cfg.TEST.AMP),
+            int8_of_config(cfg),
             build_test_time_augmentation(cfg),
         )
 
@@ -108,6 +112,8 @@ class DINO(nn.Module):
         self.recompute_backbone = recompute_backbone
         self.inference = inference
         self.assumptions = assumptions
+        if inference.int8:
+            multiply_in_int8(self)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 

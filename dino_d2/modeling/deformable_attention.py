@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dino_d2.ops import ms_deform_attn_fused
 from dino_d2.structures import Memory
 
+from .int8 import QuantizableLinear
+
 
 class MultiScaleDeformableAttention(nn.Module):
     """Each head of each query samples `num_points` locations per level.
@@ -38,8 +40,8 @@ class MultiScaleDeformableAttention(nn.Module):
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
         self.attention_weights = nn.Linear(embed_dim, samples)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.value_proj = QuantizableLinear(embed_dim, embed_dim)
+        self.output_proj = QuantizableLinear(embed_dim, embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .int8 import QuantizableLinear
+
 # Rows per chunk: their hidden channels (2048 float32 values each: 16 MB) fit into CPU caches.
 CHUNK_ROWS = 2048
 
@@ -33,8 +35,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, dropout: float):
         super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        self.linear1 = QuantizableLinear(embed_dim, hidden_dim)
+        self.linear2 = QuantizableLinear(hidden_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 

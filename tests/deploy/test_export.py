@@ -219,8 +219,8 @@ def test_a_file_that_ignores_padding_is_found_out(small_model: DINO) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("TEST.AUG.ENABLED", True), ("TEST.AMP.ENABLED", True), ("MODEL.DINO.QUERY_SCORE_THRESHOLD", 0.1),
-        ("MODEL.PIXEL_MEAN", [0.5]), ("INPUT.FORMAT", "L"),
+        ("TEST.AUG.ENABLED", True), ("TEST.AMP.ENABLED", True), ("TEST.QUANTIZE", "int8"),
+        ("MODEL.DINO.QUERY_SCORE_THRESHOLD", 0.1), ("MODEL.PIXEL_MEAN", [0.5]), ("INPUT.FORMAT", "L"),
     ],
 )  # fmt: skip
 def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg: CfgNode) -> None:

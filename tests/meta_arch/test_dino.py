@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from dino_d2 import DINO, add_dino_config
 from dino_d2.evaluation.recorder import DecoderRecorder
 from dino_d2.modeling.build import build_neck
+from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
+from dino_d2.modeling.int8 import QuantizableLinear
+from dino_d2.modeling.layers import FeedForward
 from dino_d2.structures import Predictions
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -284,6 +287,24 @@ def test_evaluation_in_mixed_precision(dtype: str, tiny_cfg: CfgNode) -> None:
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=5e-3)
     assert not torch.equal(found.scores, expected.scores)
+
+
+def test_evaluation_in_int8(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.DINO.QUERY_SELECTION = "static"  # the same queries, however tokens are rounded
+    plain = build_model(tiny_cfg)
+    let_boxes_move(plain)
+    tiny_cfg.TEST.QUANTIZE = "int8"
+    quantized = build_model(tiny_cfg)
+    quantized.load_state_dict(plain.state_dict())
+    image = make_input(64, 96)
+    (expected,), (found,) = predict(plain, image), predict(quantized, image)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=5e-3)
+    assert not torch.equal(found.scores, expected.scores)
+    layers = [x for x in quantized.modules() if isinstance(x, QuantizableLinear)]
+    attention = [x for x in quantized.modules() if isinstance(x, MultiScaleDeformableAttention)]
+    feed_forward = [x for x in quantized.modules() if isinstance(x, FeedForward)]
+    assert len(layers) == 2 * len(attention) + 2 * len(feed_forward) > 0
+    assert all(layer.int8 for layer in layers)
 
 
 def test_mixed_precision_around_the_model_reaches_it(tiny_cfg: CfgNode) -> None:
