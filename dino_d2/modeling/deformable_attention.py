@@ -38,8 +38,8 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(f"HIDDEN_DIM {embed_dim} must be a multiple of NHEADS {num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
-        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.sampling_offsets = QuantizableLinear(embed_dim, samples * 2)
+        self.attention_weights = QuantizableLinear(embed_dim, samples)
         self.value_proj = QuantizableLinear(embed_dim, embed_dim)
         self.output_proj = QuantizableLinear(embed_dim, embed_dim)
         self.reset_parameters()

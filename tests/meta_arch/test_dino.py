@@ -303,7 +303,7 @@ def test_evaluation_in_int8(tiny_cfg: CfgNode) -> None:
     layers = [x for x in quantized.modules() if isinstance(x, QuantizableLinear)]
     attention = [x for x in quantized.modules() if isinstance(x, MultiScaleDeformableAttention)]
     feed_forward = [x for x in quantized.modules() if isinstance(x, FeedForward)]
-    assert len(layers) == 2 * len(attention) + 2 * len(feed_forward) > 0
+    assert len(layers) == 4 * len(attention) + 2 * len(feed_forward) > 0
     assert all(layer.int8 for layer in layers)
 
 
