@@ -35,9 +35,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    from detectron2.utils.logger import setup_logger
+
     from dino_d2 import Detector
     from dino_d2.deploy.export import export_onnx, export_program
 
+    setup_logger(name="dino_d2.deploy")  # prints each stage
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns about every operator that it does not fold
     formats = {"onnx": export_onnx, "torch-export": export_program}
     with user_errors():

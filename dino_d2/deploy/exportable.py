@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from detectron2.layers import batched_nms
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dino_d2.geometry import cxcywh_to_xyxy
 from dino_d2.meta_arch.dino import DINO, padding_of
+from dino_d2.modeling.backbone.frozen_norm import fold_for_good
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 
 
@@ -30,6 +32,9 @@ class ExportableDINO(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.op = op
+            if getattr(module, "inplace", False):
+                module.inplace = False  # tracing makes a copy anyway, at length
+        fold_for_good(self.model.backbone)
         # Not buffers: export would add non-persistent buffers to the state dict, in float32 even for half precision.
         self.mean, self.std = (x.tolist() for x in (model.pixel_mean.flatten(), model.pixel_std.flatten()))
         if half:
@@ -52,7 +57,7 @@ class ExportableDINO(nn.Module):
         padding_mask = padding_of(image_sizes, *pixels.shape[-2:])
         mean, std = (pixels.new_tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.mean, self.std))
         images = ((pixels - mean) / std).masked_fill(padding_mask[:, None], 0)
-        with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
+        with torch.autocast(pixels.device.type, torch.float16) if self.half_precision else nullcontext():
             memory = model.encode(images, padding_mask)
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]

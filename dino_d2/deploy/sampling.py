@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dino_d2.ops import attention_weights_of
+from dino_d2.structures import map_sizes
 
 
 def ms_deform_attn_gather(
@@ -20,50 +22,64 @@ def ms_deform_attn_gather(
 ) -> Tensor:
     """`ms_deform_attn_fused` with table lookups; sizes may be symbolic.
 
-    `grid_sample` would compute every location once per channel. Here each row of the table holds all channels of a
-    pixel and its right neighbour, so that two lookups give the four pixels of a bilinear sample. A border of zeros
-    represents everything outside the level.
+    `grid_sample` would compute every location once per channel. Here the tokens of a head are a table, and a lookup of
+    the four pixels of every sample is followed by one product with their shares. One head after the other, so that the
+    looked-up pixels use the same memory; x and y and all levels at once, so that the graph is small. Samples of a query
+    are the last dimension, because onnxruntime is slow at broadcasting along short ones.
 
     Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`; not for training.
     """
-    batch, _, heads, channels = value.shape
-    queries, points = sampling_offsets.shape[1], sampling_offsets.shape[-2]
-    image = torch.arange(batch, device=value.device)[:, None, None, None]
-    head = torch.arange(heads, device=value.device)[:, None]
-    reference, offsets = reference.to(torch.float32), sampling_offsets.to(torch.float32)
-    weights = attention_weights_of(attention_logits.to(torch.float32))
-    output = value.new_zeros(batch, queries, heads, channels, dtype=torch.float32)
-    tokens_of_level = value.split([height * width for height, width in spatial_shapes], dim=1)
-    for level, ((height, width), tokens) in enumerate(zip(spatial_shapes, tokens_of_level, strict=True)):
-        bordered = F.pad(tokens.reshape(batch, height, width, -1), (0, 0, 1, 1, 1, 1)).unflatten(-1, (heads, channels))
-        table = torch.stack([bordered[:, :, :-1], bordered[:, :, 1:]], dim=-2).reshape(-1, 2 * channels)
-
-        x, y = _pixels(reference[:, :, None, level, None], offsets[:, :, :, level], height, width)
-        left, top = x.floor().clamp(max=width - 1), y.floor().clamp(max=height - 1)
-        to_right, to_bottom = x - left, y - top
-        upper, lower = weights[:, :, :, level] * (1 - to_bottom), weights[:, :, :, level] * to_bottom
-        share = torch.stack(
-            [upper * (1 - to_right), upper * to_right, lower * (1 - to_right), lower * to_right], dim=-1
-        ).flatten(-2)
-
-        per_line = width + 1  # pairs of neighbours in a line with border
-        row = ((image * (height + 2) + top.long() + 1) * per_line + left.long() + 1) * heads + head
-        rows = torch.stack([row, row + per_line * heads], dim=-1)
-        pixels = F.embedding(rows, table).reshape(batch, queries, heads, 4 * points, channels)
-        output = output + torch.matmul(share[..., None, :], pixels.to(torch.float32)).squeeze(-2)
-    return output.flatten(-2).to(value.dtype)
+    device = value.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        rows, shares = _lookups(spatial_shapes, reference.float(), sampling_offsets.float(), attention_logits.float())
+        batch, tokens, heads, channels = value.shape
+        rows = rows + tokens * torch.arange(batch, dtype=rows.dtype, device=value.device)[:, None, None, None]
+        tables = value.permute(2, 0, 1, 3).reshape(heads, batch * tokens, channels)
+        outputs = []
+        for head in range(heads):
+            pixels = F.embedding(rows[:, :, head], tables[head])  # (B, Q, 4 * samples, channels)
+            outputs.append(torch.matmul(shares[:, :, head, None], pixels.float()))
+        return torch.cat(outputs, dim=-1).squeeze(2).to(value.dtype)
 
 
-def _pixels(reference: Tensor, offsets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Locations x and y on one level in pixels, 0 = centre of the first pixel, clamped to one pixel outside.
+def _lookups(
+    spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The four pixels of every sample, as tokens of the image, and their shares in the result: (B, Q, heads, 4 * L *
+    points), int32 and float32.
 
-    Args:
-        reference: (B, Q, 1, 1, 2 or 4) in [0, 1].
-        offsets: (B, Q, heads, points, 2).
+    The share of a pixel is max(0, 1 - distance) in x and in y. The pixels are always on the level: where a sample lies
+    outside, the nearest ones are taken, and their shares follow from the distance. A level one pixel wide has no
+    right neighbour: its share is 0, and the pixel itself is taken.
     """
+    batch, queries, heads, levels, points, _ = offsets.shape
+    sizes = map_sizes(spatial_shapes, torch.float32, offsets.device)  # (L, 2): width, height
+    # Levels to samples: a product with zeros and ones repeats numbers faster than broadcasting.
+    spread = torch.eye(levels, device=offsets.device)[:, None, :, None].expand(-1, heads, -1, points).flatten(1)
+    offsets = offsets.flatten(2, 4).permute(3, 0, 1, 2)  # (2, B, Q, samples)
+    centres = torch.matmul((reference[..., :2] * sizes - 0.5).permute(3, 0, 1, 2), spread)
     if reference.shape[-1] == 2:
-        x, y = reference[..., 0] * width + offsets[..., 0], reference[..., 1] * height + offsets[..., 1]
+        places = centres + offsets
     else:
-        move = offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
-        x, y = (reference[..., 0] + move[..., 0]) * width, (reference[..., 1] + move[..., 1]) * height
-    return (x - 0.5).clamp(-1, width), (y - 0.5).clamp(-1, height)
+        steps = torch.matmul((reference[..., 2:] * (sizes * (0.5 / points))).permute(3, 0, 1, 2), spread)
+        places = centres + offsets * steps
+
+    size = torch.matmul(sizes.t(), spread)[:, None, None]  # (2, 1, 1, samples)
+    last = size - 1
+    pixel = torch.minimum(places.floor(), last - 1).clamp(min=0)
+    distance = places - pixel
+    near = F.relu(1 - distance.abs())
+    far = F.relu(torch.minimum(1 - (distance - 1).abs(), last))
+
+    weights = attention_weights_of(logits).flatten(2)  # (B, Q, samples)
+    upper, lower = weights * near[1], weights * far[1]
+    shares = [upper * near[0], upper * far[0], lower * near[0], lower * far[0]]
+
+    counts = sizes.prod(-1)
+    starts = torch.matmul((counts.cumsum(0) - counts)[None], spread)  # first token of the level: exact below 2^24
+    row = (pixel[1] * size[0] + pixel[0] + starts).int()
+    right, down = last.clamp(max=1).int().unbind()
+    down = down * size[0].int()
+    rows = [row, row + right, row + down, row + (down + right)]
+    shape = (batch, queries, heads, levels * points)
+    return tuple(torch.stack([x.view(shape) for x in xs], dim=-2).flatten(-2) for xs in (rows, shares))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,17 +69,7 @@ def small_model(small_cfg: CfgNode) -> DINO:
 
 
 @pytest.fixture(scope="session")
-def quick_traces() -> Iterator[None]:
-    """No stack trace for every node, where torch can do without (not 2.11): a fifth of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.fx.config, "do_not_emit_stack_traces", True, raising=False)
-        yield
-
-
-@pytest.fixture(scope="session")
-def onnx_file(
-    small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def onnx_file(small_cfg: CfgNode, small_model: DINO, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "small.onnx"
     export_onnx(small_cfg, small_model, path, half=False)
     return path

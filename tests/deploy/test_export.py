@@ -35,10 +35,10 @@ def photo(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("numbers", [2, 4])
 def test_gathered_sampling_is_deformable_attention(numbers: int) -> None:
-    shapes = ((5, 7), (3, 4), (1, 2))
-    value = torch.randn(2, 49, 4, 8)
-    reference = torch.rand(2, 9, 3, numbers) * 1.4 - 0.2  # outside, too
-    offsets, logits = torch.randn(2, 9, 4, 3, 2, 2) * 3, torch.randn(2, 9, 4, 3, 2)
+    shapes = ((5, 7), (2, 1), (1, 2), (1, 1))  # single rows and columns, too
+    value = torch.randn(2, 40, 4, 8)
+    reference = torch.rand(2, 9, 4, numbers) * 1.4 - 0.2  # outside, too
+    offsets, logits = torch.randn(2, 9, 4, 4, 2, 2) * 3, torch.randn(2, 9, 4, 4, 2)
     arguments = (value, shapes, reference, offsets, logits)
     expected = ms_deform_attn_fused_reference(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
     torch.testing.assert_close(ms_deform_attn_gather(*arguments), expected.float(), rtol=1e-4, atol=1e-5)
@@ -139,7 +139,7 @@ def test_half_precision_is_near(small_model: DINO) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("half", "tolerance"), [(False, FULL), (True, HALF)])
 def test_programs_for_other_shapes(
-    half: bool, tolerance: Tolerance, small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path
+    half: bool, tolerance: Tolerance, small_cfg: CfgNode, small_model: DINO, tmp_path: Path
 ) -> None:
     export_program(small_cfg, small_model, tmp_path / "small.pt2", half)
     inputs = example_inputs(1, 160, 75, torch.device("cpu"))
@@ -230,9 +230,7 @@ def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg:
         check_exportable(cfg)
 
 
-def test_tokens_placed_by_strides_are_exported(
-    small_cfg: CfgNode, small_model: DINO, quick_traces: None, tmp_path: Path
-) -> None:
+def test_tokens_placed_by_strides_are_exported(small_cfg: CfgNode, small_model: DINO, tmp_path: Path) -> None:
     model = copy.deepcopy(small_model)
     model.encoder.strides = (16, 32)
     export_module.export_onnx(small_cfg, model, tmp_path / "exact.onnx", half=False)

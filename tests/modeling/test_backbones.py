@@ -17,6 +17,7 @@ from dino_d2.modeling.backbone.frozen_norm import (
     ConvWithFrozenNorm,
     ConvWithNextNorm,
     fold_following_norms,
+    fold_for_good,
     fold_frozen_norms,
 )
 
@@ -214,6 +215,15 @@ def test_folding_leaves_the_names_and_no_norm_is_run_by_itself() -> None:
     assert not runs
 
 
+def test_norms_folded_for_good_give_the_same_maps_with_plain_convolutions() -> None:
+    _, folded = frozen_resnet()
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = folded(image)["res4"]
+    fold_for_good(folded)
+    torch.testing.assert_close(folded(image)["res4"], expected)
+    assert not [m for m in folded.modules() if isinstance(m, ConvWithFrozenNorm | FrozenBatchNorm2d)]
+
+
 def test_trained_norms_are_not_folded() -> None:
     cfg = config("build_resnet_backbone")
     cfg.MODEL.RESNETS.NORM = "BN"
@@ -288,6 +298,10 @@ def test_norms_of_timm_are_folded_where_nothing_else_uses_the_convolution(
         assert (a.grad is None) == (b.grad is None), parameter
         if a.grad is not None:
             torch.testing.assert_close(b.grad, a.grad)
+    fold_for_good(folded)
+    assert not [module for module in folded.modules() if isinstance(module, ConvWithNextNorm)]
+    for level, map_ in folded(image).items():
+        torch.testing.assert_close(map_, maps[0][level])
 
 
 def test_trained_norms_of_timm_are_not_folded() -> None:

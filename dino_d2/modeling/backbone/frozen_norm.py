@@ -14,12 +14,16 @@ logger = logging.getLogger(__name__)
 
 def conv_with_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a frozen norm, one scale and shift per channel, to the weights instead of the much larger feature map."""
+    weight, bias = _weight_and_bias(conv, norm)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _weight_and_bias(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     if conv.bias is not None:
         shift = shift + conv.bias * scale
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.weight * scale.view(-1, 1, 1, 1), shift
 
 
 class ConvWithFrozenNorm(Conv2d):
@@ -61,6 +65,23 @@ class FoldedBatchNormAct(BatchNormAct2d):
 
 
 FOLDED = {nn.BatchNorm2d: FoldedBatchNorm, BatchNormAct2d: FoldedBatchNormAct}
+
+
+def fold_for_good(model: nn.Module) -> None:
+    """Replace the parameters of convolutions by the folded ones, in place: for a copy that is never saved.
+
+    Convolutions are then plain ones, with fewer operators to trace and to run.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvWithFrozenNorm):
+            weight, bias = _weight_and_bias(module, module.norm)
+            module.__class__, module.norm = Conv2d, None
+        elif isinstance(module, ConvWithNextNorm):
+            weight, bias = _weight_and_bias(module, module.following[0])
+            module.__class__ = nn.Conv2d
+        else:
+            continue
+        module.weight, module.bias = (nn.Parameter(x.detach(), requires_grad=False) for x in (weight, bias))
 
 
 class _ConvsAndNorms(fx.Tracer):
