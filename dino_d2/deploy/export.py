@@ -191,7 +191,7 @@ def _name_dynamic_sizes(graph: onnx_ir.Graph) -> None:
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
     """Skip the stack trace that torch keeps for every traced operator, a third of the time (not with torch 2.11)."""
-    config = torch.fx.config
+    config = getattr(torch.fx, "config", None)
     before = getattr(config, "do_not_emit_stack_traces", None)
     if before is None:
         yield

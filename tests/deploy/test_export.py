@@ -230,10 +230,15 @@ def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg:
         check_exportable(cfg)
 
 
-def test_tokens_placed_by_strides_are_exported(small_cfg: CfgNode, small_model: DINO, tmp_path: Path) -> None:
+def test_tokens_placed_by_strides_are_exported_and_stages_are_said(
+    small_cfg: CfgNode, small_model: DINO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(export_module.logger, "info", stages.append)
     model = copy.deepcopy(small_model)
     model.encoder.strides = (16, 32)
     export_module.export_onnx(small_cfg, model, tmp_path / "exact.onnx", half=False)
+    assert stages == ["tracing", "converting to ONNX", "writing", "comparing with PyTorch"]
     run, inputs = load_onnx(tmp_path / "exact.onnx"), example_inputs(3, 97, 133, torch.device("cpu"))
     assert agreement(model, run, inputs, FULL).share == 1
     assert agreement(small_model, run, inputs, FULL).share < 1  # it is another model
