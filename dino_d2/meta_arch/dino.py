@@ -22,7 +22,7 @@ from dino_d2.modeling.backbone.frozen_norm import fold_frozen_norms
 from dino_d2.modeling.criterion import SetCriterion
 from dino_d2.modeling.decoder import DINODecoder
 from dino_d2.modeling.encoder import DeformableEncoder
-from dino_d2.modeling.int8 import int8_of_config, multiply_in_int8
+from dino_d2.modeling.int8 import multiply_in_int8
 from dino_d2.modeling.layers import maybe_checkpoint
 from dino_d2.modeling.neck import ChannelMapper
 from dino_d2.modeling.query_selection import filter_by_score
@@ -61,7 +61,7 @@ class InferenceSettings:
             build.query_score_threshold(cfg),
             cfg.MODEL.DINO.NMS_THRESHOLD,
             autocast_of_config("TEST.AMP", cfg.TEST.AMP),
-            int8_of_config(cfg),
+            build.int8_of_config(cfg),
             build_test_time_augmentation(cfg),
         )
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 LARGEST_INPUT, LARGEST_WEIGHT = 127, 127
@@ -61,28 +60,6 @@ class QuantizableLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # oneDNN's layout can be neither copied nor saved
-
-
-def int8_of_config(cfg: CfgNode) -> bool:
-    """Whether `TEST.QUANTIZE` asks for int8.
-
-    Raises:
-        ValueError: it is unknown, or it cannot be used with this device, with mixed precision or with this PyTorch.
-    """
-    choice = cfg.TEST.QUANTIZE
-    if choice == "none":
-        return False
-    if choice != "int8":
-        raise ValueError(f"TEST.QUANTIZE is {choice!r}; it must be none or int8")
-    obstacles = {
-        f"MODEL.DEVICE is {cfg.MODEL.DEVICE}; int8 is for a CPU": torch.device(cfg.MODEL.DEVICE).type != "cpu",
-        "TEST.AMP.ENABLED is True": cfg.TEST.AMP.ENABLED,
-        "this PyTorch has no oneDNN": not torch.backends.mkldnn.is_available(),
-    }
-    for obstacle, there in obstacles.items():
-        if there:
-            raise ValueError(f"TEST.QUANTIZE cannot be int8, because {obstacle}. Set it to none")
-    return True
 
 
 def multiply_in_int8(module: nn.Module) -> None:

@@ -7,7 +7,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from dino_d2.modeling.int8 import QuantizableLinear, int8_of_config, multiply_in_int8
+from dino_d2.modeling.build import int8_of_config
+from dino_d2.modeling.int8 import QuantizableLinear, multiply_in_int8
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
 
