@@ -251,9 +251,10 @@ def test_deterministic_gradient(run, dtype: torch.dtype, reference_size: int) ->
     assert error <= (1e-10 if dtype == torch.float64 else 1e-6)
 
 
-def test_deterministic_gradient_of_something_infinite_is_not_a_number(run) -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_deterministic_gradient_of_something_infinite_is_not_a_number(run, value: float) -> None:
     problem = make_problem(torch.float32, 16)
-    problem.grad_output[0, 0, 0] = float("inf")
+    problem.grad_output[0, 0, 0] = value
     assert run(problem, deterministic=True)[1].isnan().all()
 
 

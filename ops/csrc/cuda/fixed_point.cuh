@@ -26,8 +26,13 @@ __global__ void __launch_bounds__(kMostThreads) largest_kernel(const T* x, int64
     const double magnitude = fabs(static_cast<double>(widen(x[i])));
     largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
   }
-  largest = largest_of_row<32>(largest);
-  if (threadIdx.x % 32 == 0) atomicMax(result, static_cast<unsigned long long>(__double_as_longlong(largest)));
+  auto bits = static_cast<unsigned long long>(__double_as_longlong(largest));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const unsigned long long other = __shfl_xor_sync(kAllLanes, bits, distance);
+    bits = other > bits ? other : bits;
+  }
+  if (threadIdx.x % 32 == 0) atomicMax(result, bits);
 }
 
 // `largest`: of two factors of which `additions` products may meet in one sum. 2^62 is not reached.
