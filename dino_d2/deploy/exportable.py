@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from detectron2.layers import batched_nms
 from torch import Tensor, nn
 
+from dino_d2.autocast import autocast
 from dino_d2.geometry import cxcywh_to_xyxy
 from dino_d2.meta_arch.dino import DINO, padding_of
 from dino_d2.modeling.backbone.frozen_norm import fold_for_good
@@ -57,7 +57,7 @@ class ExportableDINO(nn.Module):
         padding_mask = padding_of(image_sizes, *pixels.shape[-2:])
         mean, std = (pixels.new_tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.mean, self.std))
         images = ((pixels - mean) / std).masked_fill(padding_mask[:, None], 0)
-        with torch.autocast(pixels.device.type, torch.float16) if self.half_precision else nullcontext():
+        with autocast(pixels.device.type, "float16" if self.half_precision else None):
             memory = model.encode(images, padding_mask)
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]

@@ -107,6 +107,25 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
     return MixedQuerySelection(c.NUM_QUERIES, c.HIDDEN_DIM, proposals)
 
 
+def int8_of_config(cfg: CfgNode) -> bool:
+    """Whether `TEST.QUANTIZE` asks for int8.
+
+    Raises:
+        ValueError: it is unknown, or it cannot be used with this device, with mixed precision or with this PyTorch.
+    """
+    if _choice("TEST.QUANTIZE", cfg.TEST.QUANTIZE, ("none", "int8")) == "none":
+        return False
+    obstacles = {
+        f"MODEL.DEVICE is {cfg.MODEL.DEVICE}; int8 is for a CPU": torch.device(cfg.MODEL.DEVICE).type != "cpu",
+        "TEST.AMP.ENABLED is True": cfg.TEST.AMP.ENABLED,
+        "this PyTorch has no oneDNN": not torch.backends.mkldnn.is_available(),
+    }
+    for obstacle, there in obstacles.items():
+        if there:
+            raise ValueError(f"TEST.QUANTIZE cannot be int8, because {obstacle}. Set it to none")
+    return True
+
+
 def query_score_threshold(cfg: CfgNode) -> float:
     c = cfg.MODEL.DINO
     key, threshold = "MODEL.DINO.QUERY_SCORE_THRESHOLD", c.QUERY_SCORE_THRESHOLD
@@ -198,25 +217,3 @@ def _choice(key: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
-
-
-def int8_of_config(cfg: CfgNode) -> bool:
-    """Whether `TEST.QUANTIZE` asks for int8.
-
-    Raises:
-        ValueError: it is unknown, or it cannot be used with this device, with mixed precision or with this PyTorch.
-    """
-    choice = cfg.TEST.QUANTIZE
-    if choice == "none":
-        return False
-    if choice != "int8":
-        raise ValueError(f"TEST.QUANTIZE is {choice!r}; it must be none or int8")
-    obstacles = {
-        f"MODEL.DEVICE is {cfg.MODEL.DEVICE}; int8 is for a CPU": torch.device(cfg.MODEL.DEVICE).type != "cpu",
-        "TEST.AMP.ENABLED is True": cfg.TEST.AMP.ENABLED,
-        "this PyTorch has no oneDNN": not torch.backends.mkldnn.is_available(),
-    }
-    for obstacle, there in obstacles.items():
-        if there:
-            raise ValueError(f"TEST.QUANTIZE cannot be int8, because {obstacle}. Set it to none")
-    return True

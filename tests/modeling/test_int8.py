@@ -92,7 +92,7 @@ def test_used_layer_can_be_copied_and_saved(layer: QuantizableLinear, tmp_path) 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["TEST.QUANTIZE", "int4"], "TEST.QUANTIZE is 'int4'; it must be none or int8"),
+        (["TEST.QUANTIZE", "int4"], "TEST.QUANTIZE is 'int4'; it must be one of none, int8"),
         (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE is cuda; int8 is for a CPU"),
         (["TEST.AMP.ENABLED", True], "TEST.AMP.ENABLED is True"),
     ],

@@ -61,6 +61,8 @@ DINO_D2_INLINE Words narrowed(Vector<float> x) {
   return x != x ? Words{} + 0x7fc00000u : rounded;
 }
 
+constexpr int kPartBytes = 16, kParts = DINO_D2_VECTOR_BYTES / kPartBytes;
+
 // Two vectors whose numbers are to be taken together, place by place.
 template <class A>
 struct Pairs {
@@ -76,17 +78,33 @@ struct Pairs {
 #define DINO_D2_SHUFFLE(MASK, ...) __builtin_shuffle(a, b, MASK{__VA_ARGS__})
 #endif
 
+// The numbers at even and at odd places of a and what follows it, b.
+template <class A>
+DINO_D2_INLINE Pairs<A> unzip(Vector<A> a, Vector<A> b) {
+  constexpr int width = VectorOf<A>::width;
+  typedef __typeof__(a < b) Mask;
+  if constexpr (width == 2) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
+  } else if constexpr (width == 4) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7)};
+  } else if constexpr (width == 8) {
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15)};
+  } else {
+    static_assert(width == 16);
+    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+            DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+  }
+}
+
 // Neighbours within each 16 bytes, which processors shuffle in one instruction: of a and b in turn.
 template <class A>
 DINO_D2_INLINE Pairs<A> neighbours(Vector<A> a, Vector<A> b) {
   constexpr int width = VectorOf<A>::width;
   typedef __typeof__(a < b) Mask;
-  if constexpr (width == 2) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
-  } else if constexpr (width == 4 && sizeof(A) == 8) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 4, 2, 6), DINO_D2_SHUFFLE(Mask, 1, 5, 3, 7)};
+  if constexpr (kParts == 1) {
+    return unzip<A>(a, b);
   } else if constexpr (width == 4) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7)};
+    return {DINO_D2_SHUFFLE(Mask, 0, 4, 2, 6), DINO_D2_SHUFFLE(Mask, 1, 5, 3, 7)};
   } else if constexpr (width == 8 && sizeof(A) == 8) {
     return {DINO_D2_SHUFFLE(Mask, 0, 8, 2, 10, 4, 12, 6, 14), DINO_D2_SHUFFLE(Mask, 1, 9, 3, 11, 5, 13, 7, 15)};
   } else if constexpr (width == 8) {
@@ -116,24 +134,6 @@ DINO_D2_INLINE Pairs<A> neighbouring_parts(Vector<A> x, Vector<A> y) {
 #endif
 }
 
-// The numbers at even and at odd places of a and what follows it, b.
-template <class A>
-DINO_D2_INLINE Pairs<A> unzip(Vector<A> a, Vector<A> b) {
-  constexpr int width = VectorOf<A>::width;
-  typedef __typeof__(a < b) Mask;
-  if constexpr (width == 2) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 2), DINO_D2_SHUFFLE(Mask, 1, 3)};
-  } else if constexpr (width == 4) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7)};
-  } else if constexpr (width == 8) {
-    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14), DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15)};
-  } else {
-    static_assert(width == 16);
-    return {DINO_D2_SHUFFLE(Mask, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-            DINO_D2_SHUFFLE(Mask, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
-  }
-}
-
 // a and b in turns, in two vectors: the inverse of `unzip`.
 template <class A>
 DINO_D2_INLINE Pairs<A> zip(Vector<A> a, Vector<A> b) {
@@ -152,8 +152,6 @@ DINO_D2_INLINE Pairs<A> zip(Vector<A> a, Vector<A> b) {
   }
 }
 #undef DINO_D2_SHUFFLE
-
-constexpr int kPartBytes = 16, kParts = DINO_D2_VECTOR_BYTES / kPartBytes;
 
 // Lane i of the result is the sum over the lanes of partial[i]; `partial` is used up.
 template <class A>
