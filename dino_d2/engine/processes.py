@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -25,7 +26,22 @@ def run_in_every_process(main: Callable[[Namespace], Any], args: Namespace) -> N
     if dist.is_torchelastic_launched():
         _run_under_torchrun(main, args)
     else:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), timeout=TIMEOUT)
+        machines = args.num_machines, args.machine_rank, args.dist_url
+        launch(_run_and_leave, args.num_gpus, *machines, args=(main, args), timeout=TIMEOUT)
+
+
+def leave_process_groups() -> None:
+    """Destroy all process groups, and wait until their threads have ended.
+
+    detectron2 keeps its groups, and so does a model of `DistributedDataParallel`, so that `dist.destroy_process_group`
+    alone leaves their threads running. A thread that still frees a tensor while Python exits ends the process with
+    SIGABRT.
+    """
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    comm.create_local_process_group.cache_clear()  # else it would create nothing the next time
+    gc.collect()  # a trainer and its model refer to each other
 
 
 @record  # lets torchrun report the first error
@@ -38,9 +54,14 @@ def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> No
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, timeout=TIMEOUT, store=_store(processes), rank=rank, world_size=processes)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    _run_and_leave(main, args)
+
+
+def _run_and_leave(main: Callable[[Namespace], Any], args: Namespace) -> None:
     main(args)
     # Not after an error: it would wait for processes that wait for this one. Exiting ends them.
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        leave_process_groups()
 
 
 def _store(processes: int) -> dist.Store:

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from dino_d2.data.records import load_records
+from dino_d2.engine.processes import leave_process_groups
 
 
 def main(output: Path) -> None:
@@ -41,7 +42,7 @@ def main(output: Path) -> None:
     except (OSError, RuntimeError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     (output / f"{comm.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_process_groups()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
+from dino_d2.engine.processes import leave_process_groups
 from dino_d2.engine.step import StepSettings, StepTrainer
 from dino_d2.modeling.criterion import boxes_per_process
 from tests.engine.test_distributed import make_model
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
     boxes = boxes_per_process([7, 2][comm.get_rank()], torch.zeros(()))
     if comm.is_main_process():
         torch.save({"gradients": results, "boxes": boxes}, folder / "in_parallel.pth")
-    dist.destroy_process_group()
+    leave_process_groups()
 
 
 if __name__ == "__main__":
