@@ -227,14 +227,14 @@ def test_detectron2_launches_the_processes_too(tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     script.write_text(
         "import sys\n"
-        "from detectron2.engine import launch\n"
+        "from dino_d2.engine.processes import run_in_every_process\n"
         "from dino_d2.engine.run import train_or_evaluate\n"
         "from dino_d2.tools.train_net import parse\n"
         "if __name__ == '__main__':\n"
-        "    launch(train_or_evaluate, 2, dist_url='auto', args=(parse(sys.argv[1:]),))\n"
+        "    run_in_every_process(train_or_evaluate, parse(sys.argv[1:]))\n"
     )
     result = subprocess.run(
-        [sys.executable, str(script), "--config-file", str(RECIPE), *values],
+        [sys.executable, str(script), "--config-file", str(RECIPE), "--num-gpus", "2", "--dist-url", "auto", *values],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
