@@ -45,7 +45,7 @@ class Tolerance:
 
 
 FULL = Tolerance(score=1e-4, box=1e-3, token=1e-3, share=1)
-HALF = Tolerance(score=0.05, box=0.05, token=1.0, share=0.9)
+ROUNDED = Tolerance(score=0.05, box=0.05, token=1.0, share=0.9)  # to 16 or 8 bits
 
 
 @dataclass(frozen=True)

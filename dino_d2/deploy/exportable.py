@@ -14,10 +14,12 @@ from dino_d2.geometry import cxcywh_to_xyxy
 from dino_d2.meta_arch.dino import DINO, padding_of
 from dino_d2.modeling.backbone.frozen_norm import fold_for_good
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
+from dino_d2.modeling.int8 import QuantizableLinear
 
 
 class ExportableDINO(nn.Module):
-    """A copy of a detector in evaluation mode, from pixels to boxes in the original images, without query filtering.
+    """A copy of a detector in evaluation mode, from pixels to boxes in the original images, without query filtering and
+    quantization.
 
     Args:
         model: not modified.
@@ -32,6 +34,8 @@ class ExportableDINO(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.op = op
+            elif isinstance(module, QuantizableLinear):
+                module.int8 = False  # cannot be traced; a file is quantized afterwards
             if getattr(module, "inplace", False):
                 module.inplace = False  # tracing makes a copy anyway, at length
         fold_for_good(self.model.backbone)

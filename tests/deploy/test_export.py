@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from dino_d2 import DINO
 from dino_d2.deploy import OnnxPredictor
 from dino_d2.deploy import export as export_module
-from dino_d2.deploy.check import FULL, HALF, ExportError, Tolerance, agreement, check_agreement, example_inputs
+from dino_d2.deploy.check import FULL, ROUNDED, ExportError, Tolerance, agreement, check_agreement, example_inputs
 from dino_d2.deploy.export import check_exportable, export_program, load_onnx, load_program
 from dino_d2.deploy.exportable import ExportableDINO
 from dino_d2.deploy.sampling import ms_deform_attn_gather
+from dino_d2.modeling.int8 import QuantizableLinear
 from dino_d2.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
 
 # None of them is what was traced: 2 of 101 x 139.
@@ -133,11 +134,11 @@ def test_half_precision_is_near(small_model: DINO) -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
     assert {parameter.dtype for parameter in small_model.parameters()} == {torch.float32}
     with torch.no_grad():
-        check_agreement(small_model, half, HALF)
+        check_agreement(small_model, half, ROUNDED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("half", "tolerance"), [(False, FULL), (True, HALF)])
+@pytest.mark.parametrize(("half", "tolerance"), [(False, FULL), (True, ROUNDED)])
 def test_programs_for_other_shapes(
     half: bool, tolerance: Tolerance, small_cfg: CfgNode, small_model: DINO, tmp_path: Path
 ) -> None:
@@ -219,7 +220,7 @@ def test_a_file_that_ignores_padding_is_found_out(small_model: DINO) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("TEST.AUG.ENABLED", True), ("TEST.AMP.ENABLED", True), ("TEST.QUANTIZE", "int8"),
+        ("TEST.AUG.ENABLED", True), ("TEST.AMP.ENABLED", True),
         ("MODEL.DINO.QUERY_SCORE_THRESHOLD", 0.1), ("MODEL.PIXEL_MEAN", [0.5]), ("INPUT.FORMAT", "L"),
     ],
 )  # fmt: skip
@@ -228,6 +229,51 @@ def test_what_a_file_would_not_do_is_refused(key: str, value: object, small_cfg:
     cfg.merge_from_list([key, value])
     with pytest.raises(ExportError, match=key):
         check_exportable(cfg)
+
+
+def test_a_file_in_8_bit_integers(
+    small_cfg: CfgNode, small_model: DINO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnx
+
+    stages: list[str] = []
+    monkeypatch.setattr(export_module.logger, "info", stages.append)
+    cfg = small_cfg.clone()
+    cfg.TEST.QUANTIZE = "int8"
+    model = build_model(cfg).eval()
+    model.load_state_dict(small_model.state_dict())
+    path = tmp_path / "small.onnx"
+    export_module.export_onnx(cfg, model, path, half=False)
+    assert stages == [
+        "tracing",
+        "converting to ONNX",
+        "writing",
+        "rounding weights to 8 bits",
+        "comparing with PyTorch",
+    ]
+    nodes = onnx.load(path).graph.node
+    layers = [x for x in model.modules() if isinstance(x, QuantizableLinear)]
+    assert sum(node.op_type == "MatMulInteger" for node in nodes) == len(layers) > 0
+    assert {node.domain for node in nodes} == {""}
+    assert OnnxPredictor(path).class_names == tuple(cfg.MODEL.DINO.CLASS_NAMES)
+
+    for shape in SHAPES:  # a shape that the quantizer inferred from the traced one would be refused
+        inputs = example_inputs(*shape, torch.device("cpu"))
+        found = agreement(small_model, load_onnx(path), inputs, ROUNDED)
+        assert found.within(ROUNDED)
+        assert 1e-6 < found.score_error < 0.05
+    assert all(layer.int8 for layer in layers)  # the model was not changed
+
+
+def test_integers_and_half_precision_are_refused_together(
+    small_cfg: CfgNode, small_model: DINO, tmp_path: Path
+) -> None:
+    cfg = small_cfg.clone()
+    cfg.TEST.QUANTIZE = "int8"
+    with pytest.raises(ExportError, match=r"TEST\.QUANTIZE int8 and --half"):
+        export_module.export_onnx(cfg, small_model, tmp_path / "small.onnx", half=True)
+    with pytest.raises(ExportError, match=r"TEST\.QUANTIZE int8 is not supported in torch\.export"):
+        export_program(cfg, small_model, tmp_path / "small.pt2", half=False)
 
 
 def test_tokens_placed_by_strides_are_exported_and_stages_are_said(
