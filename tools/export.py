@@ -14,6 +14,7 @@ from dino_d2_cli import CommandParser, user_errors
 EXAMPLES = [
     "--format onnx --weights dino_r50_4scale_12ep -o dino.onnx",
     "--format onnx --config-file CONFIG --weights MODEL.pth -o model.onnx [--half] [KEY VALUE ...]",
+    "--format onnx --weights output/mine -o model.onnx TEST.QUANTIZE int8    # 8-bit integers",
     "--format torch-export --config-file CONFIG --weights MODEL.pth -o model.pt2",
 ]
 DESCRIPTION = """\
