@@ -23,6 +23,7 @@ from dino_d2.randomness import own_random_numbers
 
 from .datasets import check_classes
 from .images import UnreadableImage
+from .mosaic import PARTS
 from .records import SharedRecords, load_records
 
 DATA = 0  # first key of the random numbers for augmentation
@@ -45,9 +46,10 @@ class SeededSamples(Dataset):
         mapper: Callable[[dict], dict],
         key: tuple[int, ...],
         skip_unreadable: bool,
+        mosaics: float,
     ):
         self.records, self.groups, self.mapper, self.key = records, groups, mapper, key
-        self.skip_unreadable = skip_unreadable
+        self.skip_unreadable, self.mosaics = skip_unreadable, mosaics
 
     def __len__(self) -> int:
         return len(self.records)
@@ -58,7 +60,8 @@ class SeededSamples(Dataset):
         with own_random_numbers(*self.key, place):
             while True:
                 try:
-                    return self.mapper(self.records[index]), complaints
+                    others = self._others()  # drawn first: augmentation uses the same random numbers
+                    return self.mapper(self.records[index], *([others] if others else [])), complaints
                 except (UnreadableImage, FileNotFoundError) as error:
                     if not self.skip_unreadable:
                         raise
@@ -68,6 +71,13 @@ class SeededSamples(Dataset):
                             f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
                         ) from error
                 index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
+
+    def _others(self) -> list[dict]:
+        """Records that make a mosaic together with another; empty for an image that stays as it is."""
+        if not self.mosaics or np.random.rand() >= self.mosaics:
+            return []
+        count = np.random.choice(PARTS) - 1
+        return [self.records[index] for index in np.random.randint(len(self.records), size=count)]
 
 
 class GroupedBatches:
@@ -111,6 +121,7 @@ class TrainingLoader:
         num_workers: int,
         seed: int,
         skip_unreadable: bool,
+        mosaics: float,
     ):
         """
         Args:
@@ -118,17 +129,19 @@ class TrainingLoader:
             batch_size: of this process.
             group_by_shape: wide images with wide ones, tall with tall.
             skip_unreadable: replace images that cannot be read by others.
+            mosaics: fraction of samples that are mosaics; not 0: the mapper takes other records, too, as `ImageMapper`.
         """
         self.records, self.mapper, self.indices = records, mapper, indices
         self.groups = records.wide if group_by_shape else np.zeros(len(records), dtype=bool)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.first_batch = seed, 0
         self.skip_unreadable, self.unreadable = skip_unreadable, 0
+        self.mosaics = mosaics
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         key = (self.seed, DATA, comm.get_rank())
         loader = DataLoader(
-            SeededSamples(self.records, self.groups, self.mapper, key, self.skip_unreadable),
+            SeededSamples(self.records, self.groups, self.mapper, key, self.skip_unreadable, self.mosaics),
             batch_sampler=GroupedBatches(self.indices(self.seed), self.groups, self.batch_size, self.first_batch),
             num_workers=self.num_workers,
             collate_fn=list,
@@ -153,7 +166,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         cfg: its datasets must be registered.
         mapper: maps a record in detectron2's format to a model input, like `ImageMapper`, with random numbers from
             Python, NumPy or PyTorch. With `INPUT.ON_UNREADABLE: skip` an image is replaced by another if it raises
-            `UnreadableImage` or `FileNotFoundError`, as `read_image` does.
+            `UnreadableImage` or `FileNotFoundError`, as `read_image` does. With `INPUT.MOSAIC` it is also called with a
+            list of other records, for a mosaic.
 
     Raises:
         ValueError: the batch cannot be divided among the processes, the sampler cannot resume, the classes of a
@@ -167,6 +181,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
     samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
     _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
     _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
+    if not 0 <= cfg.INPUT.MOSAIC <= 1:
+        raise ValueError(f"INPUT.MOSAIC is {cfg.INPUT.MOSAIC}; it must be a fraction of the images, from 0 to 1")
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
     check_classes(cfg, cfg.DATASETS.TEST)  # before training for hours
@@ -190,6 +206,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         cfg.DATALOADER.NUM_WORKERS,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         cfg.INPUT.ON_UNREADABLE == "skip",
+        cfg.INPUT.MOSAIC,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,15 +13,17 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
 from .images import read_image
+from .mosaic import mosaic
 
 
 class ImageMapper(DatasetMapper):
     """detectron2's `DatasetMapper` for boxes; errors name the image."""
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, dataset_dict: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """
         Args:
             dataset_dict: a record in detectron2's format; not modified.
+            others: records that make a mosaic together with it.
 
         Returns:
             the record with "image" (3, H, W) uint8 and, in training, "instances" instead of "annotations".
@@ -30,18 +33,28 @@ class ImageMapper(DatasetMapper):
             ValueError: its size differs from the record's, a box is not four numbers, or a category is not an integer.
         """
         record = dict(dataset_dict)
-        pixels = self.read(record)
-        detection_utils.check_image_size(record, pixels)
+        pixels = self._read_and_check(record)
+        if others:
+            parts = [record, *map(dict, others)]
+            images = [pixels, *(self._read_and_check(part) for part in parts[1:])]
+            pixels, record["annotations"] = mosaic(images, [part["annotations"] for part in parts])
+            record["height"], record["width"] = pixels.shape[:2]
         augmented = T.AugInput(pixels)
         transforms = self.augmentations(augmented)
         record["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
-            check_annotations(record)
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
             self._transform_annotations(record, transforms, augmented.image.shape[:2])
         return record
+
+    def _read_and_check(self, record: dict[str, Any]) -> np.ndarray:
+        pixels = self.read(record)
+        detection_utils.check_image_size(record, pixels)
+        if self.is_train and "annotations" in record:
+            check_annotations(record)
+        return pixels
 
     def read(self, record: dict[str, Any]) -> np.ndarray:
         """The image of a record before any augmentation: (H, W, 3) uint8 in `INPUT.FORMAT`."""

@@ -24,6 +24,7 @@ from dino_d2.config import load_config, overlay
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset, load_config_for_files, register_datasets
 from dino_d2.data.datasets import class_names_of
 from dino_d2.data.inspection import report
+from dino_d2.data.mosaic import PARTS
 from dino_d2.modeling.build import build_denoising
 from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
@@ -242,7 +243,9 @@ def _images(cfg: CfgNode) -> int:
 
 
 def _most_objects(cfg: CfgNode) -> int:
-    return max(len(record["annotations"]) for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
+    """In one training image; of a mosaic as many as its images may have."""
+    most = max(len(record["annotations"]) for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
+    return most * (max(PARTS) if cfg.INPUT.MOSAIC else 1)
 
 
 def _flat(choices: Sequence[Choice]) -> list[Any]:

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from dino_d2.data import ImageMapper, build_train_augmentation
+from dino_d2.data.loader import SeededSamples
 from dino_d2.randomness import own_random_numbers
 
 from .batch_size import make_steps, release
@@ -35,7 +36,9 @@ def _batches(cfg: CfgNode, size: int, count: int) -> Iterator[list[dict]]:
     mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     wide = np.array([record["width"] > record["height"] for record in records])
-    for _ in range(count):
+    samples = SeededSamples(records, wide, mapper, (max(cfg.SEED, 0),), False, cfg.INPUT.MOSAIC)
+    for place in range(0, count * size, size):
         first = np.random.randint(len(records))
         group = np.flatnonzero(wide == wide[first]) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else len(records)
-        yield [mapper(records[index]) for index in np.random.choice(group, size)]
+        chosen = np.random.choice(group, size)
+        yield [samples[place + number, index][0] for number, index in enumerate(chosen)]
