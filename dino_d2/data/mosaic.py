@@ -17,7 +17,6 @@ Size = tuple[int, int]  # height, width
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the mosaic
 
 PARTS = (2, 4)  # images in a mosaic, equally often
-LONGEST = 4  # times the width: height of a row
 
 
 def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) -> tuple[np.ndarray, list[dict]]:
@@ -28,7 +27,8 @@ def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) 
         annotations: of each image, in detectron2's format; not modified.
 
     Returns:
-        the mosaic, as wide as the first image, (H, W, 3) uint8; and its annotations with boxes as x1, y1, x2, y2.
+        the mosaic, (H, W, 3) uint8, with as many pixels as the largest image; and its annotations with boxes as x1, y1,
+        x2, y2.
     """
     places = layout([image.shape[:2] for image in images])
     joined = np.empty((places[-1][3], places[-1][2], 3), np.uint8)
@@ -46,19 +46,19 @@ def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) 
 def layout(sizes: Sequence[Size]) -> list[Place]:
     """Where the images lie: two side by side, or one above the other if the first is wide; four in two rows.
 
-    Images of a row have one height, and both rows the width of the first image. Each image keeps its aspect ratio, up
-    to rounding, unless it is extremely tall.
+    Images of a row have one height, and rows one width. Each image keeps its aspect ratio, up to rounding, and at least
+    one pixel. The mosaic has as many pixels as the largest image.
     """
     height, width = sizes[0]
     columns = 1 if len(sizes) == 2 and width > height else 2
-    width = max(width, columns)
+    ratios = np.array([w / h for h, w in sizes]).reshape(-1, columns)
+    heights = 1 / ratios.sum(1)  # of the rows, for a width of 1
+    total = max(round(np.sqrt(max(h * w for h, w in sizes) / heights.sum())), columns)
     places, top = [], 0
-    for start in range(0, len(sizes), columns):
-        ratios = np.array([w / h for h, w in sizes[start : start + columns]])
-        bottom = top + max(round(min(width / ratios.sum(), LONGEST * width)), 1)
-        # Every image keeps a column of pixels.
-        ends = np.arange(columns + 1) + np.concatenate([[0], ratios.cumsum() / ratios.sum()]) * (width - columns)
-        edges = [round(end) for end in ends]
+    for of_row, share in zip(ratios, heights, strict=True):
+        bottom = top + max(round(total * share), 1)
+        widths = 1 + of_row * share * (total - columns)  # every image has its column of pixels
+        edges = [0, *(round(edge) for edge in widths.cumsum())]
         places += [(left, top, right, bottom) for left, right in zip(edges[:-1], edges[1:], strict=True)]
         top = bottom
     return places
