@@ -20,6 +20,7 @@ from dino_d2.structures import Targets
 from .augmentation import build_train_augmentation
 from .datasets import class_names
 from .mapper import ImageMapper
+from .mosaic import draw_others
 from .records import load_records
 
 PANEL, GAP, COLUMNS = 400, 16, 2  # pixels; longest side of an image, space around it, samples side by side
@@ -47,7 +48,8 @@ def draw_contact_sheet(cfg: CfgNode, denoising: nn.Module, count: int) -> Image.
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)]
     mapper = ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
     names = class_names(cfg)
-    return _arrange([_draw_sample(mapper(record), cfg.INPUT.FORMAT, denoising, names) for record in chosen])
+    samples = [mapper(record, draw_others(records, cfg.INPUT.MOSAIC)) for record in chosen]
+    return _arrange([_draw_sample(sample, cfg.INPUT.FORMAT, denoising, names) for sample in samples])
 
 
 def _draw_sample(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dino_d2.randomness import own_random_numbers
 
 from .datasets import check_classes
 from .images import UnreadableImage
-from .mosaic import PARTS
+from .mosaic import draw_others
 from .records import SharedRecords, load_records
 
 DATA = 0  # first key of the random numbers for augmentation
@@ -60,7 +61,7 @@ class SeededSamples(Dataset):
         with own_random_numbers(*self.key, place):
             while True:
                 try:
-                    others = self._others()  # drawn first: augmentation uses the same random numbers
+                    others = draw_others(self.records, self.mosaics)
                     return self.mapper(self.records[index], *([others] if others else [])), complaints
                 except (UnreadableImage, FileNotFoundError) as error:
                     if not self.skip_unreadable:
@@ -71,13 +72,6 @@ class SeededSamples(Dataset):
                             f"{MOST_UNREADABLE} images in a row cannot be read:\n" + "\n".join(complaints)
                         ) from error
                 index = int(np.random.choice(np.flatnonzero(self.groups == self.groups[index])))
-
-    def _others(self) -> list[dict]:
-        """Records that make a mosaic together with another; empty for an image that stays as it is."""
-        if not self.mosaics or np.random.rand() >= self.mosaics:
-            return []
-        count = np.random.choice(PARTS) - 1
-        return [self.records[index] for index in np.random.randint(len(self.records), size=count)]
 
 
 class GroupedBatches:
@@ -183,6 +177,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
     _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
     if not 0 <= cfg.INPUT.MOSAIC <= 1:
         raise ValueError(f"INPUT.MOSAIC is {cfg.INPUT.MOSAIC}; it must be a fraction of the images, from 0 to 1")
+    if cfg.INPUT.MOSAIC and not _takes_others(mapper):
+        raise ValueError(
+            f"INPUT.MOSAIC is {cfg.INPUT.MOSAIC}, but {mapper!r} takes one record only. Let it take a list of other "
+            "records, too, as ImageMapper does, or set INPUT.MOSAIC to 0"
+        )
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
     check_classes(cfg, cfg.DATASETS.TEST)  # before training for hours
@@ -219,6 +218,14 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], 
     records = load_records([dataset_name], filter_empty=False, needs_annotations=False)
     check_classes(cfg, [dataset_name])
     return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def _takes_others(mapper: Callable[..., dict]) -> bool:
+    try:
+        signature(mapper).bind({}, [])
+    except TypeError:
+        return False
+    return True
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

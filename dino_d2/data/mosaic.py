@@ -19,6 +19,17 @@ Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the mosaic
 PARTS = (2, 4)  # images in a mosaic, equally often
 
 
+def draw_others(records: Sequence[dict[str, Any]], fraction: float) -> list[dict[str, Any]]:
+    """Records that make a mosaic together with another one; none for an image that stays as it is.
+
+    Args:
+        fraction: of images that become mosaics; with 0 no random number is drawn.
+    """
+    if fraction == 0 or np.random.rand() >= fraction:
+        return []
+    return [records[index] for index in np.random.randint(len(records), size=np.random.choice(PARTS) - 1)]
+
+
 def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) -> tuple[np.ndarray, list[dict]]:
     """Join images and their objects.
 

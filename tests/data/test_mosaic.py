@@ -11,9 +11,17 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 from PIL import Image
+from torch import nn
 
 from dino_d2 import load_config
-from dino_d2.data import ImageMapper, TrainingLoader, build_train_augmentation, build_train_loader, register_datasets
+from dino_d2.data import (
+    ImageMapper,
+    TrainingLoader,
+    build_train_augmentation,
+    build_train_loader,
+    contact_sheet,
+    register_datasets,
+)
 from dino_d2.data.mosaic import layout, mosaic
 from dino_d2.engine.choices import _most_objects
 from tests.synthetic import config_values, write_rectangles
@@ -109,6 +117,22 @@ def test_without_mosaics_a_mapper_gets_one_record(tmp_path: Path) -> None:
     assert load_config(RECIPE).INPUT.MOSAIC == 0
     loader = build_train_loader(config(tmp_path), lambda record: record)
     assert len(next(iter(loader))[0]["annotations"]) > 0
+
+
+def test_a_mapper_that_takes_one_record_is_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "INPUT.MOSAIC", "0.5")
+    with pytest.raises(ValueError, match=r"INPUT\.MOSAIC is 0\.5, but <.* takes one record only"):
+        build_train_loader(cfg, lambda record: record)
+
+
+def test_the_contact_sheet_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = []
+    monkeypatch.setattr(contact_sheet, "_draw_sample", lambda sample, *_: objects.append(len(sample["instances"])))
+    monkeypatch.setattr(contact_sheet, "_arrange", lambda panels: panels)
+    for fraction in (0.0, 1.0):
+        cfg = config(tmp_path / str(fraction), "INPUT.MOSAIC", str(fraction))
+        contact_sheet.draw_contact_sheet(cfg, nn.Identity(), 8)
+    assert sum(objects[8:]) > 1.5 * sum(objects[:8])
 
 
 def test_damaged_parts_are_replaced_or_named(tmp_path: Path) -> None:
