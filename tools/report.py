@@ -14,13 +14,13 @@ from dino_d2_cli import CommandParser, load_script, user_errors
 EXAMPLES = [
     "output/mine",
     "output/first output/second -o comparison",
-    "coco_instances_results.json --annotations val.json --images val -o report",
+    "coco_instances_results.json --val-json val.json --val-images val -o report",
     "--weights dino_r50_4scale_12ep -o output/val2017    # evaluates it first",
 ]
 DESCRIPTION = """\
 Makes a folder with a page (index.html; it needs neither a server nor a network), every number (report.json) and every
 plot (plots/). RUN is the OUTPUT_DIR of an evaluated run, or a file of detections in COCO's results format with
---annotations and --images. Two RUNs on the same images are compared. Without RUN, --weights are evaluated first; for
+--val-json and --val-images. Two RUNs on the same images are compared. Without RUN, --weights are evaluated first; for
 other options and settings of the evaluation use dino-d2 evaluate … TEST.REPORT True.\
 """
 
@@ -29,8 +29,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: RUN/report")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="in COCO format; default: the run's")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of --annotations")
+    parser.add_argument("--val-json", type=Path, metavar="FILE", help="in COCO format; default: the run's")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
     parser.add_argument("--dataset", metavar="NAME", help="which, if the run was evaluated on several")
     parser.add_argument("--weights", metavar="NAME_OR_PATH", help="evaluate these first")
     parser.add_argument("--config-file", metavar="CONFIG", help="recipe or config file (default: that of --weights)")
@@ -46,8 +46,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--robustness", type=Path, metavar="FOLDER", help="that of dino-d2 robustness, for its chapter")
     args = parser.parse_args(arguments)
-    if (args.annotations is None) != (args.images is None):
-        parser.error("--annotations and --images must be given together")
+    if (args.val_json is None) != (args.val_images is None):
+        parser.error("--val-json and --val-images must be given together")
     if len(args.runs) > 2:
         parser.error("two RUNs can be compared, not more")
     if bool(args.runs) == bool(args.weights):
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
         args.runs = [args.output]
     with user_errors():
-        files = CocoFiles(args.annotations, args.images) if args.annotations else None
+        files = CocoFiles(args.val_json, args.val_images) if args.val_json else None
         found = [replace(find_evaluated(run, files, args.dataset), **given) for run in args.runs]
         folder = args.output or folder_of(args.runs[0], found[0])
         if len(found) == 2:
@@ -98,8 +98,8 @@ def _evaluate(args: argparse.Namespace) -> int | None:
     arguments = ["--eval-only", "--weights", args.weights, "--output", str(args.output)]
     if args.config_file:
         arguments += ["--config-file", args.config_file]
-    if args.annotations:
-        arguments += ["--val-json", str(args.annotations), "--val-images", str(args.images)]
+    if args.val_json:
+        arguments += ["--val-json", str(args.val_json), "--val-images", str(args.val_images)]
     return load_script("train_net")([*arguments, "TEST.QUERY_METRICS", "True"])
 
 

@@ -61,7 +61,7 @@ def find_evaluated(run: Path, files: CocoFiles | None = None, dataset: str | Non
     """
     if run.is_file():
         if files is None:
-            raise ValueError(f"{run} is a file of detections: give --annotations FILE and --images FOLDER, too")
+            raise ValueError(f"{run} is a file of detections: give --val-json FILE and --val-images FOLDER, too")
         return Evaluated(run.stem, files, run, MAX_DETS, {})
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; RUN is the OUTPUT_DIR of an evaluated run or a JSON file")
@@ -104,7 +104,7 @@ def files_of(cfg: CfgNode, name: str) -> CocoFiles:
         raise ValueError(f"{name} is not evaluated as COCO, so its detections cannot be reported")
     metadata = MetadataCatalog.get(name)
     if not metadata.get("json_file") or metadata.get("image_root") is None:
-        raise ValueError(f"no annotations and images are known for {name}: give --annotations and --images")
+        raise ValueError(f"no annotations and images are known for {name}: give --val-json and --val-images")
     return CocoFiles(Path(metadata.json_file), Path(metadata.image_root))
 
 
@@ -114,7 +114,7 @@ def _config_of(run: Path) -> CfgNode:
     if not files:
         raise FileNotFoundError(
             f"{run} has no {CONFIG}: RUN must be the OUTPUT_DIR of an evaluated run, or a file of detections with "
-            "--annotations and --images"
+            "--val-json and --val-images"
         )
     return CfgNode.load_cfg(files[0].read_text())
 

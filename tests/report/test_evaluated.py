@@ -136,7 +136,7 @@ def test_a_run_of_detectron2s_own_tools_is_found(cfg: CfgNode) -> None:
 def test_a_file_of_detections_needs_its_annotations(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text(json.dumps(FOUND))
-    with pytest.raises(ValueError, match="--annotations FILE and --images FOLDER"):
+    with pytest.raises(ValueError, match="--val-json FILE and --val-images FOLDER"):
         find_evaluated(file)
     files = CocoFiles(tmp_path / "val.json", tmp_path)
     found = find_evaluated(file, files)

@@ -44,7 +44,7 @@ def detections(data: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def of_files(data: tuple[Path, Path]) -> list[str]:
-    return ["--annotations", str(data[0]), "--images", str(data[1])]
+    return ["--val-json", str(data[0]), "--val-images", str(data[1])]
 
 
 def test_a_file_of_detections_becomes_a_page(
@@ -94,7 +94,7 @@ def test_weights_are_evaluated_first(
         (["a", "b"], "give -o FOLDER"),
         (["--weights", "w"], "give -o FOLDER"),
         (["a", "--config-file", "c"], "--config-file is for --weights"),
-        (["a", "--images", "i"], "must be given together"),
+        (["a", "--val-images", "i"], "must be given together"),
         (["a", "--resamples", "-1"], "negative"),
         (["nowhere"], "nowhere does not exist"),
         (["a", "--threshold", "5"], "threshold is 5.0"),
