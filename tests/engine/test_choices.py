@@ -382,6 +382,7 @@ def test_a_detector_is_fine_tuned_and_a_backbone_trained(data: Path, tmp_path: P
     assert trained.SOLVER.BASE_LR == few_photos["SOLVER.BASE_LR"] > tuned.SOLVER.BASE_LR
     assert fine_tuning["SOLVER.BASE_LR"] == tuned.SOLVER.BASE_LR
     assert (trained.MODEL.DINO.MATCHER.COPIES, tuned.MODEL.DINO.MATCHER.COPIES) == (4, 1)
+    assert (trained.INPUT.MOSAIC, tuned.INPUT.MOSAIC) == (0.5, 0)
     assert (trained.MODEL.DINO.NMS_THRESHOLD, tuned.MODEL.DINO.NMS_THRESHOLD) == (0.6, 1)
     assert (trained.SOLVER.EARLY_STOPPING, tuned.SOLVER.EARLY_STOPPING) == (0, 5)
     for cfg in (trained, tuned):

@@ -114,7 +114,9 @@ def test_every_detector_of_few_photos_sees_the_same_pictures(monkeypatch: pytest
     for data in study.data:
         first, *others = [study.config(data, detector) for detector in study.detectors]
         for cfg in others:
-            assert (cfg.INPUT, cfg.DATALOADER) == (first.INPUT, first.DATALOADER)
+            assert (first.INPUT.MOSAIC, cfg.INPUT.MOSAIC) == (0.5, 0)  # is of our recipe
+            assert cfg.INPUT | {"MOSAIC": 0.5} == first.INPUT
+            assert cfg.DATALOADER == first.DATALOADER
             assert (cfg.MODEL.TIMM.NAME, cfg.MODEL.WEIGHTS) == (first.MODEL.TIMM.NAME, first.MODEL.WEIGHTS)
             assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == (first.MODEL.PIXEL_MEAN, first.MODEL.PIXEL_STD)
             assert cfg.SOLVER.IMS_PER_BATCH == first.SOLVER.IMS_PER_BATCH == 2
