@@ -37,7 +37,6 @@ FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; 
 EPOCHS = 24  # default with `--data`
 EVALUATIONS = 12  # per run, at most one per epoch
 DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
-FEW_OBJECTS = 5.0  # per image on average: more need no mosaics
 DATA = "data"  # folder in OUTPUT_DIR for converted annotations
 
 
@@ -161,10 +160,7 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     register_datasets(cfg)
     if args.data and not _goes_on(args, cfg):
         _inspect(cfg, run.train, run.val)
-    choices = _mosaics(cfg) if args.data and "INPUT.MOSAIC" not in args.opts[::2] else []
-    cfg = cfg.clone()
-    cfg.merge_from_list(_flat(choices))
-    choices += [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
+    choices = [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
     epochs = args.epochs or (EPOCHS if args.data and not args.minutes else 0)
     if epochs or args.minutes:
         begun = _goes_on(args, cfg)
@@ -211,15 +207,6 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
     if faulty:
         names = " and ".join(str(files.annotations) for files in faulty)
         raise ValueError(f"training cannot start: correct the errors above in {names}")
-
-
-def _mosaics(cfg: CfgNode) -> list[Choice]:
-    """None where images have many objects, so that numbers vary anyway: reading several images costs time."""
-    counts = [len(record["annotations"]) for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
-    mean = sum(counts) / len(counts)
-    if not cfg.INPUT.MOSAIC or mean <= FEW_OBJECTS:
-        return []
-    return [Choice("INPUT.MOSAIC", 0.0, f"{mean:.1f} objects per image")]
 
 
 def _device(cfg: CfgNode) -> list[Choice]:

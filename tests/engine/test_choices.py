@@ -373,22 +373,6 @@ def test_epochs_and_batch_alone_change_nothing_else(data: Path) -> None:
     assert (given["SOLVER.MAX_ITER"], given["SOLVER.BASE_LR"]) == (6, pytest.approx(1e-4 * 5 / 16, rel=1e-3))
 
 
-@pytest.mark.parametrize(("objects", "fraction"), [(1, 0.5), (5, 0.5), (6, 0.0)])
-def test_images_are_joined_where_they_have_few_objects(objects: int, fraction: float, data: Path) -> None:
-    file = data / "train.json"
-    content = json.loads(file.read_text())
-    content["annotations"] = [
-        {"id": 10 * image["id"] + number, "image_id": image["id"], "category_id": 1, "bbox": [number, 3, 20, 20]}
-        | {"area": 400, "iscrowd": 0}
-        for image in content["images"]
-        for number in range(objects)
-    ]
-    file.write_text(json.dumps(content))
-    train = ("--data", data, "--config-file", RECIPE, "--output", data / "out")
-    assert fraction == chosen(*train).config().INPUT.MOSAIC
-    assert chosen(*train, "INPUT.MOSAIC", "0.25").config().INPUT.MOSAIC == 0.25
-
-
 def test_a_detector_is_fine_tuned_and_a_backbone_trained(data: Path, tmp_path: Path) -> None:
     """With other learning rates; what the two have in common is the same."""
     common = ("--data", data, "--output", tmp_path / "out")
