@@ -24,7 +24,10 @@ from .training import Metrics
 ROOT = Path(__file__).resolve().parent.parent
 # What results depend on, as git's pathspecs. Configs do not count, since their values do.
 CODE = ("dino_d2", "ops", "studies/training.py", "studies/peers.py")
-NOT_IN_A_RUN = ("app.py", "deploy", "detections.py", "detector.py", "model_zoo", "pretrained.py", "report", "tiles.py")
+NOT_IN_A_RUN = (
+    *("app.py", "deploy", "detections.py", "detector.py", "engine/choices.py"),
+    *("model_zoo", "pretrained.py", "report", "tiles.py"),
+)
 OF_DINO = (":(exclude,glob)dino_d2/modeling/*.py", ":(exclude)dino_d2/modeling/family", ":(exclude)dino_d2/meta_arch")
 OF_PEERS = (":(exclude)studies/peers.py",)
 PACE = "pace.json"
