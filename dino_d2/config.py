@@ -122,9 +122,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.INPUT.VERTICAL_FLIP = False  # half of the time, for images without an up, such as aerial ones
     cfg.INPUT.QUARTER_TURN = False  # rotate by 90 degrees, half of the time
     cfg.INPUT.COLOR_JITTER = 0.0  # change brightness, contrast and saturation by up to this fraction
-    cfg.INPUT.MOSAIC = (
-        0.0  # fraction of training images that are joined with one or three others (dino_d2/data/mosaic.py)
-    )
+    cfg.INPUT.MOSAIC = 0.0  # fraction of training images that are joined with one or three others; docs/data.md
     cfg.INPUT.ON_UNREADABLE = "stop"  # stop | skip: what training does when an image cannot be read; docs/data.md
 
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # of the learning rate

@@ -83,7 +83,7 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
         logger.info("writing")
         onnx_program.save(temporary, external_data=False)
         if int8:
-            logger.info("rounding weights to 8 bits")
+            logger.info("quantizing")
             quantize_file(temporary)
         logger.info("comparing with PyTorch")
         return check_agreement(model, load_onnx(temporary), ROUNDED if half or int8 else FULL)

@@ -10,10 +10,12 @@ from onnxruntime.quantization import quantize_dynamic
 
 from dino_d2.modeling.int8 import QuantizableLinear
 
+from .check import ExportError
+
 CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"  # written by torch.onnx: the modules that a node is of
 
 
-def quantize_file(path: Path) -> int:
+def quantize_file(path: Path) -> None:
     """Let a file multiply in 8-bit integers where the model has `QuantizableLinear`.
 
     Weights get a scale for each output channel and 7 bits: of 8, the sum of two products can exceed the 16 bits in
@@ -22,12 +24,14 @@ def quantize_file(path: Path) -> int:
     Args:
         path: exported by torch.onnx; replaced.
 
-    Returns:
-        the number of products.
+    Raises:
+        ExportError: none of the products can be told to be such a layer's.
     """
     model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     products = [node.name for node in model.graph.node if node.op_type == "MatMul" and _is_quantizable(node)]
+    if not products:  # onnxruntime would take an empty list for all nodes
+        raise ExportError(f"no product can be quantized: no node's {CLASS_HIERARCHY} names QuantizableLinear")
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger that shapes were not inferred
     try:
@@ -45,7 +49,6 @@ def quantize_file(path: Path) -> int:
     del model.graph.value_info[:]  # shapes that it inferred for the sizes that were traced; others would be refused
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
-    return len(products)
 
 
 def _is_quantizable(node: onnx.NodeProto) -> bool:
