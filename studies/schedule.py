@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from dino_d2.engine.checkpoints import NUMBERED
 from dino_d2.engine.run_folder import LAST
 
 from . import training
-from .plan import SECONDS, STEPS, Run, Study, iterations_at
+from .plan import SECONDS, STEPS, Candidate, DataSet, Run, Study, iterations_at
 from .results import (
     CodeOf,
     Evaluation,
@@ -36,6 +37,7 @@ from .results import (
 
 VERSION = "version.json"  # in the folder of a run: what its checkpoint is of
 IDLE = 0.5  # highest load average of an idle machine
+ROUNDS = 3  # in which each detector of a data set is timed once
 
 Say = Callable[[str], None]
 
@@ -150,7 +152,10 @@ def run_study(study: Study, code: CodeOf, again: bool, say: Say = print) -> None
 
 
 def measure(study: Study, code: CodeOf, although_busy: bool, say: Say = print) -> None:
-    """Measure the seconds per step of each detector on each data set, unless they are known for this processor.
+    """Measure the seconds per step of all detectors on each data set, unless all are known for this processor.
+
+    The detectors take turns, and the median of `ROUNDS` counts: the speed of a machine may wander, and what is compared
+    must have been measured in the same minutes.
 
     Raises:
         ValueError: the machine is busy.
@@ -161,20 +166,30 @@ def measure(study: Study, code: CodeOf, although_busy: bool, say: Say = print) -
             f"the load average is {load:.2f}, so steps would seem slower than they are: end other work, wait a minute "
             "and try again; --busy measures all the same"
         )
-    for run in (run for run in study.runs() if run.seed == study.seeds[0]):
-        pace = pace_of(study, run.data, run.detector)
-        if pace and (pace.processor, pace.code) == (processor(), code(study, run.data, run.detector)):
-            say(f"{run.data.name}/{run.detector.name}: {pace.seconds_per_step:.4g} s per step, measured before")
+    for data in study.data:
+        if all(_is_known(study, data, detector, code) for detector in study.detectors):
+            say(f"{data.name}: measured before")
             continue
-        folder = study.work / study.name / "measure" / run.data.name / run.detector.name
-        shutil.rmtree(folder, ignore_errors=True)
-        cfg = study.config_of_run(run, training.WARM_UP + training.TIMED, folder)
-        seconds = training.seconds_per_step(cfg)
-        digest = study.cost_digest(run.data, run.detector)
-        versions = {"code": code(study, run.data, run.detector), "torch": torch.__version__, "settings": digest}
-        threads = torch.get_num_threads()
-        write_pace(study, run.data, run.detector, Pace(seconds, processor(), threads, round(load, 2), **versions))
-        say(f"{run.data.name}/{run.detector.name}: {seconds:.4g} s per step")
+        rounds = [[_seconds_per_step(study, data, detector) for detector in study.detectors] for _ in range(ROUNDS)]
+        for detector, seconds in zip(study.detectors, zip(*rounds, strict=True), strict=True):
+            digest = study.cost_digest(data, detector)
+            versions = {"code": code(study, data, detector), "torch": torch.__version__, "settings": digest}
+            pace = Pace(statistics.median(seconds), processor(), torch.get_num_threads(), round(load, 2), **versions)
+            write_pace(study, data, detector, pace)
+            each = ", ".join(f"{second:.4g}" for second in seconds)
+            say(f"{data.name}/{detector.name}: {pace.seconds_per_step:.4g} s per step (median of {each})")
+
+
+def _is_known(study: Study, data: DataSet, detector: Candidate, code: CodeOf) -> bool:
+    pace = pace_of(study, data, detector)
+    return pace is not None and (pace.processor, pace.code) == (processor(), code(study, data, detector))
+
+
+def _seconds_per_step(study: Study, data: DataSet, detector: Candidate) -> float:
+    folder = study.work / study.name / "measure" / data.name / detector.name
+    shutil.rmtree(folder, ignore_errors=True)
+    run = Run(data, detector, study.seeds[0])
+    return training.seconds_per_step(study.config_of_run(run, training.WARM_UP + training.TIMED, folder))
 
 
 def check_paces(study: Study, found: Sequence[State]) -> None:

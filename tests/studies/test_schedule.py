@@ -298,6 +298,27 @@ def test_measuring(make_study: Callable[..., Study], monkeypatch: pytest.MonkeyP
     assert pace_of(study, *pair) == pace
 
 
+def test_detectors_are_measured_in_turns(make_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a machine that slows down meanwhile does so for all; one that is not known is not measured by itself."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    study = make_study(detectors=BOTH)
+    asked: list[str] = []
+
+    def measured(cfg: Any) -> float:
+        asked.append(Path(cfg.OUTPUT_DIR).name)
+        return float(len(asked))
+
+    monkeypatch.setattr(training, "seconds_per_step", measured)
+    measure(study, CODE, False, silent)
+    assert asked == ["dino", "retinanet"] * 3
+    paces = {name: pace.seconds_per_step for name, pace in read_paces(study).items()}
+    assert paces == {"shapes/dino": 3.0, "shapes/retinanet": 4.0}  # medians of 1, 3, 5 and of 2, 4, 6
+    first = study.pairs()[0]
+    write_pace(study, *first, replace(pace_of(study, *first), code="another"))
+    measure(study, CODE, False, silent)
+    assert asked == ["dino", "retinanet"] * 6
+
+
 def test_several_processes_share_a_study(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
     """A run that another process does is left to it; one that another has done meanwhile is not done again."""
     study = make_study(seeds=[1, 2, 3])
