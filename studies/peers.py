@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -43,6 +44,7 @@ class PyramidBackbone(TimmBackbone):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """Maps (B, channels, h, w) by name, finest first."""
+        x = x.contiguous(memory_format=torch.channels_last)  # as DINO has them: quicker on a CPU
         return self.fpn(OrderedDict(super().forward(x)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
