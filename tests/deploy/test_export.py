@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +20,7 @@ from dino_d2 import DINO
 from dino_d2.deploy import OnnxPredictor
 from dino_d2.deploy import export as export_module
 from dino_d2.deploy.check import FULL, ROUNDED, ExportError, Tolerance, agreement, check_agreement, example_inputs
-from dino_d2.deploy.export import check_exportable, export_program, load_onnx, load_program
+from dino_d2.deploy.export import INPUTS, OUTPUTS, check_exportable, export_program, load_onnx, load_program
 from dino_d2.deploy.exportable import ExportableDINO
 from dino_d2.deploy.quantize import quantize_file
 from dino_d2.deploy.sampling import ms_deform_attn_gather
@@ -96,6 +97,19 @@ def test_images_of_another_kind_are_refused(image: object, onnx_file: Path) -> N
 def test_no_image_is_refused(onnx_file: Path) -> None:
     with pytest.raises(ValueError, match="no image"):
         OnnxPredictor(onnx_file).predict_batch([])
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_openvino_finds_the_same(shape: tuple[int, int, int], small_model: DINO, onnx_file: Path) -> None:
+    compiled = openvino.Core().compile_model(str(onnx_file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found = compiled(dict(zip(INPUTS, (tensor.numpy() for tensor in inputs), strict=True)))
+        return tuple(torch.from_numpy(found[name]) for name in OUTPUTS)
+
+    found = agreement(small_model, run, example_inputs(*shape, torch.device("cpu")), FULL)
+    assert found.share == 1
+    assert found.score_error < 1e-4
 
 
 def test_only_standard_operators(onnx_file: Path) -> None:
