@@ -25,12 +25,12 @@ from .check import FULL, ROUNDED, ExportError, Outputs, check_agreement, example
 from .exportable import ExportableDINO
 from .onnx_predictor import METADATA_KEY
 from .quantize import quantize_file
-from .sampling import ms_deform_attn_gather
+from .sampling import ms_deform_attn_for_onnx, ms_deform_attn_gather
 
 logger = logging.getLogger(__name__)
 
 OPSET = 18
-INT64 = 7  # ONNX's code for the type
+FLOAT, INT32, INT64 = 1, 6, 7  # ONNX's codes for the types
 INPUTS = ("pixels", "image_sizes", "original_sizes")
 OUTPUTS = ("boxes", "scores", "classes", "tokens")
 TRACED = (2, 101, 139)  # batch, height, width: all different, also from other sizes
@@ -55,7 +55,7 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
     int8 = int8_of_config(cfg)
     if int8 and half:
         raise ExportError("TEST.QUANTIZE int8 and --half are not supported in one file. Choose one of them")
-    program = trace(ExportableDINO(model, ms_deform_attn_gather, half))
+    program = trace(ExportableDINO(model, ms_deform_attn_for_onnx, half))
     logger.info("converting to ONNX")
     with _without_stack_traces():
         onnx_program = torch.onnx.export(
@@ -63,7 +63,10 @@ def export_onnx(cfg: CfgNode, model: DINO, path: Path, half: bool) -> str:
             input_names=INPUTS,
             output_names=OUTPUTS,
             opset_version=OPSET,
-            custom_translation_table={torch.ops.dino_d2.is_duplicate.default: _is_duplicate_in_onnx},
+            custom_translation_table={
+                torch.ops.dino_d2.is_duplicate.default: _is_duplicate_in_onnx,
+                torch.ops.dino_d2.weighted_rows.default: _weighted_rows_in_onnx,
+            },
             optimize=False,  # slow, and runtimes optimise themselves
             verbose=False,
         )
@@ -181,6 +184,23 @@ def _is_duplicate_in_onnx(boxes, scores, classes, num_classes: int, iou_threshol
     keep = op.Gather(keep, op.Constant(value_ints=[0, 2]), axis=1)  # image and box
     ones = op.Expand(op.Constant(value_float=1.0), op.Shape(keep, start=0, end=1))
     return op.Equal(op.ScatterND(op.Mul(scores, 0.0), keep, ones), 0.0)
+
+
+def _weighted_rows_in_onnx(value, rows, shares):
+    """`weighted_rows` in ONNX, step by step the same."""
+    op = opset18
+    heads, channels = value.shape[2], value.shape[3]
+    images = op.Range(0, op.Squeeze(op.Shape(value, start=0, end=1)), 1)
+    first = op.Mul(images, op.Shape(value, start=1, end=2))  # row of each image's first token
+    rows = op.Add(rows, op.Cast(op.Unsqueeze(first, [1, 2, 3]), to=INT32))
+    tables = op.Reshape(op.Transpose(value, perm=[2, 0, 1, 3]), op.Constant(value_ints=[heads, -1, channels]))
+    outputs = []
+    for head in range(heads):
+        of_head = op.Constant(value_int=head)
+        values = op.Gather(op.Gather(tables, of_head, axis=0), op.Gather(rows, of_head, axis=2), axis=0)
+        share = op.Unsqueeze(op.Gather(shares, of_head, axis=2), [2])
+        outputs.append(op.MatMul(share, op.Cast(values, to=FLOAT)))
+    return op.CastLike(op.Squeeze(op.Concat(*outputs, axis=-1), [2]), value)
 
 
 def _name_dynamic_sizes(graph: onnx_ir.Graph) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -23,23 +23,71 @@ def ms_deform_attn_gather(
     """`ms_deform_attn_fused` with table lookups; sizes may be symbolic.
 
     `grid_sample` would compute every location once per channel. Here the tokens of a head are a table, and a lookup of
-    the four pixels of every sample is followed by one product with their shares. One head after the other, so that the
-    looked-up pixels use the same memory; x and y and all levels at once, so that the graph is small. Samples of a query
-    are the last dimension, because onnxruntime is slow at broadcasting along short ones.
+    the four pixels of every sample is followed by one product with their shares. x and y and all levels are computed at
+    once, so that the graph is small. Samples of a query are the last dimension, because onnxruntime is slow at
+    broadcasting along short ones.
 
     Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`; not for training.
     """
+    return _attend(_weighted_rows, value, spatial_shapes, reference, sampling_offsets, attention_logits)
+
+
+def ms_deform_attn_for_onnx(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """:func:`ms_deform_attn_gather` with one operator for the lookups of all heads, which `export` translates: tracing
+    and converting them step by step takes a third of an export's time."""
+    return _attend(weighted_rows, value, spatial_shapes, reference, sampling_offsets, attention_logits)
+
+
+def _attend(
+    look_up: Callable[[Tensor, Tensor, Tensor], Tensor],
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
     device = value.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        rows, shares = _lookups(spatial_shapes, reference.float(), sampling_offsets.float(), attention_logits.float())
-        batch, tokens, heads, channels = value.shape
-        rows = rows + tokens * torch.arange(batch, dtype=rows.dtype, device=value.device)[:, None, None, None]
-        tables = value.permute(2, 0, 1, 3).reshape(heads, batch * tokens, channels)
-        outputs = []
-        for head in range(heads):
-            pixels = F.embedding(rows[:, :, head], tables[head])  # (B, Q, 4 * samples, channels)
-            outputs.append(torch.matmul(shares[:, :, head, None], pixels.float()))
-        return torch.cat(outputs, dim=-1).squeeze(2).to(value.dtype)
+        rows, shares = _lookups(spatial_shapes, reference.float(), offsets.float(), logits.float())
+        return look_up(value, rows, shares)
+
+
+def _weighted_rows(value: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+    """For every query and head the sum of some tokens' values, weighted.
+
+    One head after the other, so that the looked-up values use the same memory.
+
+    Args:
+        value: (B, N, heads, channels).
+        rows: (B, Q, heads, K) int32, tokens of the image.
+        shares: (B, Q, heads, K) float32.
+
+    Returns:
+        (B, Q, heads * channels), in the type of `value`.
+    """
+    batch, tokens, heads, channels = value.shape
+    rows = rows + tokens * torch.arange(batch, dtype=rows.dtype, device=value.device)[:, None, None, None]
+    tables = value.permute(2, 0, 1, 3).reshape(heads, batch * tokens, channels)
+    outputs = []
+    for head in range(heads):
+        values = F.embedding(rows[:, :, head], tables[head])  # (B, Q, K, channels)
+        outputs.append(torch.matmul(shares[:, :, head, None], values.float()))
+    return torch.cat(outputs, dim=-1).squeeze(2).to(value.dtype)
+
+
+weighted_rows = torch.library.custom_op("dino_d2::weighted_rows", _weighted_rows, mutates_args=())
+
+
+@weighted_rows.register_fake
+def _(value: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+    batch, queries, heads, _ = rows.shape
+    return value.new_empty(batch, queries, heads * value.shape[-1])
 
 
 def _lookups(
