@@ -1,6 +1,8 @@
 # `make demo` and `make test` are complete by themselves: each sets the environment up first.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+# Each test takes one thread. The tests of a file share what they make, so they stay together.
+IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning
 
@@ -10,11 +12,11 @@ setup:
 	@$(PYTHON) dev/setup_env.py
 
 test: setup lint
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest $(IN_PARALLEL)
 
 # With the tests that take minutes or need unusual means (root, for two machines in network namespaces).
 test-all: setup lint
-	$(VENV_PYTHON) -m pytest -m "slow or not slow"
+	$(VENV_PYTHON) -m pytest $(IN_PARALLEL) -m "slow or not slow"
 
 demo: setup
 	$(VENV_PYTHON) dev/run_demo.py

@@ -19,7 +19,7 @@ from dino_d2.checkpoint.files import write_atomically
 
 from .peers import is_peer
 from .plan import STEPS, Candidate, DataSet, Run, Study, iterations_at
-from .training import Metrics
+from .training import NMS, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # What results depend on, as git's pathspecs. Configs do not count, since their values do.
@@ -102,8 +102,12 @@ class Result:
         return f"{self.data}/{self.detector}/seed_{self.seed}"
 
     def metric(self, name: str, moment: float) -> float | None:
-        """A metric of the evaluation at that moment; None if there was none, or if it has no such metric."""
-        return next((x.metrics.get(name) for x in self.evaluations if x.at == moment), None)
+        """A metric of the evaluation at that moment; None if there was none, or if it has no such metric.
+
+        A detector that always drops duplicates has no second evaluation that does so: AP_nms is its AP.
+        """
+        metrics = next((x.metrics for x in self.evaluations if x.at == moment), {})
+        return metrics.get(name, metrics.get(name.removesuffix(f"_{NMS}")))
 
 
 STEP = Pace(1.0, "", 0, 0.0, "", "", "")

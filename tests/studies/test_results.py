@@ -65,6 +65,14 @@ def test_table_has_mean_deviation_and_every_seed(study: Study) -> None:
     ]
 
 
+def test_detectors_that_drop_duplicates_stand_beside_those_that_need_not(study: Study) -> None:
+    result = next(results_of(study))
+    with_nms = Evaluation(30, 30, {"AP": 1.0, "AP50": 3.0, "AP_nms": 2.0})
+    assert replace(result, evaluations=(with_nms,)).metric("AP_nms", 30) == 2.0
+    assert result.metric("AP_nms", 30) == result.metric("AP", 30) is not None
+    assert result.metric("duplicates_nms", 30) is None
+
+
 def test_deviation_is_that_of_a_sample() -> None:
     assert mean_and_deviation([2, 4, 4, 4, 5, 5, 7, 9]) == "5.0 ± 2.1"
     assert mean_and_deviation([3.25]) == "3.2 ± –"
