@@ -6,9 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
@@ -26,6 +28,45 @@ def record(path: Path, size: tuple[int, int], box: Any = (1, 1, 5, 5), category:
 
 def train_mapper(cfg: CfgNode) -> ImageMapper:
     return ImageMapper(cfg, is_train=True, augmentations=[build_train_augmentation(cfg)])
+
+
+def test_boxes_are_those_of_detectron2(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    """To the bit, whatever their mode; crowds and what a crop leaves nothing of are dropped."""
+    tiny_cfg.INPUT.QUARTER_TURN = tiny_cfg.INPUT.VERTICAL_FLIP = True
+    original = record(tmp_path / "a.png", (61, 47), box=(1.0, 1.0, 5.0, 5.0))
+    for _ in range(30):
+        x, y, w, h = (np.random.rand(4) * [40, 30, 30, 25]).tolist()
+        absolute = np.random.rand() < 0.3
+        original["annotations"].append(
+            {
+                "bbox": [x, y, x + w, y + h] if absolute else [x, y, w, h],
+                "bbox_mode": BoxMode.XYXY_ABS if absolute else BoxMode.XYWH_ABS,
+                "category_id": int(np.random.randint(80)),
+                "iscrowd": int(np.random.rand() < 0.2),
+            }
+        )
+    empty = original | {"annotations": []}
+    theirs = DatasetMapper(tiny_cfg, is_train=True, augmentations=[build_train_augmentation(tiny_cfg)])
+    counts = set()
+    for seed in range(12):
+        for one in (original, empty):
+            pair = []
+            for mapper in (train_mapper(tiny_cfg), theirs):
+                np.random.seed(seed)
+                pair.append(mapper(copy.deepcopy(one))["instances"])
+            assert torch.equal(pair[0].gt_boxes.tensor, pair[1].gt_boxes.tensor)
+            assert torch.equal(pair[0].gt_classes, pair[1].gt_classes)
+            assert pair[0].image_size == pair[1].image_size
+            counts.add(len(pair[0]))
+    assert len(counts) > 3  # crops differ
+
+
+def test_boxes_of_whole_numbers_are_not_cut(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    """detectron2 resizes them as integers, so each resize moves them to the upper left by half a pixel on average."""
+    tiny_cfg.INPUT.RANDOM_FLIP, tiny_cfg.INPUT.CROP.ENABLED = "none", False
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN = (33,)
+    (box,) = train_mapper(tiny_cfg)(record(tmp_path / "a.png", (30, 20), box=(1, 1, 5, 5)))["instances"].gt_boxes
+    torch.testing.assert_close(box, torch.tensor([1, 1, 6, 6]) * torch.tensor([50 / 30, 33 / 20] * 2))
 
 
 def test_test_inputs_have_the_picture_and_no_annotations(tiny_cfg: CfgNode, tmp_path: Path) -> None:
