@@ -1,7 +1,7 @@
 # `make demo` and `make test` are complete by themselves: each sets the environment up first.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-# Each test takes one thread. The tests of a file share what they make, so they stay together.
+# PyTorch takes one thread in tests. The tests of a file share what they make, so they stay together.
 IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 # detectron2 imports a part of torch that is to go; its users can do nothing about it.
 export PYTHONWARNINGS := ignore::FutureWarning

@@ -44,7 +44,7 @@ class PyramidBackbone(TimmBackbone):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """Maps (B, channels, h, w) by name, finest first."""
-        x = x.contiguous(memory_format=torch.channels_last)  # as DINO has them: quicker on a CPU
+        x = x.contiguous(memory_format=torch.channels_last)  # as DINO's images: quicker on a CPU
         return self.fpn(OrderedDict(super().forward(x)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -31,6 +31,7 @@ NOT_IN_A_RUN = (
 OF_DINO = (":(exclude,glob)dino_d2/modeling/*.py", ":(exclude)dino_d2/modeling/family", ":(exclude)dino_d2/meta_arch")
 OF_PEERS = (":(exclude)studies/peers.py",)
 PACE = "pace.json"
+DROPPED = f"_{NMS}"  # ends the names of metrics with duplicates dropped
 CodeOf = Callable[[Study, DataSet, Candidate], str]  # `code_of`
 LEAST = "–"  # for a deviation of fewer than two values
 
@@ -107,7 +108,9 @@ class Result:
         A detector that always drops duplicates has no second evaluation that does so: AP_nms is its AP.
         """
         metrics = next((x.metrics for x in self.evaluations if x.at == moment), {})
-        return metrics.get(name, metrics.get(name.removesuffix(f"_{NMS}")))
+        if not any(known.endswith(DROPPED) for known in metrics):
+            name = name.removesuffix(DROPPED)
+        return metrics.get(name)
 
 
 STEP = Pace(1.0, "", 0, 0.0, "", "", "")

@@ -155,7 +155,8 @@ def measure(study: Study, code: CodeOf, although_busy: bool, say: Say = print) -
     """Measure the seconds per step of all detectors on each data set, unless all are known for this processor.
 
     The detectors take turns, and the median of `ROUNDS` counts: the speed of a machine may wander, and what is compared
-    must have been measured in the same minutes.
+    must have been measured in the same minutes. Each round has images of its own. Results of other paces are of another
+    version.
 
     Raises:
         ValueError: the machine is busy.
@@ -170,7 +171,10 @@ def measure(study: Study, code: CodeOf, although_busy: bool, say: Say = print) -
         if all(_is_known(study, data, detector, code) for detector in study.detectors):
             say(f"{data.name}: measured before")
             continue
-        rounds = [[_seconds_per_step(study, data, detector) for detector in study.detectors] for _ in range(ROUNDS)]
+        old = [run for run in study.runs() if run.data == data and read_result(study, run)]
+        if old:
+            say(f"{data.name}: {len(old)} results are of other paces; run --replace does them again")
+        rounds = [[_seconds_per_step(study, Run(data, x, seed)) for x in study.detectors] for seed in range(ROUNDS)]
         for detector, seconds in zip(study.detectors, zip(*rounds, strict=True), strict=True):
             digest = study.cost_digest(data, detector)
             versions = {"code": code(study, data, detector), "torch": torch.__version__, "settings": digest}
@@ -185,10 +189,9 @@ def _is_known(study: Study, data: DataSet, detector: Candidate, code: CodeOf) ->
     return pace is not None and (pace.processor, pace.code) == (processor(), code(study, data, detector))
 
 
-def _seconds_per_step(study: Study, data: DataSet, detector: Candidate) -> float:
-    folder = study.work / study.name / "measure" / data.name / detector.name
+def _seconds_per_step(study: Study, run: Run) -> float:
+    folder = study.work / study.name / "measure" / run.data.name / run.detector.name
     shutil.rmtree(folder, ignore_errors=True)
-    run = Run(data, detector, study.seeds[0])
     return training.seconds_per_step(study.config_of_run(run, training.WARM_UP + training.TIMED, folder))
 
 

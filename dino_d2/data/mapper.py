@@ -66,6 +66,10 @@ class ImageMapper(DatasetMapper):
 
         detectron2 resizes boxes of whole numbers as integers, which moves them to the upper left.
         """
+        if self.use_instance_mask or self.use_keypoint:
+            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]  # changed in place
+            super()._transform_annotations(record, transforms, size)
+            return
         objects = [annotation for annotation in record.pop("annotations") if not annotation.get("iscrowd", 0)]
         boxes = transforms.apply_box(boxes_of(objects)).clip(0, size[::-1] * 2)
         instances = Instances(size)

@@ -34,15 +34,16 @@ def test_boxes_are_those_of_detectron2(tiny_cfg: CfgNode, tmp_path: Path) -> Non
     """To the bit, whatever their mode; crowds and what a crop leaves nothing of are dropped."""
     tiny_cfg.INPUT.QUARTER_TURN = tiny_cfg.INPUT.VERTICAL_FLIP = True
     original = record(tmp_path / "a.png", (61, 47), box=(1.0, 1.0, 5.0, 5.0))
+    rng = np.random.default_rng(0)
     for _ in range(30):
-        x, y, w, h = (np.random.rand(4) * [40, 30, 30, 25]).tolist()
-        absolute = np.random.rand() < 0.3
+        x, y, w, h = (rng.random(4) * [40, 30, 30, 25]).tolist()
+        absolute = rng.random() < 0.3
         original["annotations"].append(
             {
                 "bbox": [x, y, x + w, y + h] if absolute else [x, y, w, h],
                 "bbox_mode": BoxMode.XYXY_ABS if absolute else BoxMode.XYWH_ABS,
-                "category_id": int(np.random.randint(80)),
-                "iscrowd": int(np.random.rand() < 0.2),
+                "category_id": int(rng.integers(80)),
+                "iscrowd": int(rng.random() < 0.2),
             }
         )
     empty = original | {"annotations": []}
@@ -94,6 +95,23 @@ def test_smallest_and_longest_pictures_are_trained_on(size: tuple[int, int], tin
 def test_box_that_is_not_four_numbers_is_refused(box: Any, tiny_cfg: CfgNode, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'a\.png, annotation 1: "bbox" is .* four numbers'):
         train_mapper(tiny_cfg)(record(tmp_path / "a.png", (30, 20), box=box))
+
+
+@pytest.mark.parametrize("mode", [None, BoxMode.XYWHA_ABS, BoxMode.XYXY_REL])
+def test_box_in_other_units_is_refused(mode: Any, tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    original = record(tmp_path / "a.png", (30, 20))
+    original["annotations"][0]["bbox_mode"] = mode
+    with pytest.raises(ValueError, match=r'a\.png, annotation 1: "bbox_mode" is .* one of'):
+        train_mapper(tiny_cfg)(original)
+
+
+def test_masks_are_kept_for_who_asks_for_them(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    tiny_cfg.MODEL.MASK_ON = True
+    original = record(tmp_path / "a.png", (30, 20))
+    original["annotations"][0]["segmentation"] = [[1, 1, 6, 1, 6, 6]]
+    before = copy.deepcopy(original)
+    assert len(train_mapper(tiny_cfg)(original)["instances"].gt_masks) == 1
+    assert original == before
 
 
 @pytest.mark.parametrize("category", ["cat", 1.5, None])

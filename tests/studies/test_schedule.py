@@ -298,25 +298,31 @@ def test_measuring(make_study: Callable[..., Study], monkeypatch: pytest.MonkeyP
     assert pace_of(study, *pair) == pace
 
 
-def test_detectors_are_measured_in_turns(make_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detectors_are_measured_in_turns(
+    make_study: Callable[..., Study], no_training: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So a machine that slows down meanwhile does so for all; one that is not known is not measured by itself."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     study = make_study(detectors=BOTH)
-    asked: list[str] = []
+    asked: list[tuple[str, int]] = []
 
     def measured(cfg: Any) -> float:
-        asked.append(Path(cfg.OUTPUT_DIR).name)
+        asked.append((Path(cfg.OUTPUT_DIR).name, cfg.SEED))
         return float(len(asked))
 
     monkeypatch.setattr(training, "seconds_per_step", measured)
     measure(study, CODE, False, silent)
-    assert asked == ["dino", "retinanet"] * 3
+    rounds = [(name, seed) for seed in range(3) for name in BOTH]  # each with images of its own
+    assert asked == rounds
     paces = {name: pace.seconds_per_step for name, pace in read_paces(study).items()}
     assert paces == {"shapes/dino": 3.0, "shapes/retinanet": 4.0}  # medians of 1, 3, 5 and of 2, 4, 6
     first = study.pairs()[0]
     write_pace(study, *first, replace(pace_of(study, *first), code="another"))
-    measure(study, CODE, False, silent)
-    assert asked == ["dino", "retinanet"] * 6
+    lines: list[str] = []
+    run_study(study, CODE, True, silent)
+    measure(study, CODE, False, lines.append)
+    assert asked == rounds * 2
+    assert lines[0] == "shapes: 4 results are of other paces; run --replace does them again"
 
 
 def test_several_processes_share_a_study(make_study: Callable[..., Study], no_training: list[tuple[str, int]]) -> None:
