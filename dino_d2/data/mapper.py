@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BoxMode
 
-from .annotations import boxes_of, check_annotations
 from .images import read_image
 from .mosaic import mosaic
+
+MODES = [BoxMode.XYXY_ABS, BoxMode.XYWH_ABS]  # in pixels
 
 
 class ImageMapper(DatasetMapper):
@@ -45,6 +48,9 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
+            # Copies, since detectron2 changes them; floats, since it resizes whole numbers as integers, which moves boxes
+            # to the upper left.
+            record["annotations"] = [x | {"bbox": [float(side) for side in x["bbox"]]} for x in record["annotations"]]
             self._transform_annotations(record, transforms, augmented.image.shape[:2])
         return record
 
@@ -59,20 +65,20 @@ class ImageMapper(DatasetMapper):
         """The image of a record before any augmentation: (H, W, 3) uint8 in `INPUT.FORMAT`."""
         return read_image(record["file_name"], self.image_format)
 
-    def _transform_annotations(
-        self, record: dict[str, Any], transforms: T.TransformList, size: tuple[int, int]
-    ) -> None:
-        """As detectron2's, for all boxes at once: with dozens of objects one by one takes as long as the image.
 
-        detectron2 resizes boxes of whole numbers as integers, which moves them to the upper left.
-        """
-        if self.use_instance_mask or self.use_keypoint:
-            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]  # changed in place
-            super()._transform_annotations(record, transforms, size)
-            return
-        objects = [annotation for annotation in record.pop("annotations") if not annotation.get("iscrowd", 0)]
-        boxes = transforms.apply_box(boxes_of(objects)).clip(0, size[::-1] * 2)
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.tensor([annotation["category_id"] for annotation in objects], dtype=torch.int64)
-        record["instances"] = detection_utils.filter_empty_instances(instances)
+def check_annotations(record: dict[str, Any]) -> None:
+    """Reject annotations that would be learned wrongly or fail with an unclear error.
+
+    Raises:
+        ValueError: names the image, the annotation and the value.
+    """
+    for number, annotation in enumerate(record["annotations"], start=1):
+        box, category = annotation.get("bbox"), annotation.get("category_id")
+        where = f"{record['file_name']}, annotation {number}"
+        is_list = isinstance(box, list | tuple | np.ndarray) and len(box) == 4
+        if not is_list or not all(isinstance(side, Real) and math.isfinite(side) for side in box):
+            raise ValueError(f'{where}: "bbox" is {box!r}; it must be a list of four numbers')
+        if annotation.get("bbox_mode") not in MODES:
+            raise ValueError(f'{where}: "bbox_mode" is {annotation.get("bbox_mode")!r}; it must be one of {MODES}')
+        if not isinstance(category, Integral):
+            raise ValueError(f'{where}: "category_id" is {category!r}; it must be an integer')

@@ -13,8 +13,6 @@ import numpy as np
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from .annotations import boxes_of
-
 Size = tuple[int, int]  # height, width
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the mosaic
 
@@ -49,8 +47,9 @@ def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) 
     for image, (x1, y1, x2, y2), of_image in zip(images, places, annotations, strict=True):
         joined[y1:y2, x1:x2] = np.asarray(Image.fromarray(image).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR))
         scale = np.array([x2 - x1, y2 - y1] * 2) / (image.shape[1::-1] * 2)
-        boxes = boxes_of(of_image) * scale + [x1, y1, x1, y1]
-        for annotation, box in zip(of_image, boxes.tolist(), strict=True):
+        for annotation in of_image:
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            box = (np.array(box) * scale + [x1, y1, x1, y1]).tolist()
             found.append(annotation | {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
     return joined, found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,51 +12,6 @@ from torch import Tensor
 
 from dino_d2.ops import attention_weights_of
 from dino_d2.structures import map_sizes
-
-
-def ms_deform_attn_gather(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-) -> Tensor:
-    """`ms_deform_attn_fused` with table lookups; sizes may be symbolic.
-
-    `grid_sample` would compute every location once per channel. Here the tokens of a head are a table, and a lookup of
-    the four pixels of every sample is followed by one product with their shares. x and y and all levels are computed at
-    once, so that the graph is small. Samples of a query are the last dimension, because onnxruntime is slow at
-    broadcasting along short ones.
-
-    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`; not for training.
-    """
-    return _attend(_weighted_rows, value, spatial_shapes, reference, sampling_offsets, attention_logits)
-
-
-def ms_deform_attn_for_onnx(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-) -> Tensor:
-    """:func:`ms_deform_attn_gather` with one operator for the lookups of all heads, which `export` translates: tracing
-    and converting them step by step takes a sixth of an export's time."""
-    return _attend(weighted_rows, value, spatial_shapes, reference, sampling_offsets, attention_logits)
-
-
-def _attend(
-    look_up: Callable[[Tensor, Tensor, Tensor], Tensor],
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-) -> Tensor:
-    device = value.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        rows, shares = _lookups(spatial_shapes, reference.float(), offsets.float(), logits.float())
-        return look_up(value, rows, shares)
 
 
 def _weighted_rows(value: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
@@ -88,6 +44,34 @@ weighted_rows = torch.library.custom_op("dino_d2::weighted_rows", _weighted_rows
 def _(value: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
     batch, queries, heads, _ = rows.shape
     return value.new_empty(batch, queries, heads * value.shape[-1])
+
+
+def ms_deform_attn_gather(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    look_up: Callable[[Tensor, Tensor, Tensor], Tensor] = _weighted_rows,
+) -> Tensor:
+    """`ms_deform_attn_fused` with table lookups; sizes may be symbolic.
+
+    `grid_sample` would compute every location once per channel. Here the tokens of a head are a table, and a lookup of
+    the four pixels of every sample is followed by one product with their shares. x and y and all levels are computed at
+    once, so that the graph is small. Samples of a query are the last dimension, because onnxruntime is slow at
+    broadcasting along short ones.
+
+    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`, and `look_up`: `weighted_rows` or its steps. Not
+    for training.
+    """
+    device = value.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        rows, shares = _lookups(spatial_shapes, reference.float(), sampling_offsets.float(), attention_logits.float())
+        return look_up(value, rows, shares)
+
+
+# With one operator, which `export` translates: tracing and converting its steps is a sixth of an export's time.
+ms_deform_attn_for_onnx = partial(ms_deform_attn_gather, look_up=weighted_rows)
 
 
 def _lookups(
