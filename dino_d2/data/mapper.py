@@ -48,8 +48,8 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
-            # Copies, since detectron2 changes them; floats, since it resizes whole numbers as integers, which moves boxes
-            # to the upper left.
+            # Copies, since detectron2 changes them; floats, since it resizes whole numbers as integers, which moves
+            # boxes to the upper left.
             record["annotations"] = [x | {"bbox": [float(side) for side in x["bbox"]]} for x in record["annotations"]]
             self._transform_annotations(record, transforms, augmented.image.shape[:2])
         return record

@@ -61,8 +61,8 @@ def ms_deform_attn_gather(
     once, so that the graph is small. Samples of a query are the last dimension, because onnxruntime is slow at
     broadcasting along short ones.
 
-    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`, and `look_up`: `weighted_rows` or its steps. Not
-    for training.
+    Arguments and result as in :func:`dino_d2.ops.ms_deform_attn_fused`, and `look_up`: `weighted_rows` or its steps.
+    Not for training.
     """
     device = value.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
