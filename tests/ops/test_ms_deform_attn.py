@@ -117,7 +117,7 @@ def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, channe
         assert_error_at_most(ours, truth.to(kept), truth, torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3])  # of two, each has one and a half of three heads
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("queries", [1, 16, 150])  # fewer and more than one thread's share; tokens visited often
 def test_every_image_and_query_is_served(queries: int, batch: int, threads: int) -> None:
@@ -128,6 +128,16 @@ def test_every_image_and_query_is_served(queries: int, batch: int, threads: int)
         output_and_gradients(op, problem, grad), output_and_gradients(reference, problem, grad), strict=True
     ):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [5, 32, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_query_has_the_same_result_among_many_as_among_few(dtype: torch.dtype, channels: int) -> None:
+    """Many queries are served head by head from a copy of the values."""
+    problem = make_problem(PYRAMID, channels=channels, queries=150, heads=3, dtype=torch.float32)
+    many = problem.to(torch.float32 if dtype == torch.bfloat16 else dtype)._replace(value=problem.value.to(dtype))
+    few = many._replace(locations=many.locations[:, 70:75].contiguous(), weights=many.weights[:, 70:75].contiguous())
+    assert torch.equal(op(many)[:, 70:75], op(few))
 
 
 @on_each_device

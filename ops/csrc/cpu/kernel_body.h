@@ -127,21 +127,21 @@ struct AnyChannels {
   }
 };
 
-// `channels` of them, from `first_channel` on, of every query in [begin, end) and every head.
+// `channels` of them, from `first_channel` on, of every query and head of the part.
 template <class V, class A, class Channels>
-void forward_rows(const Forward<V, A>& p, const SampleLevels<A>& levels, A* scratch, int64_t begin, int64_t end,
+void forward_rows(const StridedForward<V, A>& p, const SampleLevels<A>& levels, A* scratch, const Part& part,
                   int64_t first_channel, int64_t channels) {
   const Sizes& z = p.sizes;
-  const int64_t samples = z.samples(), token_stride = z.heads * z.channels;
+  const int64_t samples = z.samples();
   Row<A> row(z, p.sampling, levels, scratch);
-  Walk<A> walk(row, begin, end, static_cast<Index<A>>(token_stride));
+  Walk<A> walk(row, part, static_cast<Index<A>>(p.token_stride));
   Corners<A> corners[2];  // of these samples, and of the next ones
   int current = 0;
   walk.next(corners[current]);
-  for (int64_t query = begin; query < end; ++query) {
-    const V* image = p.value + query / z.queries * z.tokens * token_stride + first_channel;
-    for (int64_t head = 0; head < z.heads; ++head) {
-      const V* value = image + head * z.channels;
+  for (int64_t query = part.begin; query < part.end; ++query) {
+    const V* image = p.value + query / z.queries * p.image_stride + first_channel;
+    for (int64_t head = part.first_head; head < part.end_head; ++head) {
+      const V* value = image + head * p.head_stride;
       Channels sum[4] = {Channels(channels), Channels(channels), Channels(channels), Channels(channels)};
       for (int64_t first = 0; first < samples; first += VectorOf<A>::width) {
         const int64_t left = samples - first;
@@ -176,7 +176,7 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
     const int64_t index = query * z.heads + head;
     Channels grad(channels);
     grad.read(p.grad_output + index * z.channels + first_channel);
-    const int64_t soon = index + 4 * z.heads;  // rows so far apart are not foreseen by the processor
+    const int64_t soon = index + kRowsAhead * z.heads;
     row.prefetch(soon);
     for (int64_t c = 0; c < channels; c += 64 / sizeof(V)) {
       __builtin_prefetch(p.grad_output + soon * z.channels + first_channel + c);
@@ -292,8 +292,8 @@ using InOrder = RegisterChannels<A, N>;
   } while (false)
 
 template <class V, class A>
-void forward(const Forward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, int64_t begin, int64_t end) {
-  DINO_D2_FOR_CHANNELS(forward_rows, InSum, begin, end);
+void forward(const StridedForward<V, A>& problem, const SampleLevels<A>& levels, A* scratch, const Part& part) {
+  DINO_D2_FOR_CHANNELS(forward_rows, InSum, part);
 }
 
 template <class V, class A>

@@ -34,6 +34,17 @@ constexpr int64_t kLargestVector = 16;  // samples; `padded` is a multiple of th
 constexpr int64_t kMostChannels = 256;  // of a head worked on at once; more are taken in turns
 constexpr int64_t kScratchArrays = 10;  // of `padded` numbers, that a kernel keeps one query's samples in
 
+// `value` has strides of its own: (tokens, heads, channels), or one head's (tokens, channels).
+template <class V, class A>
+struct StridedForward : Forward<V, A> {
+  int64_t image_stride, token_stride, head_stride;
+};
+
+// Queries [begin, end) of the flattened (batch, query) axis, and of each the heads [first_head, end_head).
+struct Part {
+  int64_t begin, end, first_head, end_head;
+};
+
 template <class V, class A>
 struct PlanesBackward : Backward<V, A> {
   bool staged;  // grad_value is written whole, through a copy per head; otherwise it arrives filled with zeros
@@ -41,8 +52,8 @@ struct PlanesBackward : Backward<V, A> {
 
 template <class V, class A>
 struct KernelsOf {
-  // Queries [begin, end) of the flattened (batch, query) axis. `scratch`: kScratchArrays * padded numbers.
-  void (*forward)(const Forward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t begin, int64_t end);
+  // `scratch`: kScratchArrays * padded numbers.
+  void (*forward)(const StridedForward<V, A>&, const SampleLevels<A>&, A* scratch, const Part&);
   // One plane of the flattened (batch, head) axis: heads never share a gradient, so threads that own whole heads need
   // no atomics. `scratch`: as above, and 2 * tokens * min(channels, kMostChannels) more for a staged problem.
   void (*backward)(const PlanesBackward<V, A>&, const SampleLevels<A>&, A* scratch, int64_t plane);

@@ -143,6 +143,34 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
+// One head's values lie heads * channels apart, which uses few of a cache's sets. Where tokens are visited more than
+// twice it pays to copy them side by side and to go through the queries head by head: a head of the encoder's values
+// fits into the caches, all of them do not.
+template <class V, class A>
+void forward_by_head(const StridedForward<V, A>& problem, const SampleLevels<A>& levels, const KernelsOf<V, A>& set) {
+  const Sizes& z = problem.sizes;
+  torch::stable::parallel_for(0, z.batch * z.heads * z.queries, 16, [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(kScratchArrays * levels.padded);
+    const Scratch<V> values(z.tokens * z.channels);
+    while (begin < end) {
+      const int64_t plane = begin / z.queries, first = begin % z.queries;
+      const int64_t count = std::min(z.queries - first, end - begin);
+      const int64_t image = plane / z.heads, head = plane % z.heads;
+      const V* from = problem.value + image * problem.image_stride + head * problem.head_stride;
+      for (int64_t token = 0; token < z.tokens; ++token) {
+        std::copy_n(from + token * problem.token_stride, z.channels, values.get() + token * z.channels);
+      }
+      StridedForward<V, A> of_head = problem;
+      of_head.value = values.get();
+      of_head.token_stride = z.channels;
+      of_head.image_stride = of_head.head_stride = 0;
+      const int64_t query = image * z.queries + first;
+      set.forward(of_head, levels, scratch.get(), {query, query + count, head, head + 1});
+      begin += count;
+    }
+  });
+}
+
 Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shapes, const Tensor& any_positions,
                const Tensor& any_weights, const std::optional<Tensor>& any_reference) {
   const std::vector<Level> levels = levels_of(spatial_shapes);
@@ -159,13 +187,22 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
   with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
     using V = decltype(v);
     using A = decltype(a);
-    const Forward<V, A> problem{sizes, sampling_of<A>(positions, weights, reference),
-                                static_cast<const V*>(value.const_data_ptr()),
-                                static_cast<V*>(output.mutable_data_ptr())};
+    const int64_t token_stride = sizes.heads * sizes.channels;
+    const StridedForward<V, A> problem{
+        {sizes, sampling_of<A>(positions, weights, reference), static_cast<const V*>(value.const_data_ptr()),
+         static_cast<V*>(output.mutable_data_ptr())},
+        sizes.tokens * token_stride,
+        token_stride,
+        sizes.channels};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
+    const int64_t of_thread = sizes.batch * sizes.heads * sizes.queries / torch::stable::get_num_threads();
+    if (std::min(sizes.queries, of_thread) * sizes.samples() > 2 * sizes.tokens) {
+      forward_by_head(problem, sample_levels.view(), set);
+      return;
+    }
     torch::stable::parallel_for(0, sizes.batch * sizes.queries, 16, [&](int64_t begin, int64_t end) {
       const Scratch<A> scratch(kScratchArrays * sample_levels.view().padded);
-      set.forward(problem, sample_levels.view(), scratch.get(), begin, end);
+      set.forward(problem, sample_levels.view(), scratch.get(), {begin, end, 0, sizes.heads});
     });
   });
   return output;

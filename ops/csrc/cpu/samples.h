@@ -1,6 +1,10 @@
 // Where the samples of one query and head lie and how much each counts. Included inside kernel_body.h's anonymous
 // namespace, once per instruction set.
 
+// The next rows of one head lie too far apart for the processor to foresee them, so they are asked for so many queries
+// ahead.
+constexpr int64_t kRowsAhead = 4;
+
 // The samples of one query and head, `padded` of each; what is behind the last sample has weight 0 and lies outside.
 // In pixels, x = origin_x + scale_x * position, where a position is a location or an offset.
 template <class A>
@@ -21,8 +25,8 @@ struct Row {
     for (int64_t i = 0; i < levels.padded; ++i) {
       // Locations are fractions of the level; the middle of the first pixel is 0.
       origin_x[i] = origin_y[i] = i < sizes.samples() ? A(-0.5) : A(-2);
-      scale_x[i] = levels.width[i];
-      scale_y[i] = levels.height[i];
+      scale_x[i] = sampling.reference ? A(1) : levels.width[i];
+      scale_y[i] = sampling.reference ? A(1) : levels.height[i];
     }
   }
 
@@ -32,16 +36,13 @@ struct Row {
     const int64_t size = sampling.reference_size, points = sizes.points;
     for (int64_t level = 0; level < sizes.levels; ++level) {
       const A* reference = sampling.reference + (query * sizes.levels + level) * size;
-      const A w = levels.width[level * points], h = levels.height[level * points];
-      const bool box = size == 4;  // offsets are then fractions of its half size, otherwise pixels
-      const A along_x = box ? reference[2] * w * A(0.5) / points : A(1);
-      const A along_y = box ? reference[3] * h * A(0.5) / points : A(1);
-      for (int64_t i = level * points; i < (level + 1) * points; ++i) {
-        origin_x[i] = reference[0] * w - A(0.5);
-        origin_y[i] = reference[1] * h - A(0.5);
-        scale_x[i] = along_x;
-        scale_y[i] = along_y;
-      }
+      const int64_t first = level * points;
+      const A w = levels.width[first], h = levels.height[first];
+      repeat(reference[0] * w - A(0.5), points, origin_x + first);
+      repeat(reference[1] * h - A(0.5), points, origin_y + first);
+      if (size == 2) continue;  // offsets are in pixels, otherwise fractions of the box's half size
+      repeat(reference[2] * w * A(0.5) / points, points, scale_x + first);
+      repeat(reference[3] * h * A(0.5) / points, points, scale_y + first);
     }
   }
 
@@ -122,6 +123,13 @@ struct Row {
   }
 
  private:
+  // Four at a time: that is how many points a level has nearly everywhere.
+  static DINO_D2_INLINE void repeat(A number, int64_t times, A* to) {
+    typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
+    int64_t i = 0;
+    for (; i + 4 <= times; i += 4) *reinterpret_cast<Four*>(to + i) = Four{number, number, number, number};
+    for (; i < times; ++i) to[i] = number;
+  }
   DINO_D2_INLINE void put(int64_t first, Vector<A> across, Vector<A> down, Vector<A> given) {
     store<A>(x + first, load<A>(origin_x + first) + load<A>(scale_x + first) * across);
     store<A>(y + first, load<A>(origin_y + first) + load<A>(scale_y + first) * down);
@@ -221,30 +229,35 @@ struct Corners {
   }
 };
 
-// The samples of queries [begin, end) and all their heads in turn, a vector of them at a time.
+// The samples of a part's queries and heads in turn, a vector of them at a time.
 template <class A>
 class Walk {
  public:
-  Walk(Row<A>& row, int64_t begin, int64_t end, Index<A> stride)
-      : row_(row), index_(begin * row.sizes.heads), end_(end * row.sizes.heads), stride_(stride) {}
+  Walk(Row<A>& row, const Part& part, Index<A> stride)
+      : row_(row), part_(part), query_(part.begin), head_(part.first_head), stride_(stride) {}
 
   // Fills `corners` with the next samples, if there are any.
   DINO_D2_INLINE void next(Corners<A>& corners) {
-    if (index_ == end_) return;
+    if (query_ == part_.end) return;
+    const int64_t heads = row_.sizes.heads;
     if (first_ == 0) {
-      if (index_ % row_.sizes.heads == 0) row_.begin_query(index_ / row_.sizes.heads);
-      row_.place(index_);
+      if (head_ == part_.first_head) row_.begin_query(query_);
+      if (part_.end_head - part_.first_head == 1) row_.prefetch((query_ + kRowsAhead) * heads + head_);
+      row_.place(query_ * heads + head_);
     }
     corners.find(row_, first_, stride_);
     first_ += Corners<A>::width;
     if (first_ < row_.sizes.samples()) return;
     first_ = 0;
-    ++index_;
+    if (++head_ < part_.end_head) return;
+    head_ = part_.first_head;
+    ++query_;
   }
 
  private:
   Row<A>& row_;
-  int64_t index_, end_;  // through queries and heads
-  int64_t first_ = 0;    // sample
+  const Part part_;
+  int64_t query_, head_;
+  int64_t first_ = 0;  // sample
   Index<A> stride_;
 };
