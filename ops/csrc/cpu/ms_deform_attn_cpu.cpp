@@ -143,9 +143,15 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-// One head's values lie heads * channels apart, which uses few of a cache's sets. Where tokens are visited more than
-// twice it pays to copy them side by side and to go through the queries head by head: a head of the encoder's values
-// fits into the caches, all of them do not.
+// One head's values lie heads * channels apart, which uses few of a cache's sets, and those of all heads are more than
+// the caches hold. Where tokens are visited more often than this it pays to copy a head's values side by side and to go
+// through the queries head by head.
+constexpr int64_t kVisitsPerCopy = 2;
+
+bool worth_copies(const Sizes& sizes, int64_t queries) {
+  return queries * sizes.samples() > kVisitsPerCopy * sizes.tokens;
+}
+
 template <class V, class A>
 void forward_by_head(const StridedForward<V, A>& problem, const SampleLevels<A>& levels, const KernelsOf<V, A>& set) {
   const Sizes& z = problem.sizes;
@@ -196,7 +202,7 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
         sizes.channels};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
     const int64_t of_thread = sizes.batch * sizes.heads * sizes.queries / torch::stable::get_num_threads();
-    if (std::min(sizes.queries, of_thread) * sizes.samples() > 2 * sizes.tokens) {
+    if (worth_copies(sizes, std::min(sizes.queries, of_thread))) {
       forward_by_head(problem, sample_levels.view(), set);
       return;
     }
@@ -223,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& any_grad_output, const
   const std::optional<Tensor> reference = contiguous(any_reference);
   if (reference) check_reference(*reference, sizes, accumulate);
   check_grad_output(grad_output, value, sizes);
-  // Worth it where a token is visited about eight times; and only where there is anything to visit.
-  const bool staged = sizes.queries * sizes.samples() > 8 * sizes.tokens;
+  const bool staged = worth_copies(sizes, sizes.queries);
   const auto gradient = [&](const Tensor& of, bool wanted, bool written_whole) {
     std::vector<int64_t> shape{0};
     if (wanted) {
