@@ -40,7 +40,11 @@ def draw(study: Study, results: Sequence[Result], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel(f"{study.unit.capitalize()} of training")
-    handles = [Line2D([], [], color=f"C{number}", lw=2, label=x.name) for number, x in enumerate(study.detectors)]
+    handles = [
+        Line2D([], [], color=f"C{number}", lw=2, label=detector.name)
+        for number, detector in enumerate(study.detectors)
+        if any(result.detector == detector.name for result in results)
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -216,11 +216,12 @@ def mean_and_deviation(values: Sequence[float], decimals: int = 1) -> str:
 
 
 def table(study: Study, results: Sequence[Result]) -> str:
-    """Markdown: for each data set, detector and moment the mean, standard deviation and every seed of each metric."""
+    """Markdown: for each data set, detector and moment the mean, standard deviation and every seed of each metric.
+    Detectors without results are left out."""
     rows = []
     for data, detector in study.pairs():
         own = [x for x in results if (x.data, x.detector) == (data.name, detector.name)]
-        for moment in study.evaluate_at:
+        for moment in study.evaluate_at if own else ():
             row: list[Any] = [data.name, detector.name, f"{moment:g}"]
             for name in study.metrics:
                 values = by_seed(own, name, moment)

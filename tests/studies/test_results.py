@@ -65,6 +65,11 @@ def test_table_has_mean_deviation_and_every_seed(study: Study) -> None:
     ]
 
 
+def test_detector_without_results_is_not_in_the_table(study: Study) -> None:
+    of_a = [result for result in results_of(study) if result.detector == "a"]
+    assert table(study, of_a).split("\n")[2:] == table(study, [*results_of(study)]).split("\n")[2:4]
+
+
 def test_detectors_that_drop_duplicates_stand_beside_those_that_need_not(study: Study) -> None:
     result = next(results_of(study))
     both = replace(result, evaluations=(Evaluation(30, 30, {"AP": 1.0, "APs": 3.0, "AP_nms": 2.0}),))
