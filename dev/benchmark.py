@@ -28,7 +28,15 @@ from detectron2.config import CfgNode
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark_report import MIXED, Case, Measurement, Report, Seconds, as_markdown, compare, describe_machine, draw
-from benchmark_runners import OnnxInference, Runner, RunnerFactory, make_batch, onnx_session, wait_for
+from benchmark_runners import (
+    ExportedInference,
+    Runner,
+    RunnerFactory,
+    in_onnxruntime,
+    in_openvino,
+    make_batch,
+    wait_for,
+)
 from dino_d2.autocast import DTYPES
 
 BASE = "dino_d2"  # the config without changes
@@ -195,8 +203,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="exported models to time too (first dtype)",
+        help="exported models to time too, in onnxruntime (first dtype)",
     )
+    parser.add_argument("--openvino", type=Path, nargs="+", default=[], metavar="FILE", help="and in OpenVINO")
     parser.add_argument(
         "--growth", nargs="+", choices=GROWTH, metavar="AXIS", help=f"how cost grows: {', '.join(GROWTH)}"
     )
@@ -223,20 +232,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key in keys:
         if key in SET_BY_OPTION:
             parser.error(f"{key}: use {SET_BY_OPTION[key]} instead")
-    names = [BASE, *{name for name, _, _ in args.variant}, *(path.name for path in args.onnx)]
+    exported = [path.name for path in args.onnx] + [in_openvino_name(path) for path in args.openvino]
+    names = [BASE, *{name for name, _, _ in args.variant}, *exported]
     if len(set(names)) < len(names):
-        parser.error(f"--variant and --onnx: names must be unique and differ from {BASE}, the unchanged config")
-    if args.onnx and args.mode == "train":
-        parser.error("--onnx: exported models cannot be trained; use --mode infer")
+        parser.error(f"--variant, --onnx, --openvino: names must be unique; {BASE} is the unchanged config")
+    if exported and args.mode == "train":
+        parser.error("--onnx, --openvino: exported models cannot be trained; use --mode infer")
     if bool(args.growth) != bool(args.plot):
         parser.error("--growth AXIS … and --plot PNG must be given together")
-    if args.growth and (args.mixed or args.variant or args.onnx or len(args.batch) > 1 or len(args.dtype) > 1):
-        parser.error("--growth starts from one case: one --size, one --batch, one --dtype, no --variant, no --onnx")
+    if args.growth and (args.mixed or args.variant or exported or len(args.batch) > 1 or len(args.dtype) > 1):
+        parser.error(
+            "--growth starts from one case: one --size, one --batch, one --dtype, no --variant or exported model"
+        )
     if args.growth and "objects" in args.growth and (args.mode == "infer" or args.objects == 0):
         parser.error("--growth objects needs --mode train and --objects of at least 1")
     if not Path(args.config_file).is_file():
         parser.error(f"--config-file {args.config_file} does not exist")
     return args
+
+
+def in_openvino_name(path: Path) -> str:
+    return f"{path.name} in OpenVINO"
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -268,11 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     axes = {axis: grown(factory.config(), cases[0], axis) for axis in args.growth or ()}
     cases = list(dict.fromkeys([*cases, *(case for axis in axes.values() for case in axis.values())]))
     runners: dict[Case, Runner] = {case: factory.runner(case) for case in cases}
-    for path in args.onnx:
-        session = onnx_session(path, device)
+    exported = {path.name: in_onnxruntime(path, device) for path in args.onnx}
+    exported |= {in_openvino_name(path): in_openvino(path, device) for path in args.openvino}
+    for name, model in exported.items():
         for batch in args.batch:
-            case = replace(cases[0], variant=path.name, batch=batch)
-            runners[case] = OnnxInference(session, make_batch(factory.config(), case))
+            case = replace(cases[0], variant=name, batch=batch)
+            runners[case] = ExportedInference(model, make_batch(factory.config(), case))
     config = " ".join([Path(args.config_file).name, *args.opts])
     report = Report(describe_machine(device), config, args.rounds, measure(runners, args.rounds, device))
     print(as_markdown(report))

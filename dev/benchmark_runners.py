@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -202,19 +204,24 @@ def size_of(tensors: Sequence[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-class OnnxInference:
-    """An exported model in onnxruntime, with as many threads as PyTorch, from the padded pixels of the same images to
-    arrays."""
+@dataclass(frozen=True)
+class Exported:
+    """A loaded file. inputs: names of pixels, image sizes and output sizes. run: takes these by name."""
 
-    def __init__(self, session: Any, batch: list[dict[str, Any]]):
-        """session: an `onnxruntime.InferenceSession` with inputs pixels, image sizes and output sizes."""
+    inputs: Sequence[str]
+    run: Callable[[dict[str, np.ndarray]], object]
+
+
+class ExportedInference:
+    """An exported model, from the padded pixels of the same images to arrays."""
+
+    def __init__(self, exported: Exported, batch: list[dict[str, Any]]):
         sizes = np.array([x["image"].shape[1:] for x in batch], np.int64)
         pixels = ImageList.from_tensors([x["image"] for x in batch]).tensor.numpy()
-        names = [given.name for given in session.get_inputs()]
-        self.session, self.inputs = session, dict(zip(names, (pixels, sizes, sizes), strict=True))
+        self.run, self.inputs = exported.run, dict(zip(exported.inputs, (pixels, sizes, sizes), strict=True))
 
     def call(self) -> None:
-        self.session.run(None, self.inputs)
+        self.run(self.inputs)
 
     def stages(self) -> dict[str, float]:
         return {}
@@ -223,24 +230,46 @@ class OnnxInference:
         return None
 
 
-def onnx_session(path: Path, device: torch.device) -> Any:
-    """
+def in_onnxruntime(path: Path, device: torch.device) -> Exported:
+    """With as many threads as PyTorch.
+
     Raises:
         ValueError: onnxruntime, its provider for the device, or the file is missing.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError(f"--onnx {path} needs onnxruntime: pip install onnxruntime") from error
+    onnxruntime = _runtime_for("--onnx", path, "onnxruntime")
     provider = f"{device.type.upper()}ExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"--onnx {path}: this onnxruntime has no {provider}; use --device cpu")
-    if not path.is_file():
-        raise ValueError(f"--onnx {path} does not exist; create it with tools/export.py")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only; it warns about every constant that it removes
-    return onnxruntime.InferenceSession(str(path), options, [provider])
+    session = onnxruntime.InferenceSession(str(path), options, [provider])
+    return Exported([given.name for given in session.get_inputs()], lambda inputs: session.run(None, inputs))
+
+
+def in_openvino(path: Path, device: torch.device) -> Exported:
+    """With as many threads as PyTorch, in float32.
+
+    Raises:
+        ValueError: OpenVINO or the file is missing, or the device is not a CPU.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # else importing it reports to its maker
+    openvino = _runtime_for("--openvino", path, "openvino")
+    if device.type != "cpu":
+        raise ValueError(f"--openvino {path}: only timed on a CPU; use --device cpu")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    return Exported([given.any_name for given in compiled.inputs], compiled)
+
+
+def _runtime_for(option: str, path: Path, name: str) -> Any:
+    try:
+        runtime = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{option} {path} needs {name}: pip install {name}") from error
+    if not path.is_file():
+        raise ValueError(f"{option} {path} does not exist; create it with dino-d2 export")
+    return runtime
 
 
 class RunnerFactory:

@@ -331,11 +331,34 @@ def test_options_that_make_no_sense_are_explained(
     assert error in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("installed", "error"), [(True, "does not exist"), (False, "pip install onnxruntime")])
+def test_exported_model_in_openvino(config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, np.ndarray]] = []
+
+    class Compiled:
+        inputs = tuple(SimpleNamespace(any_name=name) for name in ("pixels", "image_sizes", "original_sizes"))
+
+        def __call__(self, inputs: dict[str, np.ndarray]) -> None:
+            seen.append(inputs)
+
+    def compile_model(path: str, device: str, settings: dict[str, Any]) -> Compiled:
+        assert (device, settings["INFERENCE_NUM_THREADS"]) == ("CPU", torch.get_num_threads())
+        return Compiled()
+
+    runtime = SimpleNamespace(Core=lambda: SimpleNamespace(compile_model=compile_model))
+    monkeypatch.setitem(sys.modules, "openvino", runtime)
+    exported = tmp_path / "dino.onnx"
+    exported.touch()
+    report = report_of(config_file, "--openvino", str(exported))
+    assert [x.case.variant for x in report.measurements] == ["dino_d2", "dino.onnx in OpenVINO"]
+    assert seen[0]["pixels"].shape == (1, 3, 64, 96)
+
+
+@pytest.mark.parametrize(("installed", "error"), [(True, "does not exist"), (False, "pip install {}")])
+@pytest.mark.parametrize(("option", "name"), [("--onnx", "onnxruntime"), ("--openvino", "openvino")])
 def test_exported_model_that_cannot_run_is_explained(
-    installed: bool, error: str, config_file: str, monkeypatch: pytest.MonkeyPatch
+    option: str, name: str, installed: bool, error: str, config_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setitem(sys.modules, "onnxruntime", runtime if installed else None)
-    with pytest.raises(ValueError, match=rf"--onnx missing\.onnx.*{error}"):
-        report_of(config_file, "--onnx", "missing.onnx")
+    monkeypatch.setitem(sys.modules, name, runtime if installed else None)
+    with pytest.raises(ValueError, match=rf"{option} missing\.onnx.*{error.format(name)}"):
+        report_of(config_file, option, "missing.onnx")
