@@ -13,8 +13,8 @@ from .plan import Study
 from .results import Result, by_seed
 
 
-def draw(study: Study, results: Sequence[Result], path: Path) -> None:
-    """A panel per data set and metric: means of the seeds as lines, every seed as a dot.
+def draw(study: Study, results: Sequence[Result], path: Path) -> Figure:
+    """Write a panel per data set and metric: means of the seeds as lines, every seed as a dot.
 
     Raises:
         ValueError: there are no results.
@@ -22,7 +22,7 @@ def draw(study: Study, results: Sequence[Result], path: Path) -> None:
     if not results:
         raise ValueError(f"{study.file}: no results to plot")
     figure = Figure(figsize=(4.2 * len(study.data) + 0.4, 2.9 * len(study.metrics) + 0.6), layout="constrained")
-    axes = figure.subplots(len(study.metrics), len(study.data), squeeze=False, sharex=True, sharey="row")
+    axes = figure.subplots(len(study.metrics), len(study.data), squeeze=False, sharex=True)
     for row, metric in zip(axes, study.metrics, strict=True):
         for axis, data in zip(row, study.data, strict=True):
             for number, detector in enumerate(study.detectors):
@@ -48,3 +48,4 @@ def draw(study: Study, results: Sequence[Result], path: Path) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return figure

@@ -102,6 +102,20 @@ def test_plot_is_written(study: Study, tmp_path: Path) -> None:
         curves.draw(study, [], tmp_path / "none.png")
 
 
+def test_everything_is_inside_its_panel(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    study = make_study(data={"a": None, "b": None}, seeds=[1], budget=60, evaluate_at=[30, 60])
+    found = []
+    for run in study.runs():
+        ap = 5.0 if run.data.name == "a" else 60.0
+        evaluations = tuple(Evaluation(s, s, {"AP": ap, "AP50": ap + 30}) for s in (30, 60))
+        found.append(Result(run.data.name, run.detector.name, 1, VERSION, 1.0, "a processor", evaluations))
+    for axis in curves.draw(study, found, tmp_path / "curves.png").axes:
+        bottom, top = axis.get_ylim()
+        heights = [height for line in axis.lines for height in line.get_ydata()]
+        assert heights
+        assert bottom == 0 < max(heights) < top
+
+
 @pytest.mark.parametrize(
     ("others", "found"),
     [
