@@ -130,11 +130,11 @@ def run_study(study: Study, code: CodeOf, again: bool, say: Say = print) -> None
             say(
                 f"{state.run}: seconds per step are of code {pace.code}; measure again if steps cost something else now"
             )
-    diverged, elsewhere = [], []
+    diverged = []
     for state in left:
         with _alone(study, state.run) as alone:
             if not alone:
-                elsewhere.append(str(state.run))
+                say(f"{state.run}: another process does it")
                 continue
             if _result_now(study, state):  # meanwhile, by another process
                 continue
@@ -145,8 +145,6 @@ def run_study(study: Study, code: CodeOf, again: bool, say: Say = print) -> None
                 say(f"  {error}")
                 diverged.append(str(state.run))
         say(what_is_left(study, states(study, code)))
-    if elsewhere:
-        say(f"other processes do {', '.join(elsewhere)}")
     if diverged:
         raise FloatingPointError(f"without a result, because the loss was not finite: {', '.join(diverged)}")
 

@@ -341,7 +341,7 @@ def test_several_processes_share_a_study(make_study: Callable[..., Study], no_tr
         fcntl.flock(file, fcntl.LOCK_EX)
         run_study(study, CODE, False, other_process)
     assert [folder for folder, _ in no_training] == [str(folder_of(study, run)) for run in (third, second)]
-    assert lines[-1] == f"other processes do {first}"
+    assert lines[0] == f"{first}: another process does it"
     run_study(study, CODE, False, silent)
     assert len(no_training) == 3
 
