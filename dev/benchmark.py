@@ -205,7 +205,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="exported models to time too, in onnxruntime (first dtype)",
     )
-    parser.add_argument("--openvino", type=Path, nargs="+", default=[], metavar="FILE", help="and in OpenVINO")
+    parser.add_argument(
+        "--openvino", type=Path, nargs="+", default=[], metavar="FILE", help="the same in OpenVINO, on a CPU"
+    )
     parser.add_argument(
         "--growth", nargs="+", choices=GROWTH, metavar="AXIS", help=f"how cost grows: {', '.join(GROWTH)}"
     )
@@ -232,7 +234,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key in keys:
         if key in SET_BY_OPTION:
             parser.error(f"{key}: use {SET_BY_OPTION[key]} instead")
-    exported = [path.name for path in args.onnx] + [in_openvino_name(path) for path in args.openvino]
+    exported = [path.name for path in args.onnx] + [name_in_openvino(path) for path in args.openvino]
     names = [BASE, *{name for name, _, _ in args.variant}, *exported]
     if len(set(names)) < len(names):
         parser.error(f"--variant, --onnx, --openvino: names must be unique; {BASE} is the unchanged config")
@@ -251,7 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def in_openvino_name(path: Path) -> str:
+def name_in_openvino(path: Path) -> str:
     return f"{path.name} in OpenVINO"
 
 
@@ -285,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = list(dict.fromkeys([*cases, *(case for axis in axes.values() for case in axis.values())]))
     runners: dict[Case, Runner] = {case: factory.runner(case) for case in cases}
     exported = {path.name: in_onnxruntime(path, device) for path in args.onnx}
-    exported |= {in_openvino_name(path): in_openvino(path, device) for path in args.openvino}
+    exported |= {name_in_openvino(path): in_openvino(path, device) for path in args.openvino}
     for name, model in exported.items():
         for batch in args.batch:
             case = replace(cases[0], variant=name, batch=batch)

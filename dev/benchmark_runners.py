@@ -253,7 +253,8 @@ def in_openvino(path: Path, device: torch.device) -> Exported:
     Raises:
         ValueError: OpenVINO or the file is missing, or the device is not a CPU.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # else importing it reports to its maker
+    # Else importing it reports to its maker.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     openvino = _runtime_for("--openvino", path, "openvino")
     if device.type != "cpu":
         raise ValueError(f"--openvino {path}: only timed on a CPU; use --device cpu")

@@ -14,7 +14,7 @@ from .results import Result, by_seed
 
 
 def draw(study: Study, results: Sequence[Result], path: Path) -> Figure:
-    """Write a panel per data set and metric: means of the seeds as lines, every seed as a dot.
+    """Write and return a figure: a panel per data set and metric, means of the seeds as lines, every seed as a dot.
 
     Raises:
         ValueError: there are no results.

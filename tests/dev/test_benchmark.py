@@ -319,6 +319,8 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         (["--config-file", "x", "--growth", "size", "--plot", "x.png", "--mixed"], "--growth starts from one case"),
         (["--config-file", "x", "--mode", "train", "--onnx", "x.onnx"], "exported models cannot be trained"),
         (["--config-file", "x", "--onnx", "a/x.onnx", "b/x.onnx"], "names must be unique"),
+        (["--config-file", "x", "--mode", "train", "--openvino", "x.onnx"], "exported models cannot be trained"),
+        (["--config-file", "x", "--openvino", "a/x.onnx", "b/x.onnx"], "names must be unique"),
         (["--config-file", "x", "--variant", "dino_d2", "MODEL.DINO.OP", "reference"], "names must be unique"),
     ],
 )
@@ -341,11 +343,13 @@ def test_exported_model_in_openvino(config_file: str, tmp_path: Path, monkeypatc
             seen.append(inputs)
 
     def compile_model(path: str, device: str, settings: dict[str, Any]) -> Compiled:
-        assert (device, settings["INFERENCE_NUM_THREADS"]) == ("CPU", torch.get_num_threads())
+        assert device == "CPU"
+        assert settings == {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return Compiled()
 
     runtime = SimpleNamespace(Core=lambda: SimpleNamespace(compile_model=compile_model))
     monkeypatch.setitem(sys.modules, "openvino", runtime)
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     exported = tmp_path / "dino.onnx"
     exported.touch()
     report = report_of(config_file, "--openvino", str(exported))
@@ -360,5 +364,6 @@ def test_exported_model_that_cannot_run_is_explained(
 ) -> None:
     runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
     monkeypatch.setitem(sys.modules, name, runtime if installed else None)
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     with pytest.raises(ValueError, match=rf"{option} missing\.onnx.*{error.format(name)}"):
         report_of(config_file, option, "missing.onnx")

@@ -338,6 +338,13 @@ def test_empty_problem_has_empty_or_zero_result(batch: int, queries: int, points
         assert not gradient.any()
 
 
+@pytest.mark.parametrize(("heads", "channels"), [(0, 8), (2, 0), (0, 0)])
+@pytest.mark.parametrize("queries", [3, 150])
+def test_no_heads_or_channels_give_an_empty_result(heads: int, channels: int, queries: int) -> None:
+    problem = make_problem(PYRAMID, heads=heads, channels=channels, queries=queries)
+    assert op(problem).shape == (2, queries, 0)
+
+
 @on_each_device
 @pytest.mark.parametrize("starts", [None, [0, 48, 60], (0, 48, 60), torch.tensor([0, 48, 60])], ids=repr)
 @pytest.mark.parametrize("as_shapes", [list, tuple, torch.tensor], ids=["list", "tuple", "tensor"])

@@ -217,8 +217,8 @@ void backward_plane(const Backward<V, A>& p, Row<A>& row, int64_t plane, const T
   }
 }
 
-// One head's values lie `heads * channels` apart, which uses few of a cache's sets. Where every token is visited often
-// it pays to copy the head's values side by side, in the precision of the sums, and to collect its gradient likewise.
+// Where it is worth copies, the head's values are copied in the precision of the sums, and its gradient is collected in
+// a copy too.
 template <class V, class A, class Channels>
 void backward_rows(const PlanesBackward<V, A>& p, const SampleLevels<A>& levels, A* scratch, int64_t plane,
                    int64_t first_channel, int64_t channels) {

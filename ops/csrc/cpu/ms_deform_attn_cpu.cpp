@@ -143,9 +143,9 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-// One head's values lie heads * channels apart, which uses few of a cache's sets, and those of all heads are more than
-// the caches hold. Where tokens are visited more often than this it pays to copy a head's values side by side and to go
-// through the queries head by head.
+// One head's values lie heads * channels apart, which uses few of a cache's sets, and those of all heads may be more
+// than the caches hold. Where tokens are visited more often than this it pays to copy a head's values side by side and
+// to go through the queries head by head. Small maps, which the caches hold anyway, lose a few per cent.
 constexpr int64_t kVisitsPerCopy = 2;
 
 bool worth_copies(const Sizes& sizes, int64_t queries) {
@@ -188,7 +188,7 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
   const std::optional<Tensor> reference = contiguous(any_reference);
   if (reference) check_reference(*reference, sizes, accumulate);
   const std::vector<int64_t> output_shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
-  if (sizes.samples() == 0) return torch::stable::new_zeros(value, output_shape);
+  if (sizes.samples() * sizes.heads * sizes.channels == 0) return torch::stable::new_zeros(value, output_shape);
   Tensor output = new_result(value, output_shape, value.scalar_type());
   with_dtype(value.scalar_type(), [&](auto v, auto a, const auto& set) {
     using V = decltype(v);
@@ -201,6 +201,7 @@ Tensor forward(const Tensor& any_value, const std::vector<int64_t>& spatial_shap
         token_stride,
         sizes.channels};
     const OwnedSampleLevels<A> sample_levels(levels, sizes);
+    // A thread copies every head that it has a share of, so its own visits count.
     const int64_t of_thread = sizes.batch * sizes.heads * sizes.queries / torch::stable::get_num_threads();
     if (worth_copies(sizes, std::min(sizes.queries, of_thread))) {
       forward_by_head(problem, sample_levels.view(), set);
