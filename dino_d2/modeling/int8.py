@@ -41,7 +41,7 @@ class QuantizableLinear(nn.Linear):
             return super().forward(x)
         scale = (high - low) / LARGEST_INPUT or 1.0
         zero = round(-low / scale)
-        # Towards 0, and nothing is below it. In 7 bits both types are the same; PyTorch converts to int8 six times as fast.
+        # Towards 0, and nothing is below it. Both types have these 7 bits; PyTorch converts to int8 six times as fast.
         rounded = torch.add(zero + 0.5, x, alpha=1 / scale).to(torch.int8).view(torch.uint8)
         packed = self._pack()
         result = torch.ops.onednn.qlinear_pointwise(
