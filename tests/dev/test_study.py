@@ -35,4 +35,4 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 def test_few_photos(command: str) -> None:
     done = study(command, "studies/few_photos.yaml")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trees") >= 9
+    assert done.stdout.count("trees") >= 8  # three detectors with three seeds; two with results at four moments
