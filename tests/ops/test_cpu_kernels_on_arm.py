@@ -18,21 +18,28 @@ from dino_d2.ops import attention_weights_of, ms_deform_attn_reference, sampling
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 HERE = Path(__file__).parent
+MAIN = HERE / "cpu_on_arm" / "main.cpp"
 KERNELS = HERE.parent.parent / "ops" / "csrc" / "cpu" / "kernels_generic.cpp"
 SHAPES = [(9, 11), (5, 6), (2, 3)]
 TOKENS = sum(height * width for height, width in SHAPES)
 BATCH, QUERIES, HEADS, POINTS = 2, 13, 2, 3
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}  # of the largest number; of the output
 
-pytestmark = pytest.mark.skipif(
+needs_emulator = pytest.mark.skipif(
     shutil.which(COMPILER) is None or shutil.which(EMULATOR) is None, reason=f"needs {COMPILER} and {EMULATOR}"
 )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_program_fits_the_kernels() -> None:
+    """Says so on machines without a compiler for Arm, too."""
+    subprocess.run(["c++", "-std=c++17", "-fsyntax-only", str(MAIN)], check=True)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary = tmp_path_factory.mktemp("arm") / "kernels"
-    sources = [str(HERE / "cpu_on_arm" / "main.cpp"), str(KERNELS)]
+    sources = [str(MAIN), str(KERNELS)]
     options = ["-O2", "-std=c++17", "-static", "-fno-math-errno", "-fno-trapping-math"]
     subprocess.run([COMPILER, *options, *sources, "-o", str(binary)], check=True)
     return binary
@@ -42,6 +49,7 @@ def bytes_of(x: Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+@needs_emulator
 @pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
 @pytest.mark.parametrize("reference_size", [0, 2, 4], ids=["plain", "points", "boxes"])
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 20])

@@ -54,7 +54,13 @@ void run(const Header& h, const KernelsOf<V, A>& kernels, std::FILE* in, std::FI
   std::vector<A> scratch(kScratchArrays * padded + 2 * h.tokens * std::min(h.channels, kMostChannels));
   Sampling<A> sampling{positions.data(), weights.data(), h.reference_size ? reference.data() : nullptr, h.reference_size,
                        grad_positions.data(), grad_weights.data()};
-  kernels.forward({sizes, sampling, value.data(), output.data()}, levels, scratch.data(), 0, h.batch * h.queries);
+  const int64_t token_stride = h.heads * h.channels;
+  const StridedForward<V, A> forward{
+      {sizes, sampling, value.data(), output.data()}, h.tokens * token_stride, token_stride, h.channels};
+  const int64_t at_once = h.staged ? 1 : h.heads;
+  for (int64_t head = 0; head < h.heads; head += at_once) {
+    kernels.forward(forward, levels, scratch.data(), {0, h.batch * h.queries, head, head + at_once});
+  }
   const PlanesBackward<V, A> backward{
       {sizes, sampling, value.data(), grad_output.data(), grad_value.data()}, h.staged != 0};
   for (int64_t plane = 0; plane < h.batch * h.heads; ++plane) kernels.backward(backward, levels, scratch.data(), plane);
