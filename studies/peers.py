@@ -1,7 +1,7 @@
 """torchvision's Faster R-CNN and RetinaNet as detectron2 models, with the same backbone, data and evaluation as ours.
 
 What is theirs alone, heads, losses and the choice of positives, is torchvision's, unchanged. They take detectron2's
-config keys for channels, anchors, score and NMS thresholds, and SGD (`studies/peers.yaml`).
+config keys for channels, anchors, score and NMS thresholds (`studies/peers.yaml`), and DINO's optimizer, AdamW.
 """
 
 from __future__ import annotations

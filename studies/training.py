@@ -16,16 +16,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.utils.env import seed_all_rng
-from torch import nn, optim
 
 from dino_d2.checkpoint.files import write_atomically, write_checkpoint
 from dino_d2.data import register_datasets
 from dino_d2.engine import DINOTrainer
 from dino_d2.meta_arch.dino import DINO
 
-from . import peers
+from . import peers  # noqa: F401 their registration
 
 EVALUATIONS = "evaluations.json"  # in the folder of a run: metrics by iteration
 FINAL = "model_final"  # and model_final_ema
@@ -38,7 +36,7 @@ Metrics = dict[str, float | None]
 
 
 class StudyTrainer(DINOTrainer):
-    """`DINOTrainer` that evaluates at given iterations, and trains the peers with SGD.
+    """`DINOTrainer` that evaluates at given iterations.
 
     Args:
         cfg: frozen, with registered data sets.
@@ -69,10 +67,6 @@ class StudyTrainer(DINOTrainer):
             finally:
                 model.inference.nms_threshold = 1.0
         return results
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
-        return build_sgd(cfg, model) if peers.is_peer(cfg) else super().build_optimizer(cfg, model)
 
 
 class EvaluateAt(HookBase):

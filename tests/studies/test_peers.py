@@ -22,7 +22,7 @@ SIZES = {"TorchvisionFasterRCNN": [[16], [32], [64], [128]], "TorchvisionRetinaN
 
 
 def detectors() -> dict[str, Any]:
-    others = {"SOLVER.MOMENTUM": 0.8, "TEST.DETECTIONS_PER_IMAGE": 5, "MODEL.FPN.OUT_CHANNELS": 32}
+    others = {"TEST.DETECTIONS_PER_IMAGE": 5, "MODEL.FPN.OUT_CHANNELS": 32}
     return {
         name: {
             "config": str(ROOT / "studies" / "peers.yaml"),
@@ -57,12 +57,11 @@ def test_peers_train_and_are_evaluated(config: Callable[..., CfgNode], name: str
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_peers_take_sgd_and_keep_frozen_what_is_frozen(config: Callable[..., CfgNode], name: str) -> None:
+def test_peers_learn_at_one_rate_and_keep_frozen_what_is_frozen(config: Callable[..., CfgNode], name: str) -> None:
     cfg = config(name)
     model = build_model(cfg).train()
     optimizer = StudyTrainer.build_optimizer(cfg, model)
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+    assert {group["lr"] for group in optimizer.param_groups} == {cfg.SOLVER.BASE_LR}
     norms = [module for module in model.backbone.body.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms
     assert not any(norm.training or norm.weight.requires_grad for norm in norms)
