@@ -30,13 +30,14 @@ from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
 
 from .batch_size import largest_batch
-from .pace import seconds_per_step
+from .pace import bfloat16_share, seconds_per_step
 from .run_folder import EVALUATION, check_run_folder, holds_run
 
 FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; the second if a detector is the start
 EPOCHS = 24  # default with `--data`
 EVALUATIONS = 12  # per run, at most one per epoch
 DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
+WORTH_BFLOAT16 = 0.5  # of float32's time for a product: conversions and what stays float32 take their part of a step
 DATA = "data"  # folder in OUTPUT_DIR for converted annotations
 
 
@@ -158,12 +159,12 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     """Batch and length, after the data were looked through, unless they were when the run began."""
     cfg = run.config()
     register_datasets(cfg)
-    if args.data and not _goes_on(args, cfg):
+    begun = _goes_on(args, cfg)
+    if args.data and not begun:
         _inspect(cfg, run.train, run.val)
-    choices = [*_batch(cfg, args), *(_device(cfg) if args.data else [])]
+    choices = [*_batch(cfg, args), *(_precision(cfg, begun) if args.data else [])]
     epochs = args.epochs or (EPOCHS if args.data and not args.minutes else 0)
     if epochs or args.minutes:
-        begun = _goes_on(args, cfg)
         choices += _length(cfg, [*_flat(choices), *args.opts], epochs, args.minutes, begun)
     return [choice for choice in choices if cfg.DATASETS.TEST or choice.key != "TEST.EVAL_PERIOD"]
 
@@ -177,8 +178,7 @@ def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | N
     epoch = math.ceil(images / batch)
     length, reason = epochs * epoch, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"
     if minutes and begun:
-        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as file:
-            length = yaml.safe_load(file)["SOLVER"]["MAX_ITER"]
+        length = _as_begun(cfg)["SOLVER"]["MAX_ITER"]
         reason = "as the run was begun"
     elif minutes:
         cfg.MODEL.TIMM.PRETRAINED = False
@@ -209,10 +209,25 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
         raise ValueError(f"training cannot start: correct the errors above in {names}")
 
 
-def _device(cfg: CfgNode) -> list[Choice]:
+def _precision(cfg: CfgNode, begun: bool) -> list[Choice]:
+    """Mixed precision on a CPU, if the recipe has it: bfloat16 where the processor is quicker with it. A run that has
+    begun keeps what it has."""
     if cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED:
         return []
-    return [Choice("SOLVER.AMP.ENABLED", False, "no benefit on a CPU")]
+    if begun:
+        amp = _as_begun(cfg)["SOLVER"]["AMP"]
+        return [Choice(f"SOLVER.AMP.{key}", amp[key], "as the run was begun") for key in ("ENABLED", "DTYPE")]
+    share = bfloat16_share()
+    reason = f"bfloat16 products take {share:.2g} of float32's time on this processor, measured now"
+    pays = share <= WORTH_BFLOAT16
+    choices = [Choice("SOLVER.AMP.ENABLED", pays, reason)]
+    return [*choices, Choice("SOLVER.AMP.DTYPE", "bfloat16", "float16 is for GPUs")] if pays else choices
+
+
+def _as_begun(cfg: CfgNode) -> dict[str, Any]:
+    """The config that the run in OUTPUT_DIR was begun with."""
+    with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as file:
+        return yaml.safe_load(file)
 
 
 def _batch(cfg: CfgNode, args: Namespace) -> list[Choice]:
