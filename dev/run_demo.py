@@ -40,17 +40,19 @@ from demo_data import (
 )
 from dino_d2 import Detector
 from dino_d2.config import load_config, overlay
+from dino_d2.engine.pace import WORTH_BFLOAT16, bfloat16_share
 from dino_d2.evaluation import APSettings, COCOEvaluator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CONFIG = "configs/demo/dino_mobilenetv2_trees.yaml"
-SETTINGS = [  # those of `dino-d2 train --data`, but on a CPU, and without a look at the test photograph
+SETTINGS = [  # those of `dino-d2 train --data`, but without a look at the test photograph
     *(str(part) for item in overlay("few_photos") for part in item),
-    *("SOLVER.AMP.ENABLED", "False", "SOLVER.BEST_METRIC", ""),
-    *("TEST.QUERY_METRICS", "True"),
+    *("SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.BEST_METRIC", ""),
+    *("TEST.QUERY_METRICS", "True", "TEST.EVAL_PERIOD", "600", "SOLVER.CHECKPOINT_PERIOD", "300"),
 ]
+MINUTES = 9  # of training; evaluations come on top
 OUTPUT = Path("output/demo")
 DATA = OUTPUT / "data"
 FOUND, TRUTH = (255, 210, 0), (0, 200, 255)
@@ -78,6 +80,8 @@ def train(seed: int, folder: Path) -> None:
     """Train into `folder`, or resume an interrupted run; a finished run is kept."""
     made_from = folder / "made_from.txt"
     settings = [*SETTINGS, "SEED", str(seed)]
+    if load_config(CONFIG).MODEL.DEVICE == "cpu":
+        settings += ["SOLVER.AMP.ENABLED", str(bfloat16_share() <= WORTH_BFLOAT16)]
     digest = hashlib.sha256(load_config(CONFIG, settings).dump().encode()).hexdigest()
     same = made_from.exists() and made_from.read_text() == digest
     if same and (folder / "model_final.pth").exists():
@@ -89,8 +93,8 @@ def train(seed: int, folder: Path) -> None:
         made_from.write_text(digest)
     resume = ["--resume"] if (folder / "last_checkpoint").exists() else []
     print("[demo] training; the lines below end with the time left (eta)", flush=True)
-    command = ["tools/train_net.py", "--config-file", CONFIG, *resume, *settings, "OUTPUT_DIR", str(folder)]
-    subprocess.run([sys.executable, *command], check=True)
+    command = ["tools/train_net.py", "--config-file", CONFIG, "--minutes", str(MINUTES), *resume, *settings]
+    subprocess.run([sys.executable, *command, "OUTPUT_DIR", str(folder)], check=True)
 
 
 def evaluate(photo: Photo, found: Instances, name: str, settings: APSettings) -> dict[str, float | None]:

@@ -30,14 +30,13 @@ from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
 
 from .batch_size import largest_batch
-from .pace import bfloat16_share, seconds_per_step
+from .pace import WORTH_BFLOAT16, bfloat16_share, seconds_per_step
 from .run_folder import EVALUATION, check_run_folder, holds_run
 
 FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; the second if a detector is the start
 EPOCHS = 24  # default with `--data`
 EVALUATIONS = 12  # per run, at most one per epoch
 DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
-WORTH_BFLOAT16 = 0.5  # of float32's time for a product: conversions and what stays float32 take their part of a step
 DATA = "data"  # folder in OUTPUT_DIR for converted annotations
 
 

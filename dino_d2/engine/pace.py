@@ -19,6 +19,7 @@ from .batch_size import make_steps, release
 
 WARM_UP, TIMED = 3, 12  # steps
 ROWS, HIDDEN, WIDE = 512, 128, 1024  # of a product like those of a small model's feed-forward blocks
+WORTH_BFLOAT16 = 0.5  # of float32's time: conversions and what stays float32 take their part of a step
 REPEATS = 10  # the quickest counts, and the first of all does not
 
 
