@@ -156,8 +156,7 @@ def main() -> None:
     prepare()
     folder = args.output / "train"
     train(args.seed, folder)
-    weights = folder / "model_final.pth"
-    detector = Detector.from_pretrained(weights, CONFIG)
+    detector = Detector.from_pretrained(folder)  # with the config that it was trained with
     settings = APSettings.of_config(detector.cfg)
     results = {}
     for which, picture in (("test", "photograph.png"), ("second_site", "second_site.png")):

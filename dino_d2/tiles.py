@@ -27,8 +27,8 @@ def predict_in_tiles(
 ) -> Instances:
     """Run `predict` on overlapping tiles; keep each detection only in the tile whose core contains its centre.
 
-    Cores divide the image in the middle of the overlaps, so there are no duplicates and, if the overlap is wider than
-    an object, no object is cut.
+    Cores divide the image in the middle of the overlaps, so that, if the overlap is wider than an object, no object is
+    cut. An object is kept twice only where two tiles place its centre on either side of the line between their cores.
 
     Args:
         predict: (h, w, 3) image -> Instances with `pred_boxes`, `scores`, `pred_classes`.
