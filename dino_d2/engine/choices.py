@@ -161,7 +161,7 @@ def _training(args: Namespace, run: Run) -> list[Choice]:
     begun = _goes_on(args, cfg)
     if args.data and not begun:
         _inspect(cfg, run.train, run.val)
-    choices = [*_batch(cfg, args), *(_precision(cfg, begun) if args.data else [])]
+    choices = [*_batch(cfg, args), *(_precision(cfg, begun) if args.data or args.minutes else [])]
     epochs = args.epochs or (EPOCHS if args.data and not args.minutes else 0)
     if epochs or args.minutes:
         choices += _length(cfg, [*_flat(choices), *args.opts], epochs, args.minutes, begun)

@@ -39,7 +39,7 @@ def seconds_per_step(cfg: CfgNode, share: int, parts: int) -> float:
 def bfloat16_share() -> float:
     """Time of a product of bfloat16 matrices on the CPU, as a share of that in float32.
 
-    Far below 1 only where the processor has instructions for it: 0.2 on AMD's Zen 5, above 1 with AVX2 alone.
+    Far below 1 only where the processor has instructions for it: 0.2 to 0.3 on AMD's Zen 5, above 1 with AVX2 alone.
     """
     pairs = [
         [torch.randn(ROWS, HIDDEN).to(dtype), torch.randn(HIDDEN, WIDE).to(dtype)]

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from dino_d2.config import overlay
+from dino_d2.config import find_config_file, overlay
 from dino_d2.data import ImageMapper, register_datasets
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size, choices, pace
@@ -125,11 +125,28 @@ def test_a_cpu_trains_in_bfloat16_where_that_is_quicker(
     monkeypatch.setattr(choices, "seconds_per_step", lambda cfg, *how: measured.append(cfg.SOLVER.AMP.ENABLED) or 1.0)
     arguments = ("--data", data, "--config-file", RECIPE, "--minutes", 1, "MODEL.DEVICE", "cpu")
     amp = chosen(*arguments).config().SOLVER.AMP
-    assert (enabled, not enabled) == (amp.ENABLED, amp.DTYPE != "bfloat16")
+    assert (amp.ENABLED, amp.DTYPE == "bfloat16") == (enabled, enabled)
     assert measured == [enabled]  # the pace is that of the precision
     said = f"SOLVER.AMP.ENABLED {enabled}  # bfloat16 products take {share:.2g} of float32's time on this processor"
     assert said in capsys.readouterr().out
     assert not chosen(*arguments, "SOLVER.AMP.ENABLED", "False").config().SOLVER.AMP.ENABLED
+
+
+def test_minutes_choose_the_precision_without_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a recipe that names its data sets, as the demo's."""
+    monkeypatch.setattr(choices, "bfloat16_share", lambda: 2.0)
+    monkeypatch.setattr(choices, "seconds_per_step", lambda cfg, *how: 1.0)
+    sets = f'[["own", "{data / "train.json"}", "{data / "train"}"]]'
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        f"_BASE_: {find_config_file(RECIPE)}\nMODEL: {{DEVICE: cpu}}\nSOLVER: {{AMP: {{ENABLED: True}}}}\n"
+        f"DATASETS: {{COCO_FORMAT: {sets}, TRAIN: [own], TEST: []}}\n"
+    )
+    try:
+        assert not chosen("--config-file", recipe, "--minutes", 1).config().SOLVER.AMP.ENABLED
+    finally:
+        DatasetCatalog.remove("own")
+        MetadataCatalog.remove("own")
 
 
 def test_a_resumed_run_keeps_its_precision(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
