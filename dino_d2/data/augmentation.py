@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 LONGEST_BEFORE_CROP = 10_000  # pixels; never reached by COCO images, saves gigabytes for extremely long ones
+SPARE = 1.5  # times the shorter side that is needed: a mosaic of two square images has 0.71 times theirs
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
@@ -19,7 +23,19 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return transform
 
 
-def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
+class ResizingAugmentation(T.AugmentationList):
+    """Augmentations that resize every image; `ImageMapper` reads large ones smaller.
+
+    Args:
+        shorter_side: of an image, in pixels, that is enough; None: all pixels are needed.
+    """
+
+    def __init__(self, steps: Sequence[T.Augmentation], shorter_side: int | None):
+        super().__init__(steps)
+        self.shorter_side = shorter_side
+
+
+def build_train_augmentation(cfg: CfgNode) -> ResizingAugmentation:
     """Flip; with `INPUT.CROP.PROBABILITY` resize and crop; resize to one of `INPUT.MIN_SIZE_TRAIN`.
 
     Off by default: vertical flips and quarter turns, for images without an up, and colour jitter.
@@ -42,7 +58,16 @@ def build_train_augmentation(cfg: CfgNode) -> T.Augmentation:
     if i.COLOR_JITTER > 0:  # last, when images are smallest
         low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
         steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
-    return T.AugmentationList(steps)
+    return ResizingAugmentation(steps, _enough(cfg))
+
+
+def _enough(cfg: CfgNode) -> int | None:
+    """Shorter side of a training image that is enough; None: crops are taken from images as they are."""
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED and not crop.RESIZE_FIRST:
+        return None
+    sizes = [*cfg.INPUT.MIN_SIZE_TRAIN, *(crop.RESIZE_FIRST if crop.ENABLED else [])]
+    return math.ceil(max(sizes) * SPARE)
 
 
 def build_test_augmentation(cfg: CfgNode) -> T.Augmentation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import urllib.request
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that exchange height and width
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
@@ -46,14 +48,37 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
         ValueError: the range of its pixel values is unknown.
         FileNotFoundError: the file does not exist.
     """
+    return read_reduced(path, image_format, None)[0]
+
+
+def read_reduced(
+    path: str | PathLike, image_format: str, shorter_side: int | None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """`read_image`, but a JPEG file is decoded at a half, a quarter or an eighth of its size if that is enough.
+
+    A photograph of 12 megapixels takes a third of the time then, and what is done with it afterwards far less.
+
+    Args:
+        shorter_side: that is enough, in pixels; None: the whole size.
+
+    Returns:
+        the pixels, (h, w, 3) uint8, and the height and width of the whole image.
+
+    Raises:
+        see `read_image`.
+    """
     path = str(path)
     try:
         with _open(path) as file:
             image = Image.open(file)
-            mode = image.mode
+            mode, (width, height) = image.mode, image.size
+            whole = (width, height) if _is_turned(image) else (height, width)
+            if shorter_side is not None:
+                factor = shorter_side / min(width, height)
+                image.draft(None, (math.ceil(width * factor), math.ceil(height * factor)))
             image = detection_utils._apply_exif_orientation(image)
             if not mode.startswith(DEEP_MODES):
-                return detection_utils.convert_PIL_to_numpy(image, image_format)
+                return detection_utils.convert_PIL_to_numpy(image, image_format), whole
             grey = np.asarray(image)
     except FileNotFoundError:
         raise
@@ -65,7 +90,15 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
         raise ValueError(
             f"{path} has pixel values of unknown range (PIL mode {mode}): save it with 8 or 16 bits per channel"
         )
-    return detection_utils.convert_PIL_to_numpy(Image.fromarray((grey // 256).astype(np.uint8)), image_format)
+    eight_bits = Image.fromarray((grey // 256).astype(np.uint8))
+    return detection_utils.convert_PIL_to_numpy(eight_bits, image_format), whole
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ORIENTATION, 1) in TURNED
+    except Exception:  # damaged EXIF data raise all kinds; detectron2 ignores them, too
+        return False
 
 
 def _open(path: str) -> IO[bytes]:

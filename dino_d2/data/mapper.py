@@ -13,7 +13,8 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
-from .images import read_image
+from .augmentation import ResizingAugmentation
+from .images import read_reduced
 from .mosaic import mosaic
 
 MODES = [BoxMode.XYXY_ABS, BoxMode.XYWH_ABS]  # in pixels
@@ -55,15 +56,32 @@ class ImageMapper(DatasetMapper):
         return record
 
     def _read_and_check(self, record: dict[str, Any]) -> np.ndarray:
-        pixels = self.read(record)
-        detection_utils.check_image_size(record, pixels)
+        """The pixels. If they are fewer than the file has, size and boxes of the record are changed."""
+        pixels, (height, width) = self.read(record)
+        detection_utils.check_image_size(record, np.broadcast_to(np.uint8(), (height, width)))
         if self.is_train and "annotations" in record:
             check_annotations(record)
+        if pixels.shape[:2] != (height, width):
+            record["height"], record["width"] = pixels.shape[:2]
+            if "annotations" in record:
+                scale = np.array([record["width"] / width, record["height"] / height] * 2)
+                record["annotations"] = [x | {"bbox": (scale * x["bbox"]).tolist()} for x in record["annotations"]]
         return pixels
 
-    def read(self, record: dict[str, Any]) -> np.ndarray:
-        """The image of a record before any augmentation: (H, W, 3) uint8 in `INPUT.FORMAT`."""
-        return read_image(record["file_name"], self.image_format)
+    def read(self, record: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+        """The image of a record before any augmentation, (h, w, 3) uint8 in `INPUT.FORMAT`, and height and width that
+        it has in the file.
+
+        In training, large photographs are read smaller if the augmentations make them smaller anyway.
+        """
+        return read_reduced(record["file_name"], self.image_format, self._enough())
+
+    def _enough(self) -> int | None:
+        """Shorter side of images in pixels that is enough; None: they are needed as they are."""
+        augmentation = self.augmentations.augs[0] if self.augmentations.augs else None
+        if not self.is_train or self.use_instance_mask or self.use_keypoint:  # these are not scaled
+            return None
+        return augmentation.shorter_side if isinstance(augmentation, ResizingAugmentation) else None
 
 
 def check_annotations(record: dict[str, Any]) -> None:

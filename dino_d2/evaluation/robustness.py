@@ -113,13 +113,13 @@ class CorruptedImages(ImageMapper):
         super().__init__(cfg, is_train=False, augmentations=[build_test_augmentation(cfg)])
         self.cell = cell
 
-    def read(self, record: dict[str, Any]) -> np.ndarray:
-        pixels = super().read(record)
+    def read(self, record: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+        pixels, size = super().read(record)
         if not self.cell.corruption:
-            return pixels
+            return pixels, size
         order = slice(None, None, -1 if self.image_format == "BGR" else 1)
         seed = zlib.crc32(str(record["image_id"]).encode())
-        return corrupt(pixels[..., order], self.cell.corruption, self.cell.strength, seed)[..., order]
+        return corrupt(pixels[..., order], self.cell.corruption, self.cell.strength, seed)[..., order], size
 
 
 def resized(cfg: CfgNode, size: float) -> CfgNode:

@@ -11,7 +11,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile
 
-from dino_d2.data import UnreadableImage, images, read_image
+from dino_d2.data import UnreadableImage, images, read_image, read_reduced
 from tests.web import serve
 
 GREY = np.linspace(0, 255, 6 * 8).astype(np.uint8).reshape(6, 8)
@@ -132,3 +132,32 @@ def test_url_is_read_each_time_and_from_its_own_host(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(images, "LARGEST_DOWNLOAD", 20)
         with pytest.raises(UnreadableImage, match="more than"):
             read_image(f"{one.url}/camera.png", "RGB")
+
+
+@pytest.mark.parametrize(
+    ("shorter_side", "expected"),
+    [(None, (300, 400)), (151, (300, 400)), (150, (150, 200)), (40, (75, 100)), (1, (38, 50))],
+)
+def test_large_jpeg_is_decoded_smaller(shorter_side: int | None, expected: tuple[int, int], tmp_path: Path) -> None:
+    gradient = Image.linear_gradient("L").resize((400, 300)).convert("RGB")
+    path = saved(gradient, tmp_path / "photograph.jpg", quality=95)
+    pixels, size = read_reduced(path, "RGB", shorter_side)
+    assert (pixels.shape, size) == ((*expected, 3), (300, 400))
+    wanted = np.asarray(gradient.resize(expected[::-1], Image.Resampling.BOX), np.float32)
+    assert np.abs(pixels - wanted).mean() < 2
+
+
+def test_size_of_a_turned_photograph_is_as_it_is_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = saved(Image.new("RGB", (400, 300)), tmp_path / "portrait.jpg", exif=exif)
+    pixels, size = read_reduced(path, "RGB", 100)
+    assert (pixels.shape, size) == ((200, 150, 3), (400, 300))
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg")])
+def test_other_files_are_read_reduced_if_their_format_can_be(mode: str, ending: str, tmp_path: Path) -> None:
+    path = saved(Image.new(mode, (400, 300)), tmp_path / f"picture.{ending}")
+    pixels, size = read_reduced(path, "BGR", 100)
+    assert pixels.shape == ((300, 400, 3) if ending == "png" else (150, 200, 3))
+    assert size == (300, 400)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
@@ -81,6 +82,57 @@ def test_test_inputs_have_the_picture_and_no_annotations(tiny_cfg: CfgNode, tmp_
     assert "annotations" in original
 
 
+def test_large_photograph_is_read_smaller_and_trained_on_alike(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    """A photograph of a telephone has twenty times the pixels that a small model is trained with."""
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.CROP.RESIZE_FIRST = (48, 64), [50, 60]
+    original = record(tmp_path / "a.png", (800, 600), box=(200.0, 150.0, 100.0, 300.0))
+    picture = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
+    picture.paste((250, 0, 90), (200, 150, 300, 450))
+    samples = {}
+    for ending in ("png", "jpg"):
+        picture.save(tmp_path / f"a.{ending}", quality=95)
+        one = original | {"file_name": str(tmp_path / f"a.{ending}")}
+        mapper = train_mapper(tiny_cfg)
+        assert mapper.read(one)[0].shape == {"png": (600, 800, 3), "jpg": (150, 200, 3)}[ending]
+        samples[ending] = []
+        for seed in range(8):  # with crop and without
+            np.random.seed(seed)
+            samples[ending].append(mapper(one))
+    for large, small in zip(*samples.values(), strict=True):
+        assert large["image"].shape == small["image"].shape
+        assert (large["image"].float() - small["image"]).abs().mean() < 3
+        boxes = [sample["instances"].gt_boxes.tensor for sample in (large, small)]
+        torch.testing.assert_close(*boxes, rtol=0, atol=1e-4)
+    assert original["annotations"][0]["bbox"] == (200.0, 150.0, 100.0, 300.0)
+
+
+def test_large_photograph_in_a_mosaic(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.CROP.ENABLED, tiny_cfg.INPUT.RANDOM_FLIP = (60,), False, "none"
+    large, small = record(tmp_path / "a.jpg", (800, 800), box=(0, 0, 400, 800)), record(tmp_path / "b.jpg", (80, 80))
+    sample = train_mapper(tiny_cfg)(large, [small])
+    assert sample["image"].shape[1:] in [(60, 119), (60, 120), (60, 121)]
+    torch.testing.assert_close(sample["instances"].gt_boxes.tensor[0], torch.tensor([0.0, 0, 30, 60]), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("why", ["crops of the whole image", "masks", "augmentations of one's own", "evaluation"])
+def test_photograph_is_read_whole_if_its_pixels_are_needed(why: str, tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN = tiny_cfg.INPUT.CROP.RESIZE_FIRST = (40,)
+    tiny_cfg.MODEL.MASK_ON = why == "masks"
+    if why == "crops of the whole image":
+        tiny_cfg.INPUT.CROP.RESIZE_FIRST = []
+    augmentation = build_train_augmentation(tiny_cfg)
+    if why == "augmentations of one's own":
+        augmentation = T.RandomCrop("absolute", (40, 40))
+    mapper = ImageMapper(tiny_cfg, is_train=why != "evaluation", augmentations=[augmentation])
+    assert mapper.read(record(tmp_path / "a.jpg", (400, 300)))[0].shape == (300, 400, 3)
+
+
+def test_large_photograph_of_another_size_than_its_record_is_refused(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    original = record(tmp_path / "a.jpg", (4000, 3000)) | {"width": 3999}
+    with pytest.raises(SizeMismatchError, match=r"got \(4000, 3000\), expect \(3999, 3000\)"):
+        train_mapper(tiny_cfg)(original)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000), (20_000, 2)])
 def test_smallest_and_longest_pictures_are_trained_on(size: tuple[int, int], tiny_cfg: CfgNode, tmp_path: Path) -> None:
     tiny_cfg.INPUT.MAX_SIZE_TRAIN = 300
@@ -106,7 +158,7 @@ def test_box_in_other_units_is_refused(mode: Any, tiny_cfg: CfgNode, tmp_path: P
 
 
 def test_masks_are_kept_for_who_asks_for_them(tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    tiny_cfg.MODEL.MASK_ON = True
+    tiny_cfg.MODEL.MASK_ON, tiny_cfg.INPUT.CROP.ENABLED = True, False  # a crop may miss the object
     original = record(tmp_path / "a.png", (30, 20))
     original["annotations"][0]["segmentation"] = [[1, 1, 6, 1, 6, 6]]
     before = copy.deepcopy(original)

@@ -171,14 +171,14 @@ def test_images_are_corrupted_before_they_are_resized(model_files: Path, channel
     register_datasets(cfg)
     records = list(DatasetCatalog.get(SET))
     clean, noisy = (CorruptedImages(cfg, cell) for cell in (CLEAN, Cell("impulse_noise", 4)))
-    pixels, corrupted = clean.read(records[0]), noisy.read(records[0])
+    (pixels, _), (corrupted, _) = clean.read(records[0]), noisy.read(records[0])
     assert corrupted.shape == pixels.shape == (64, 64, 3)
     order = slice(None, None, -1 if channels == "BGR" else 1)
     patterns = [corrupt(pixels[..., order], "impulse_noise", 4, seed)[..., order] for seed in (0, 1)]
     assert 0.14 < np.mean(corrupted != pixels) < 0.19
     assert not any(np.array_equal(corrupted, pattern) for pattern in patterns)  # the image's own
-    np.testing.assert_array_equal(corrupted, noisy.read(records[0]))
-    assert not np.array_equal(corrupted, noisy.read(records[1] | {"file_name": records[0]["file_name"]}))
+    np.testing.assert_array_equal(corrupted, noisy.read(records[0])[0])
+    assert not np.array_equal(corrupted, noisy.read(records[1] | {"file_name": records[0]["file_name"]})[0])
     assert noisy(records[0])["image"].shape == (3, 128, 128)
 
 
