@@ -29,6 +29,25 @@ def test_help_begins_with_an_example_and_imports_nothing_that_takes_long(command
     assert result.stdout.startswith(f"Examples:\n    dino-d2 {command}")
 
 
+def test_help_of_evaluate_is_about_evaluation(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the program that trains, whose other options have no effect."""
+    texts = {}
+    for command in ("train", "evaluate"):
+        monkeypatch.setattr(sys, "argv", [])  # is set for the command
+        with pytest.raises(SystemExit):
+            dino_d2_cli.main([command, "--help"])
+        texts[command] = capsys.readouterr().out
+    for option in ("--epochs", "--minutes", "--batch-size", "--resume", "--resume-from", "--train-json", "--eval-only"):
+        assert option in texts["train"]
+        assert option not in texts["evaluate"]
+    for option in ("--data", "--weights", "--val-json", "--output", "--num-gpus"):
+        assert option in texts["evaluate"]
+    examples, rest = texts["evaluate"].split("\n\n", 1)
+    assert "dino-d2 evaluate --weights dino_r50_4scale_12ep" in examples
+    assert "train a detector" not in rest.lower()
+    assert "trains" not in rest.lower()
+
+
 def test_overview_shows_all_commands_in_a_screen(capsys: pytest.CaptureFixture) -> None:
     assert dino_d2_cli.main([]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -23,33 +23,57 @@ the settings derived from it and from other options are printed as KEY VALUE. CO
 config file. Data in COCO format can also be given as files; the classes are taken from them. Any config value can be
 set at the end: SOLVER.IMS_PER_BATCH 4. Without a GPU it runs on the CPU. Processes can also be started with torchrun.\
 """
+EVALUATION_EXAMPLES = [
+    "--weights dino_r50_4scale_12ep       # on COCO",
+    "--weights output/mine --data FOLDER",
+    "--weights output/mine --val-json val.json --val-images val --output output/mine_on_val",
+    "--config-file dino_r50_4scale_12ep MODEL.WEIGHTS dino_r50.pth TEST.QUERY_METRICS True",
+]
+EVALUATION_DESCRIPTION = """\
+Measures AP of weights on DATASETS.TEST of the config, or on data that are given: FOLDER has images and annotations in
+the layout of COCO, Roboflow, YOLO or Pascal VOC; files are in COCO format. CONFIG is the name of a recipe, or a config
+file. Any config value can be set at the end: MODEL.DINO.NUM_QUERIES 100. Without a GPU it runs on the CPU.\
+"""
+ONLY_EVALUATE = "--eval-only"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of detectron2's `default_argument_parser` and ours.
 
-    `train` and `val` are (annotation file, image folder), or None.
+    `train` and `val` are (annotation file, image folder), or None. The help for `--eval-only` leaves out what is for
+    training.
     """
-    parser = CommandParser(EXAMPLES, DESCRIPTION)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    evaluation = ONLY_EVALUATE in arguments
+
+    def of_training(text: str) -> str:
+        return argparse.SUPPRESS if evaluation else text
+
+    if evaluation:
+        parser = CommandParser(EVALUATION_EXAMPLES, EVALUATION_DESCRIPTION)
+    else:
+        parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images and annotations; see docs/data.md")
-    parser.add_argument(
-        "--weights", metavar="NAME_OR_PATH", help="initial weights: name in the zoo, checkpoint, or folder of a run"
-    )
-    parser.add_argument("--epochs", type=_at_least_one, metavar="N", help="length of the run (default with --data: 24)")
-    parser.add_argument(
-        "--minutes", type=_minutes, metavar="M", help="length in time instead: some steps are measured first"
-    )
-    parser.add_argument(
-        "--batch-size", type=_batch_size, metavar="N|auto", help="images per step; auto: accumulated to fit memory"
-    )
+    what = "name in the zoo, checkpoint, or folder of a run"
+    parser.add_argument("--weights", metavar="NAME_OR_PATH", help=what if evaluation else f"initial weights: {what}")
+    length = "length of the run (default with --data: 24)"
+    parser.add_argument("--epochs", type=_at_least_one, metavar="N", help=of_training(length))
+    minutes = "length in time instead: some steps are measured first"
+    parser.add_argument("--minutes", type=_minutes, metavar="M", help=of_training(minutes))
+    batch = "images per step; auto: accumulated to fit memory"
+    parser.add_argument("--batch-size", type=_batch_size, metavar="N|auto", help=of_training(batch))
     parser.add_argument("--output", metavar="FOLDER", help="where everything is written (OUTPUT_DIR)")
     parser.add_argument("--config-file", metavar="CONFIG", help="recipe or config file (default: that of --weights)")
-    parser.add_argument("--eval-only", action="store_true", help="do not train")
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
-    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="continue from this checkpoint instead of the last")
-    parser.add_argument("--train-json", type=Path, metavar="FILE", help="annotations for training, in COCO format")
-    parser.add_argument("--train-images", type=Path, metavar="FOLDER", help="images of --train-json")
-    parser.add_argument("--val-json", type=Path, metavar="FILE", help="annotations for evaluation; omit for none")
+    parser.add_argument(ONLY_EVALUATE, action="store_true", help=of_training("do not train"))
+    resume = "continue the run in OUTPUT_DIR, if there is one"
+    parser.add_argument("--resume", action="store_true", help=of_training(resume))
+    checkpoint = "continue from this checkpoint instead of the last"
+    parser.add_argument("--resume-from", metavar="CHECKPOINT", help=of_training(checkpoint))
+    for_training = "annotations for training, in COCO format"
+    parser.add_argument("--train-json", type=Path, metavar="FILE", help=of_training(for_training))
+    parser.add_argument("--train-images", type=Path, metavar="FOLDER", help=of_training("images of --train-json"))
+    for_evaluation = "annotations, in COCO format" if evaluation else "annotations for evaluation; omit for none"
+    parser.add_argument("--val-json", type=Path, metavar="FILE", help=for_evaluation)
     parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs to use on this machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="default 1")
@@ -58,7 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     args = parser.parse_args(arguments)
     if not args.config_file and not args.weights:
-        parser.error("give --weights NAME_OR_PATH to start from, or --config-file CONFIG")
+        parser.error(f"give --weights NAME_OR_PATH{'' if evaluation else ' to start from'}, or --config-file CONFIG")
     if args.data and (args.train_json or args.val_json):
         parser.error("--data conflicts with annotation files: give only one of them")
     if args.eval_only and (args.epochs or args.minutes or args.batch_size):

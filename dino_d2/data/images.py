@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that exchange height and width
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that exchange width and height
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
@@ -71,11 +71,10 @@ def read_reduced(
     try:
         with _open(path) as file:
             image = Image.open(file)
-            mode, (width, height) = image.mode, image.size
-            whole = (width, height) if _is_turned(image) else (height, width)
+            mode, whole = image.mode, size_as_seen(image)[::-1]
             if shorter_side is not None:
-                factor = shorter_side / min(width, height)
-                image.draft(None, (math.ceil(width * factor), math.ceil(height * factor)))
+                factor = shorter_side / min(image.size)
+                image.draft(None, tuple(math.ceil(side * factor) for side in image.size))
             image = detection_utils._apply_exif_orientation(image)
             if not mode.startswith(DEEP_MODES):
                 return detection_utils.convert_PIL_to_numpy(image, image_format), whole
@@ -94,11 +93,13 @@ def read_reduced(
     return detection_utils.convert_PIL_to_numpy(eight_bits, image_format), whole
 
 
-def _is_turned(image: Image.Image) -> bool:
+def size_as_seen(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF rotation. Reads only the header."""
     try:
-        return image.getexif().get(ORIENTATION, 1) in TURNED
+        turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
     except Exception:  # damaged EXIF data raise all kinds; detectron2 ignores them, too
-        return False
+        turned = False
+    return image.size[::-1] if turned else image.size
 
 
 def _open(path: str) -> IO[bytes]:

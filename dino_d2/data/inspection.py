@@ -17,7 +17,7 @@ from dino_d2.modeling.denoising import PlainDenoising
 
 from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
-from .images import read_image
+from .images import read_reduced
 
 EXAMPLES = 3  # per finding
 WIDTHS = [None, None, 34, 38, 40]  # of the table's columns, in characters
@@ -206,7 +206,7 @@ def _check_files(folder: Path, images: list[Entry], cases: _Cases) -> None:
         if not (folder / name).is_file():
             return MISSING_IMAGE, name
         try:
-            height, width = read_image(folder / name, "RGB").shape[:2]  # after EXIF rotation
+            _, (height, width) = read_reduced(folder / name, "RGB", 1)  # the whole file, but few pixels of it
         except ValueError as error:
             return UNREADABLE_IMAGE, f"{name}: {error}"
         if (width, height) != (entry["width"], entry["height"]):

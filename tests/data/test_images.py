@@ -161,3 +161,11 @@ def test_other_files_are_read_reduced_if_their_format_can_be(mode: str, ending: 
     pixels, size = read_reduced(path, "BGR", 100)
     assert pixels.shape == ((300, 400, 3) if ending == "png" else (150, 200, 3))
     assert size == (300, 400)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_damaged_jpeg_is_found_when_it_is_read_small(share: float, tmp_path: Path) -> None:
+    path = saved(Image.effect_noise((400, 300), 50), tmp_path / "photograph.jpg")
+    path.write_bytes(path.read_bytes()[: round(path.stat().st_size * share)])
+    with pytest.raises(UnreadableImage, match=r"photograph\.jpg cannot be read"):
+        read_reduced(path, "RGB", 1)

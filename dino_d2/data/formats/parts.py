@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dino_d2.data.images import size_as_seen
+
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
 HELD_OUT = 5  # one in this many images is held out if there is no validation split
-ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 NAMED = 3  # examples in an error
 
 Content = dict[str, list[dict[str, Any]]]  # "images", "annotations", "categories"
@@ -87,8 +88,7 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
     for path in paths:
         try:
             with Image.open(path) as image:
-                turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
-                sizes.append(image.size[::-1] if turned else image.size)
+                sizes.append(size_as_seen(image))
         except (
             Image.DecompressionBombError,
             UnidentifiedImageError,
