@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         register_datasets(cfg)
         denoising = build_denoising(cfg)
     print(f"{len(class_names(cfg))} classes: {', '.join(class_names(cfg))}")
-    if report(parts, None if isinstance(denoising, NoDenoising) else denoising):
+    input_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if report(parts, None if isinstance(denoising, NoDenoising) else denoising, input_size):
         print("training cannot start: fix the errors first")
         return 1
 

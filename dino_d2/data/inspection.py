@@ -23,6 +23,8 @@ EXAMPLES = 3  # per finding
 WIDTHS = [None, None, 34, 38, 40]  # of the table's columns, in characters
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_ASPECT = 32, 10_000, 8  # images beyond these are reported
 MARGIN = 1.0  # pixels by which a box may exceed its image, because of rounding
+SMALLEST_OBJECT = 8  # pixels at the model's input: half a token of stride 16
+FEW = 0.1  # of all objects may be smaller
 MANY_OBJECTS = 500  # in one image: then denoising queries outnumber all others and should be limited
 
 Entry = dict[str, Any]  # an image, annotation or category of the file
@@ -140,19 +142,21 @@ def as_table(findings: Sequence[Finding]) -> str:
     return tabulate(rows, headers, tablefmt="simple_grid", maxcolwidths=WIDTHS, disable_numparse=True)
 
 
-def report(parts: Sequence[CocoFiles], denoising: PlainDenoising | None) -> list[CocoFiles]:
+def report(
+    parts: Sequence[CocoFiles], denoising: PlainDenoising | None, input_size: tuple[int, int]
+) -> list[CocoFiles]:
     """Print what :func:`inspect_dataset` finds in each of the datasets; returns those that cannot be trained on."""
     faulty = []
     for files in parts:
         print(f"{files.annotations}: reading the images …", flush=True)
-        findings = inspect_dataset(files, denoising)
+        findings = inspect_dataset(files, denoising, input_size)
         print(as_table(findings) if findings else "nothing to report")
         if not training_can_start(findings):
             faulty.append(files)
     return faulty
 
 
-def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[Finding]:
+def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None, input_size: tuple[int, int]) -> list[Finding]:
     """Check a dataset for everything above. Returns the findings, errors first.
 
     Reads every image as training does.
@@ -160,6 +164,7 @@ def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[
     Args:
         files: the dataset.
         denoising: the model's, to compare its limits with the objects per image; None if denoising is off.
+        input_size: `INPUT.MIN_SIZE_TEST` and `INPUT.MAX_SIZE_TEST`, to compare the objects' sizes with.
 
     Raises:
         FileNotFoundError, ValueError: the annotation file cannot be read (see :func:`read_coco`).
@@ -173,6 +178,7 @@ def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None) -> list[
     _check_boxes(objects, images, cases)
     _check_categories(objects, categories, cases)
     _check_objects_per_image(objects, images, denoising, cases)
+    _check_sizes(objects, images, input_size, cases)
     return cases.findings()
 
 
@@ -317,6 +323,28 @@ def _check_objects_per_image(
         for limit, kind in limits:
             if count > limit:
                 cases[kind].append(f"{images[number]['file_name']}: {count}")
+
+
+def _check_sizes(
+    objects: list[Entry], images: dict[Hashable, Entry], input_size: tuple[int, int], cases: _Cases
+) -> None:
+    """Whether many objects are too small when the model sees them, as in photographs that are large, or from afar."""
+    small = []
+    for entry in objects:
+        image = images[entry["image_id"]]
+        shorter, longer = sorted((image["width"], image["height"]))
+        scale = min(input_size[0] / shorter, input_size[1] / longer) if input_size[0] else 1
+        width, height = entry["bbox"][2:]
+        if 0 < scale * math.sqrt(width * height) < SMALLEST_OBJECT:
+            seen = f"seen as {scale * width:.1f} x {scale * height:.1f}"
+            small.append(f"id {entry['id']} in {image['file_name']}: {width:g} x {height:g}, {seen}")
+    if len(small) > FEW * len(objects):
+        kind = _warning(
+            f"objects below {SMALLEST_OBJECT} pixels at the model's input (INPUT.MIN_SIZE_TEST {input_size[0]})",
+            "too small to be found: cut the images into tiles, or raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST "
+            "with their maxima",
+        )
+        cases[kind] = small
 
 
 def _is_id(value: object) -> bool:

@@ -202,7 +202,8 @@ def _inspect(cfg: CfgNode, *parts: CocoFiles) -> None:
         ValueError: the data has errors; all findings have been printed.
     """
     denoising = build_denoising(cfg)
-    faulty = report(parts, None if isinstance(denoising, NoDenoising) else denoising)
+    input_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    faulty = report(parts, None if isinstance(denoising, NoDenoising) else denoising, input_size)
     if faulty:
         names = " and ".join(str(files.annotations) for files in faulty)
         raise ValueError(f"training cannot start: correct the errors above in {names}")

@@ -17,6 +17,7 @@ from dino_d2.modeling.denoising import ContrastiveDenoising
 
 Content = dict[str, list[dict[str, Any]]]
 SIDE = 64
+LARGE = (800, 1333)  # INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST
 FINE = {"area": 600, "iscrowd": 0}
 
 
@@ -34,8 +35,10 @@ def files(tmp_path: Path) -> CocoFiles:
     return CocoFiles(tmp_path / "data.json", tmp_path)
 
 
-def inspect(files: CocoFiles, denoising: ContrastiveDenoising | None = None) -> dict[Kind, Finding]:
-    findings = inspect_dataset(files, denoising)
+def inspect(
+    files: CocoFiles, denoising: ContrastiveDenoising | None = None, input_size: tuple[int, int] = LARGE
+) -> dict[Kind, Finding]:
+    findings = inspect_dataset(files, denoising, input_size)
     return {finding.kind: finding for finding in findings}
 
 
@@ -50,8 +53,34 @@ def denoising(number: int, max_queries: int) -> ContrastiveDenoising:
 
 
 def test_nothing_is_found_in_a_sound_data_set(files: CocoFiles) -> None:
-    assert inspect_dataset(files, denoising(100, 0)) == []
+    assert inspect_dataset(files, denoising(100, 0), (64, 64)) == []
     assert training_can_start([])
+
+
+@pytest.mark.parametrize(
+    ("input_size", "found"),
+    [((20, 100), 2), ((14, 100), 3), ((200, 20), 2), ((21, 100), 0), ((200, 21), 0), (LARGE, 0), ((0, 0), 0)],
+)
+def test_objects_that_the_model_sees_too_small(input_size: tuple[int, int], found: int, files: CocoFiles) -> None:
+    """Two of 20 x 30 pixels, whose area is that of 8 x 8 where 64 pixels become 21, and a larger one."""
+    change(files, more([1, 1, 30, 40]))
+    findings = inspect(files, input_size=input_size)
+    kinds = [kind for kind in findings if kind.what.startswith("objects below 8 pixels")]
+    assert [findings[kind].count for kind in kinds] == ([found] if found else [])
+    for kind in kinds:
+        assert "INPUT.MIN_SIZE_TEST" in kind.what
+        assert "tiles" in kind.advice
+        assert findings[kind].examples[0].startswith("id 1 in 1.png: 20 x 30, ")
+
+
+def test_few_small_objects_among_many_are_nothing_to_report(files: CocoFiles) -> None:
+    def add(content: Content) -> None:
+        for number in range(10, 30):
+            box = [number, 1, 3, 3] if number < 12 else [number, 1, 20, 20]
+            content["annotations"].append({"id": number, "image_id": 1, "category_id": 1, "bbox": box} | FINE)
+
+    change(files, add)
+    assert inspect(files, input_size=(64, 64)) == {}
 
 
 def more(box: list, **others: Any) -> Callable[[Content], None]:
@@ -194,7 +223,7 @@ def test_errors_come_first_and_examples_are_few(files: CocoFiles) -> None:
         content["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": "none"} | FINE)
 
     change(files, edit)
-    findings = inspect_dataset(files, None)
+    findings = inspect_dataset(files, None, LARGE)
     assert [finding.kind for finding in findings] == [inspection.NO_BOX, inspection.EMPTY_CATEGORY]
     assert findings[1].count == 6
     assert findings[1].examples == ("3", "4", "5")
