@@ -53,6 +53,7 @@ def add_dino_config(cfg: CN) -> None:
     c.LOOK_FORWARD = "twice"  # twice | once: how many layers a box loss trains (section 3.5)
     c.SHARE_HEADS = True  # share the class and box head between decoder layers, or one of each per layer
     c.NMS_THRESHOLD = 1.0  # IoU threshold of per-class NMS; 1: no NMS, which DINO does not need
+    c.BOX_VOTING = False  # with NMS: the boxes that are left become means of those around the same object
     c.EXACT_POSITIONS = False  # tokens lie where their stride puts them, not spread over the image (docs/few_photos.md)
     c.POS_TEMPERATURE = 20.0  # of the sine position embedding
     c.POS_OFFSET = 0.0  # added to pixel indices there; -0.5 in the detectron2 port's weights

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from dino_d2.autocast import autocast
 from dino_d2.geometry import cxcywh_to_xyxy
 from dino_d2.meta_arch.dino import DINO, padding_of
+from dino_d2.meta_arch.duplicates import vote
 from dino_d2.modeling.backbone.frozen_norm import fold_for_good
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 from dino_d2.modeling.int8 import QuantizableLinear
+from dino_d2.structures import topk
 
 
 class ExportableDINO(nn.Module):
@@ -65,15 +67,20 @@ class ExportableDINO(nn.Module):
             memory = model.encode(images, padding_mask)
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]
-        best = predictions.topk(model.inference.max_detections)
+        settings = model.inference
+        best = predictions.topk(settings.candidates(predictions.logits.shape[1]))
         size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
-        boxes = cxcywh_to_xyxy(best.boxes) * size
+        scores, boxes, classes = best.scores, cxcywh_to_xyxy(best.boxes) * size, best.classes
+        if settings.drops_duplicates:
+            threshold = settings.nms_threshold
+            duplicate = is_duplicate(boxes, scores, classes, model.decoder.num_classes, threshold)
+            if settings.box_voting:
+                boxes = vote(boxes, scores, classes, threshold)
+            scores, index = topk(scores.masked_fill(duplicate, 0), settings.max_detections)
+            boxes, classes = boxes.gather(1, index[..., None].expand(-1, -1, 4)), classes.gather(1, index)
         inside = torch.minimum(boxes.clamp(min=0), size)
-        dropped = (inside[..., 2:] <= inside[..., :2]).any(-1)
-        if model.inference.nms_threshold < 1:
-            classes, threshold = model.decoder.num_classes, model.inference.nms_threshold
-            dropped = dropped | is_duplicate(boxes, best.scores, best.classes, classes, threshold)
-        return inside, best.scores.masked_fill(dropped, 0), best.classes, selection.tokens
+        empty = (inside[..., 2:] <= inside[..., :2]).any(-1)
+        return inside, scores.masked_fill(empty, 0), classes, selection.tokens
 
 
 @torch.library.custom_op("dino_d2::is_duplicate", mutates_args=())

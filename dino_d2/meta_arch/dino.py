@@ -29,6 +29,7 @@ from dino_d2.modeling.query_selection import filter_by_score
 from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
 from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
+from .duplicates import vote
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class InferenceSettings:
         at most `query_selection.num_queries`; 0: the same number for all images. In units of the model's own scores,
         which depend on its class loss.
     nms_threshold: IoU threshold of per-class NMS; 1: no NMS.
+    box_voting: with NMS, average the boxes around the same object.
     autocast: name of the autocast dtype; None: no mixed precision.
     int8: on a CPU, products of encoder and decoder in 8-bit integers.
     test_time_augmentation: None: a single pass per image.
@@ -50,9 +52,18 @@ class InferenceSettings:
     max_detections: int
     query_score_threshold: float
     nms_threshold: float
+    box_voting: bool
     autocast: str | None
     int8: bool
     test_time_augmentation: TestTimeAugmentation | None
+
+    @property
+    def drops_duplicates(self) -> bool:
+        return self.nms_threshold < 1
+
+    def candidates(self, queries: int) -> int:
+        """How many of the best detections of an image are looked at: duplicates do not take the places of others."""
+        return max(self.max_detections, queries) if self.drops_duplicates else self.max_detections
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> InferenceSettings:
@@ -60,6 +71,7 @@ class InferenceSettings:
             cfg.TEST.DETECTIONS_PER_IMAGE,
             build.query_score_threshold(cfg),
             cfg.MODEL.DINO.NMS_THRESHOLD,
+            cfg.MODEL.DINO.BOX_VOTING,
             autocast_of_config("TEST.AMP", cfg.TEST.AMP),
             build.int8_of_config(cfg),
             build_test_time_augmentation(cfg),
@@ -280,7 +292,7 @@ class DINO(nn.Module):
     ) -> list[dict[str, Instances]]:
         """The highest-scoring (query, class) pairs of each image as Instances of the output size."""
         results = []
-        best = predictions.topk(self.inference.max_detections)
+        best = predictions.topk(self.inference.candidates(predictions.logits.shape[1]))
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
@@ -290,8 +302,12 @@ class DINO(nn.Module):
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores
             instances.pred_classes = classes
-            if self.inference.nms_threshold < 1:
-                instances = instances[batched_nms(boxes, scores, classes, self.inference.nms_threshold)]
+            if self.inference.drops_duplicates:
+                kept = batched_nms(boxes, scores, classes, self.inference.nms_threshold)
+                if self.inference.box_voting:
+                    voted = vote(boxes[None], scores[None], classes[None], self.inference.nms_threshold)
+                    instances.pred_boxes = Boxes(voted[0])
+                instances = instances[kept[: self.inference.max_detections]]
             output_size = (x.get("height", height), x.get("width", width))
             results.append({"instances": detector_postprocess(instances, *output_size)})
         return results

@@ -42,8 +42,8 @@ def build_three_convolutions(cfg: CfgNode, input_shape: ShapeSpec) -> ThreeConvo
 
 @pytest.fixture(scope="session")
 def small_cfg(tiny_config: Callable[..., CfgNode]) -> CfgNode:
-    """Duplicates are dropped, images are made smaller, classes have names."""
-    cfg = tiny_config(NMS_THRESHOLD=0.01, CLASS_NAMES=["ant", "bee", "cat", "dog", "elk"])
+    """Duplicates are dropped after voting, images are made smaller, classes have names."""
+    cfg = tiny_config(NMS_THRESHOLD=0.01, BOX_VOTING=True, CLASS_NAMES=["ant", "bee", "cat", "dog", "elk"])
     cfg.MODEL.BACKBONE.NAME = "build_three_convolutions"
     cfg.MODEL.DINO.IN_FEATURES, cfg.MODEL.DINO.NUM_FEATURE_LEVELS = ["stage3"], 2
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 120, 200

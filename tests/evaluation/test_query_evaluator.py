@@ -42,7 +42,9 @@ class PlantedModel(nn.Module):
     """Says what it is told to: per image id the anchors (Q, 4) and, per layer, Q triples (box, class, score)."""
 
     postprocess = DINO.postprocess
-    inference = InferenceSettings(300, 0.0, 1.0, autocast=None, int8=False, test_time_augmentation=None)
+    inference = InferenceSettings(
+        300, 0.0, 1.0, box_voting=False, autocast=None, int8=False, test_time_augmentation=None
+    )
     device = torch.device("cpu")
 
     def __init__(self, plan: dict[int, tuple[list, list[list]]]):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_d2 import DINO, add_dino_config
 from dino_d2.evaluation.recorder import DecoderRecorder
+from dino_d2.geometry import xyxy_to_cxcywh
 from dino_d2.modeling.build import build_neck
 from dino_d2.modeling.deformable_attention import MultiScaleDeformableAttention
 from dino_d2.modeling.int8 import QuantizableLinear
@@ -237,6 +238,52 @@ def test_suppression_drops_what_overlaps_a_better_one_of_its_class(
     logits[torch.arange(4), torch.tensor([0, 0, 1, 0])] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     (result,) = model.postprocess(Predictions(logits[None], boxes[None]), [{}], [(100, 100)])
     torch.testing.assert_close(result["instances"].pred_boxes.tensor, corners[kept] * 100)
+
+
+def with_scores(corners: list[list[float]], of_class_0: list[float]) -> Predictions:
+    """One image, with a query for each box; corners in [0, 1]."""
+    logits = torch.full((len(corners), 5), -10.0)
+    logits[:, 0] = torch.tensor(of_class_0).logit()
+    return Predictions(logits[None], xyxy_to_cxcywh(torch.tensor(corners))[None])
+
+
+def test_duplicates_take_no_places_of_others(tiny_cfg: CfgNode) -> None:
+    """They are dropped before the best detections are taken, not after."""
+    tiny_cfg.MODEL.DINO.NMS_THRESHOLD = 0.6
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 2
+    corners = [[0.0, 0, 0.4, 0.4], [0, 0, 0.4, 0.39], [0, 0, 0.39, 0.4], [0.5, 0.5, 1, 1], [0.6, 0, 1, 0.2]]
+    predictions = with_scores(corners, [0.9, 0.8, 0.7, 0.3, 0.2])
+    (result,) = build_model(tiny_cfg).eval().postprocess(predictions, [{}], [(100, 100)])
+    assert result["instances"].scores.tolist() == pytest.approx([0.9, 0.3])
+
+
+def test_voting_averages_the_boxes_of_an_object(tiny_cfg: CfgNode) -> None:
+    """With squared scores as weights; boxes of other objects and classes have no vote."""
+    tiny_cfg.MODEL.DINO.NMS_THRESHOLD, tiny_cfg.MODEL.DINO.BOX_VOTING = 0.6, True
+    corners = [[0.0, 0, 0.4, 0.4], [0, 0, 0.3, 0.4], [0, 0, 0.2, 0.4], [0.5, 0.5, 0.5, 0.9]]  # the last is empty
+    predictions = with_scores(corners, [0.8, 0.4, 0.4, 0.2])
+    predictions.logits[0, :, 1] = torch.tensor([0.1, -10, -10, -10])
+    model = build_model(tiny_cfg).eval()
+    (result,) = model.postprocess(predictions, [{}], [(100, 100)])
+    found = result["instances"]
+    right = (0.8**2 * 40 + 0.4**2 * 30) / (0.8**2 + 0.4**2)
+    lower = (0.4**2 * 20 + 0.4**2 * 30) / (0.4**2 + 0.4**2)
+    of_class_0 = found.pred_boxes.tensor[found.pred_classes == 0]
+    torch.testing.assert_close(of_class_0[:2], torch.tensor([[0, 0, right, 40], [0, 0, lower, 40]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor[found.pred_classes == 1][0], torch.tensor([0.0, 0, 40, 40]), atol=1e-3, rtol=0
+    )
+    assert found.pred_boxes.tensor.isfinite().all()
+
+
+def test_voting_is_part_of_dropping_duplicates(tiny_cfg: CfgNode) -> None:
+    predictions = with_scores([[0.0, 0, 0.4, 0.4], [0, 0, 0.3, 0.4]], [0.8, 0.4])
+    results = []
+    for voting in (False, True):
+        tiny_cfg.MODEL.DINO.BOX_VOTING = voting
+        (result,) = build_model(tiny_cfg).eval().postprocess(predictions, [{}], [(100, 100)])
+        results.append(result["instances"])
+    assert_same(*results)
 
 
 def test_boxes_are_absolute_corners_inside_the_image(tiny_cfg: CfgNode) -> None:
