@@ -68,7 +68,7 @@ class ExportableDINO(nn.Module):
             selection = model.query_selection(memory)
             predictions = model.decoder(selection.queries, memory)[-1]
         settings = model.inference
-        best = predictions.topk(settings.candidates(predictions.logits.shape[1]))
+        best = predictions.topk(settings.candidates)
         size = original_sizes.flip(1).to(best.boxes.dtype).repeat(1, 2)[:, None]  # width, height, width, height
         scores, boxes, classes = best.scores, cxcywh_to_xyxy(best.boxes) * size, best.classes
         if settings.drops_duplicates:

@@ -31,6 +31,8 @@ from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
 from .duplicates import vote
 
+CANDIDATES = 3  # times as many as detections, where NMS drops some: duplicates take no places of others
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,9 +63,10 @@ class InferenceSettings:
     def drops_duplicates(self) -> bool:
         return self.nms_threshold < 1
 
-    def candidates(self, queries: int) -> int:
-        """How many of the best detections of an image are looked at: duplicates do not take the places of others."""
-        return max(self.max_detections, queries) if self.drops_duplicates else self.max_detections
+    @property
+    def candidates(self) -> int:
+        """How many of the best (query, class) pairs of an image are looked at."""
+        return CANDIDATES * self.max_detections if self.drops_duplicates else self.max_detections
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> InferenceSettings:
@@ -292,7 +295,7 @@ class DINO(nn.Module):
     ) -> list[dict[str, Instances]]:
         """The highest-scoring (query, class) pairs of each image as Instances of the output size."""
         results = []
-        best = predictions.topk(self.inference.candidates(predictions.logits.shape[1]))
+        best = predictions.topk(self.inference.candidates)
         for scores, boxes, classes, x, (height, width) in zip(
             best.scores, best.boxes, best.classes, batched_inputs, image_sizes, strict=True
         ):
@@ -303,7 +306,8 @@ class DINO(nn.Module):
             instances.scores = scores
             instances.pred_classes = classes
             if self.inference.drops_duplicates:
-                kept = batched_nms(boxes, scores, classes, self.inference.nms_threshold)
+                # detectron2 makes the boxes float32, and torchvision wants one dtype
+                kept = batched_nms(boxes, scores.float(), classes, self.inference.nms_threshold)
                 if self.inference.box_voting:
                     voted = vote(boxes[None], scores[None], classes[None], self.inference.nms_threshold)
                     instances.pred_boxes = Boxes(voted[0])
