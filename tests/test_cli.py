@@ -30,17 +30,17 @@ def test_help_begins_with_an_example_and_imports_nothing_that_takes_long(command
 
 
 def test_help_of_evaluate_is_about_evaluation(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the program that trains, whose other options have no effect."""
+    """It is the program that trains, whose other options are refused."""
     texts = {}
     for command in ("train", "evaluate"):
         monkeypatch.setattr(sys, "argv", [])  # is set for the command
         with pytest.raises(SystemExit):
             dino_d2_cli.main([command, "--help"])
         texts[command] = capsys.readouterr().out
-    for option in ("--epochs", "--minutes", "--batch-size", "--resume", "--resume-from", "--train-json", "--eval-only"):
+    for option in ("--epochs", "--minutes", "--batch-size", "--resume-from", "--train-json", "--eval-only"):
         assert option in texts["train"]
         assert option not in texts["evaluate"]
-    for option in ("--data", "--weights", "--val-json", "--output", "--num-gpus"):
+    for option in ("--data", "--weights", "--val-json", "--output", "--num-gpus", "--resume"):
         assert option in texts["evaluate"]
     examples, rest = texts["evaluate"].split("\n\n", 1)
     assert "dino-d2 evaluate --weights dino_r50_4scale_12ep" in examples

@@ -50,7 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return argparse.SUPPRESS if evaluation else text
 
     if evaluation:
-        parser = CommandParser(EVALUATION_EXAMPLES, EVALUATION_DESCRIPTION)
+        typed = f"{ONLY_EVALUATE} " if ONLY_EVALUATE in sys.argv else ""  # dino-d2 evaluate needs none
+        parser = CommandParser([typed + example for example in EVALUATION_EXAMPLES], EVALUATION_DESCRIPTION)
     else:
         parser = CommandParser(EXAMPLES, DESCRIPTION)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images and annotations; see docs/data.md")
@@ -65,8 +66,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="FOLDER", help="where everything is written (OUTPUT_DIR)")
     parser.add_argument("--config-file", metavar="CONFIG", help="recipe or config file (default: that of --weights)")
     parser.add_argument(ONLY_EVALUATE, action="store_true", help=of_training("do not train"))
-    resume = "continue the run in OUTPUT_DIR, if there is one"
-    parser.add_argument("--resume", action="store_true", help=of_training(resume))
+    resume = "evaluate its last checkpoint" if evaluation else "continue it"
+    parser.add_argument("--resume", action="store_true", help=f"if there is a run in OUTPUT_DIR, {resume}")
     checkpoint = "continue from this checkpoint instead of the last"
     parser.add_argument("--resume-from", metavar="CHECKPOINT", help=of_training(checkpoint))
     for_training = "annotations for training, in COCO format"
@@ -85,8 +86,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"give --weights NAME_OR_PATH{'' if evaluation else ' to start from'}, or --config-file CONFIG")
     if args.data and (args.train_json or args.val_json):
         parser.error("--data conflicts with annotation files: give only one of them")
-    if args.eval_only and (args.epochs or args.minutes or args.batch_size):
-        parser.error("--epochs, --minutes and --batch-size have no effect with --eval-only: remove them")
+    if args.eval_only and (args.epochs or args.minutes or args.batch_size or args.resume_from):
+        parser.error("--epochs, --minutes, --batch-size and --resume-from are for training: remove them")
     if args.epochs and args.minutes:
         parser.error("--epochs and --minutes both set the length: give only one of them")
     if isinstance(args.batch_size, int) and "SOLVER.IMS_PER_BATCH" in args.opts[::2]:

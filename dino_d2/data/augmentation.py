@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 LONGEST_BEFORE_CROP = 10_000  # pixels; never reached by COCO images, saves gigabytes for extremely long ones
-SPARE = 1.5  # times the shorter side that is needed: a mosaic of two square images has 0.71 times theirs
+SPARE = 1.5  # times the shorter side that is needed: that of a mosaic of two square images is 0.71 times theirs
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
@@ -58,16 +58,16 @@ def build_train_augmentation(cfg: CfgNode) -> ResizingAugmentation:
     if i.COLOR_JITTER > 0:  # last, when images are smallest
         low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
         steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
-    return ResizingAugmentation(steps, _enough(cfg))
+    return ResizingAugmentation(steps, _shorter_side(cfg))
 
 
-def _enough(cfg: CfgNode) -> int | None:
+def _shorter_side(cfg: CfgNode) -> int | None:
     """Shorter side of a training image that is enough; None: crops are taken from images as they are."""
     crop = cfg.INPUT.CROP
     if crop.ENABLED and not crop.RESIZE_FIRST:
         return None
     sizes = [*cfg.INPUT.MIN_SIZE_TRAIN, *(crop.RESIZE_FIRST if crop.ENABLED else [])]
-    return math.ceil(max(sizes) * SPARE)
+    return None if 0 in sizes else math.ceil(max(sizes) * SPARE)  # 0: the image keeps its size
 
 
 def build_test_augmentation(cfg: CfgNode) -> T.Augmentation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import urllib.request
 from os import PathLike
 from pathlib import Path
@@ -71,10 +70,9 @@ def read_reduced(
     try:
         with _open(path) as file:
             image = Image.open(file)
-            mode, whole = image.mode, size_as_seen(image)[::-1]
+            mode, whole = image.mode, _whole_size(image)
             if shorter_side is not None:
-                factor = shorter_side / min(image.size)
-                image.draft(None, tuple(math.ceil(side * factor) for side in image.size))
+                image.draft(None, (shorter_side, shorter_side))
             image = detection_utils._apply_exif_orientation(image)
             if not mode.startswith(DEEP_MODES):
                 return detection_utils.convert_PIL_to_numpy(image, image_format), whole
@@ -94,12 +92,22 @@ def read_reduced(
 
 
 def size_as_seen(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF rotation. Reads only the header."""
-    try:
-        turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
-    except Exception:  # damaged EXIF data raise all kinds; detectron2 ignores them, too
-        turned = False
+    """Width and height after EXIF rotation. Reads only the header; of a PNG file without EXIF data, all.
+
+    Raises:
+        Exception: of all kinds, for damaged EXIF data.
+    """
+    turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
     return image.size[::-1] if turned else image.size
+
+
+def _whole_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width after EXIF rotation; damaged EXIF data are ignored, as detectron2 does."""
+    try:
+        width, height = size_as_seen(image)
+    except Exception:
+        width, height = image.size
+    return height, width
 
 
 def _open(path: str) -> IO[bytes]:

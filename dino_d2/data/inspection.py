@@ -159,7 +159,7 @@ def report(
 def inspect_dataset(files: CocoFiles, denoising: PlainDenoising | None, input_size: tuple[int, int]) -> list[Finding]:
     """Check a dataset for everything above. Returns the findings, errors first.
 
-    Reads every image as training does.
+    Reads every image to its end.
 
     Args:
         files: the dataset.
@@ -340,9 +340,9 @@ def _check_sizes(
             small.append(f"id {entry['id']} in {image['file_name']}: {width:g} x {height:g}, {seen}")
     if len(small) > FEW * len(objects):
         kind = _warning(
-            f"objects below {SMALLEST_OBJECT} pixels at the model's input (INPUT.MIN_SIZE_TEST {input_size[0]})",
-            "too small to be found: cut the images into tiles, or raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST "
-            "with their maxima",
+            f"objects below {SMALLEST_OBJECT} pixels (root of the area) at INPUT.MIN_SIZE_TEST {input_size[0]}",
+            "too small to be found: cut the images into tiles, or enlarge them with INPUT.MIN_SIZE_TRAIN and "
+            "INPUT.MIN_SIZE_TEST and their maxima",
         )
         cases[kind] = small
 

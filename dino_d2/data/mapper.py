@@ -58,7 +58,8 @@ class ImageMapper(DatasetMapper):
     def _read_and_check(self, record: dict[str, Any]) -> np.ndarray:
         """The pixels. If they are fewer than the file has, size and boxes of the record are changed."""
         pixels, (height, width) = self.read(record)
-        detection_utils.check_image_size(record, np.broadcast_to(np.uint8(), (height, width)))
+        whole = np.broadcast_to(np.uint8(), (height, width))  # only its shape is looked at
+        detection_utils.check_image_size(record, whole)
         if self.is_train and "annotations" in record:
             check_annotations(record)
         if pixels.shape[:2] != (height, width):
@@ -74,9 +75,9 @@ class ImageMapper(DatasetMapper):
 
         In training, large photographs are read smaller if the augmentations make them smaller anyway.
         """
-        return read_reduced(record["file_name"], self.image_format, self._enough())
+        return read_reduced(record["file_name"], self.image_format, self._shorter_side())
 
-    def _enough(self) -> int | None:
+    def _shorter_side(self) -> int | None:
         """Shorter side of images in pixels that is enough; None: they are needed as they are."""
         augmentation = self.augmentations.augs[0] if self.augmentations.augs else None
         if not self.is_train or self.use_instance_mask or self.use_keypoint:  # these are not scaled

@@ -76,7 +76,9 @@ class ExportableDINO(nn.Module):
             duplicate = is_duplicate(boxes, scores, classes, model.decoder.num_classes, threshold)
             if settings.box_voting:
                 boxes = vote(boxes, scores, classes, threshold)
-            scores, index = topk(scores.masked_fill(duplicate, 0), settings.max_detections)
+            # Last and in order, not all equal: runtimes differ in which of equal scores they take.
+            scores, index = topk(scores - duplicate.to(scores.dtype), settings.max_detections)
+            scores = scores.clamp(min=0)
             boxes, classes = boxes.gather(1, index[..., None].expand(-1, -1, 4)), classes.gather(1, index)
         inside = torch.minimum(boxes.clamp(min=0), size)
         empty = (inside[..., 2:] <= inside[..., :2]).any(-1)

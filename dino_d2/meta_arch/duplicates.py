@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dino_d2.geometry import iou_and_generalized_iou
@@ -26,5 +25,6 @@ def vote(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -
     """
     overlap = iou_and_generalized_iou(boxes[:, :, None], boxes[:, None])[0]
     together = (overlap > iou_threshold) & (classes[:, :, None] == classes[:, None])
-    weights = together * scores.square()[:, None]
-    return (torch.bmm(weights, boxes) + OWN_VOTE * boxes) / (weights.sum(-1, keepdim=True) + OWN_VOTE)
+    weights = (together * scores.square()[:, None])[..., None]
+    # Not a product of matrices, which autocast around the model would compute in 16 bits.
+    return ((weights * boxes[:, None]).sum(2) + OWN_VOTE * boxes) / (weights.sum(2) + OWN_VOTE)

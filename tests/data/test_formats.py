@@ -90,7 +90,7 @@ def check(files: CocoFiles, images: int, objects: int) -> None:
     assert [entry["name"] for entry in content["categories"]] == NAMES
     for entry in content["annotations"]:
         assert entry["bbox"] == pytest.approx([BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1]], abs=0.02)
-    assert training_can_start(inspect_dataset(files, None))
+    assert training_can_start(inspect_dataset(files, None, (800, 1333)))
 
 
 # --- COCO
@@ -240,7 +240,11 @@ def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
     Image.new("RGB", SIZE).save(folder / "images" / "train" / "train_2.png", exif=exif)
     files = find_dataset(folder, tmp_path / "out").train
     assert [(x["width"], x["height"]) for x in content_of(files)["images"]] == [SIZE, SIZE, SIZE[::-1]]
-    assert training_can_start(inspect_dataset(files, None))
+    assert training_can_start(inspect_dataset(files, None, (800, 1333)))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
 
 
 @pytest.mark.parametrize(
@@ -258,6 +262,7 @@ def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
         (lambda folder: (folder / "labels").rename(folder / "marks"), "no image has a label file.*labels.train"),
         (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images found"),
         (lambda folder: label(folder / "images" / "train" / "x.jpg", "no image"), "x.jpg"),
+        (lambda folder: cut_off(folder / "images" / "train" / "train_1.png"), "train_1.png"),
     ],
 )
 def test_yolos_faults_are_named(tmp_path: Path, change, message: str) -> None:
@@ -362,7 +367,7 @@ def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> No
         picture(tmp_path / "train" / f"{i}.png")
     found = find_dataset(tmp_path, tmp_path / "out")
     assert sum(found.counts) == 10
-    findings = [finding for part in (found.train, found.val) for finding in inspect_dataset(part, None)]
+    findings = [finding for part in (found.train, found.val) for finding in inspect_dataset(part, None, (800, 1333))]
     assert sum(finding.count for finding in findings if finding.kind == BROKEN_IMAGE_ENTRY) == 3
 
 

@@ -136,7 +136,7 @@ def test_url_is_read_each_time_and_from_its_own_host(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("shorter_side", "expected"),
-    [(None, (300, 400)), (151, (300, 400)), (150, (150, 200)), (40, (75, 100)), (1, (38, 50))],
+    [(None, (300, 400)), (151, (300, 400)), (150, (150, 200)), (75, (75, 100)), (40, (75, 100)), (1, (38, 50))],
 )
 def test_large_jpeg_is_decoded_smaller(shorter_side: int | None, expected: tuple[int, int], tmp_path: Path) -> None:
     gradient = Image.linear_gradient("L").resize((400, 300)).convert("RGB")

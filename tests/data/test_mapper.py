@@ -83,7 +83,7 @@ def test_test_inputs_have_the_picture_and_no_annotations(tiny_cfg: CfgNode, tmp_
 
 
 def test_large_photograph_is_read_smaller_and_trained_on_alike(tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    """A photograph of a telephone has twenty times the pixels that a small model is trained with."""
+    """A photograph of a telephone has fifty times the pixels that a small model is trained with."""
     tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.CROP.RESIZE_FIRST = (48, 64), [50, 60]
     original = record(tmp_path / "a.png", (800, 600), box=(200.0, 150.0, 100.0, 300.0))
     picture = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
@@ -114,12 +114,16 @@ def test_large_photograph_in_a_mosaic(tiny_cfg: CfgNode, tmp_path: Path) -> None
     torch.testing.assert_close(sample["instances"].gt_boxes.tensor[0], torch.tensor([0.0, 0, 30, 60]), rtol=0, atol=1)
 
 
-@pytest.mark.parametrize("why", ["crops of the whole image", "masks", "augmentations of one's own", "evaluation"])
+@pytest.mark.parametrize(
+    "why", ["crops of the whole image", "no resizing", "masks", "augmentations of one's own", "evaluation"]
+)
 def test_photograph_is_read_whole_if_its_pixels_are_needed(why: str, tiny_cfg: CfgNode, tmp_path: Path) -> None:
     tiny_cfg.INPUT.MIN_SIZE_TRAIN = tiny_cfg.INPUT.CROP.RESIZE_FIRST = (40,)
     tiny_cfg.MODEL.MASK_ON = why == "masks"
     if why == "crops of the whole image":
         tiny_cfg.INPUT.CROP.RESIZE_FIRST = []
+    if why == "no resizing":
+        tiny_cfg.INPUT.MIN_SIZE_TRAIN = (0, 40)
     augmentation = build_train_augmentation(tiny_cfg)
     if why == "augmentations of one's own":
         augmentation = T.RandomCrop("absolute", (40, 40))

@@ -47,6 +47,7 @@ def small_cfg(tiny_config: Callable[..., CfgNode]) -> CfgNode:
     cfg.MODEL.BACKBONE.NAME = "build_three_convolutions"
     cfg.MODEL.DINO.IN_FEATURES, cfg.MODEL.DINO.NUM_FEATURE_LEVELS = ["stage3"], 2
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 120, 200
+    cfg.TEST.DETECTIONS_PER_IMAGE = 30  # of 100 pairs
     cfg.DATASETS.TEST = ()
     return cfg
 

@@ -278,6 +278,17 @@ def test_voting_averages_the_boxes_of_an_object(tiny_cfg: CfgNode) -> None:
     assert found.pred_boxes.tensor.isfinite().all()
 
 
+def test_voting_is_as_exact_in_mixed_precision(tiny_cfg: CfgNode) -> None:
+    """detectron2's trainers wrap the model in autocast, whose products of matrices have 8 bits."""
+    tiny_cfg.MODEL.DINO.NMS_THRESHOLD, tiny_cfg.MODEL.DINO.BOX_VOTING = 0.6, True
+    model = build_model(tiny_cfg).eval()
+    predictions = with_scores([[0.1, 0.1, 0.4, 0.4], [0.1, 0.1, 0.41, 0.4]], [0.8, 0.4])
+    (expected,) = model.postprocess(predictions, [{}], [(1000, 1000)])
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = model.postprocess(predictions, [{}], [(1000, 1000)])
+    assert_same(expected["instances"], found["instances"], rtol=0, atol=1e-3)
+
+
 def test_voting_is_part_of_dropping_duplicates(tiny_cfg: CfgNode) -> None:
     predictions = with_scores([[0.0, 0, 0.4, 0.4], [0, 0, 0.3, 0.4]], [0.8, 0.4])
     results = []

@@ -79,7 +79,7 @@ def as_coco(pictures: Iterable[Picture], names: Sequence[str]) -> Content:
 
 
 def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Width and height after EXIF rotation. Reads only the headers.
+    """Width and height after EXIF rotation.
 
     Raises:
         ValueError: some files are not images.
