@@ -29,7 +29,7 @@ EVALUATIONS = "evaluations.json"  # in the folder of a run: metrics by iteration
 FINAL = "model_final"  # and model_final_ema
 LOGGERS = ("detectron2", "dino_d2", "fvcore")
 HEADLINES = ("AP", "AP50", "AP75")  # 0 without detections
-NMS, NMS_THRESHOLD = "nms", 0.6  # a second evaluation of DINO tells what dropping duplicates brings
+NMS, NMS_THRESHOLD = "nms", 0.6  # a second evaluation of DINO tells what dropping duplicates brings, and voting if set
 WARM_UP, TIMED = 3, 10  # steps of one measurement
 
 Metrics = dict[str, float | None]
