@@ -68,7 +68,8 @@ def sampling_locations_of(
     """
     reference = reference[:, :, None, :, None]
     if reference.shape[-1] == 2:
-        sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
-        return reference + sampling_offsets / sizes[:, None]
+        one = reference.new_ones(())  # sizes may be symbolic: new_tensor would make constants of them
+        sizes = torch.stack([one * size for height, width in spatial_shapes for size in (width, height)]).view(-1, 1, 2)
+        return reference + sampling_offsets / sizes
     points = sampling_offsets.shape[-2]
     return reference[..., :2] + sampling_offsets / points * reference[..., 2:] * 0.5

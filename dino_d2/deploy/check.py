@@ -45,7 +45,7 @@ class Tolerance:
 
 
 FULL = Tolerance(score=1e-4, box=1e-3, token=1e-3, share=1)
-ROUNDED = Tolerance(score=0.05, box=0.05, token=1.0, share=0.9)  # to 16 or 8 bits
+ROUNDED = Tolerance(score=0.05, box=0.05, token=0.3, share=0.9)  # to 16 or 8 bits
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,6 @@ def _matching(expected: list[Tensor], found: list[Tensor], tolerance: Tolerance)
         candidate &= (score_error <= tolerance.score) & ((scores > 0)[:, None] == (other_scores > 0)[None])
         error = score_error.masked_fill(~candidate, torch.inf).amin(-1)
         matched = error.isfinite()
-        same.append(matched.float().mean().item())
+        same.append(matched.double().mean().item())
         largest = max(largest, error[matched].max().item() if matched.any() else 0.0)
     return min(same), largest

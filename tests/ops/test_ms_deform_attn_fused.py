@@ -60,6 +60,25 @@ def test_points_move_by_pixels_of_the_level() -> None:
     torch.testing.assert_close(locations.flatten(), torch.tensor([0.5 + 0.2, 0.25 - 0.25, 0.1 + 0.05, 0.2 + 0.6]))
 
 
+@on_points_and_boxes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_traced_call_computes_with_the_sizes_of_its_input(reference_size: int, dtype: torch.dtype) -> None:
+    """Not with those of the example."""
+
+    class OfAMap(torch.nn.Module):
+        def forward(self, value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+            return ms_deform_attn_fused(value.flatten(1, 2), [value.shape[1:3]], reference, offsets, logits)
+
+    def arguments(height: int, width: int) -> tuple[Tensor, ...]:
+        value, _, *sampling = make_problem(reference_size, [(height, width)], dtype=dtype)
+        return value.unflatten(1, (height, width)), *sampling
+
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(OfAMap(), arguments(6, 8), dynamic_shapes=({1: auto, 2: auto}, None, None, None))
+    other = arguments(9, 5)
+    torch.testing.assert_close(program.module()(*other), OfAMap()(*other))
+
+
 def test_boxes_move_by_shares_of_their_half_size() -> None:
     reference = torch.tensor([[[[0.5, 0.25, 0.2, 0.4]]]])
     offsets = torch.tensor([[[[[[2.0, -1.0], [4.0, 4.0]]]]]])  # two points
