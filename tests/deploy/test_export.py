@@ -86,6 +86,23 @@ def test_the_predictor_shows_what_detectron2_shows(
     assert default(image)["instances"].scores.sum() > found.scores.sum()  # duplicates had been dropped
 
 
+@pytest.mark.parametrize(("nms_threshold", "box_voting"), [(1.0, False), (0.3, False), (0.3, True)])
+def test_duplicates_are_treated_as_by_the_model(
+    nms_threshold: float, box_voting: bool, small_model: DINO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_model.inference, "nms_threshold", nms_threshold)
+    monkeypatch.setattr(small_model.inference, "box_voting", box_voting)
+    pixels, sizes, original = example_inputs(1, 160, 75, torch.device("cpu"))
+    height, width = original[0].tolist()
+    with torch.no_grad():
+        boxes, scores, classes, _ = ExportableDINO(small_model, ms_deform_attn_fused)(pixels, sizes, original)
+        (expected,) = small_model([{"image": pixels[0], "height": height, "width": width}])
+    expected, kept = expected["instances"], scores[0] > 0
+    torch.testing.assert_close(boxes[0][kept], expected.pred_boxes.tensor, rtol=0, atol=1e-2)
+    torch.testing.assert_close(scores[0][kept], expected.scores, rtol=0, atol=1e-5)
+    assert classes[0][kept].tolist() == expected.pred_classes.tolist()
+
+
 def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
     predictor = OnnxPredictor(onnx_file)
     images = [photo(120, 90), photo(70, 150)]
