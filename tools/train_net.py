@@ -82,8 +82,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT on machine 0")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to change")
     args = parser.parse_args(arguments)
+    _refuse_contradictions(args, parser)
+    for which in ("train", "val"):
+        json_file, images = getattr(args, f"{which}_json"), getattr(args, f"{which}_images")
+        setattr(args, which, (json_file, images) if json_file else None)
+    return args
+
+
+def _refuse_contradictions(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exit with a message if options lack others that they need, or exclude each other."""
     if not args.config_file and not args.weights:
-        parser.error(f"give --weights NAME_OR_PATH{'' if evaluation else ' to start from'}, or --config-file CONFIG")
+        start = "" if args.eval_only else " to start from"
+        parser.error(f"give --weights NAME_OR_PATH{start}, or --config-file CONFIG")
     if args.data and (args.train_json or args.val_json):
         parser.error("--data conflicts with annotation files: give only one of them")
     if args.eval_only and (args.epochs or args.minutes or args.batch_size or args.resume_from):
@@ -93,17 +103,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if isinstance(args.batch_size, int) and "SOLVER.IMS_PER_BATCH" in args.opts[::2]:
         parser.error("--batch-size conflicts with SOLVER.IMS_PER_BATCH: give only one of them")
     for which in ("train", "val"):
-        files = getattr(args, f"{which}_json"), getattr(args, f"{which}_images")
-        if (files[0] is None) != (files[1] is None):
+        if (getattr(args, f"{which}_json") is None) != (getattr(args, f"{which}_images") is None):
             parser.error(f"--{which}-json and --{which}-images must be given together")
-        setattr(args, which, files if files[0] else None)
-    if args.val and not args.train and not args.eval_only:
+    if args.val_json and not args.train_json and not args.eval_only:
         parser.error("--val-json needs --train-json, or --eval-only")
-    if args.train and not args.val and args.eval_only:
+    if args.train_json and not args.val_json and args.eval_only:
         parser.error("--eval-only uses --val-json and --val-images, not --train-json")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://HOST:PORT with an address of machine 0")
-    return args
 
 
 def _at_least_one(text: str) -> int:
