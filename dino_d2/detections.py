@@ -266,7 +266,9 @@ def number_categories(class_names: Sequence[str]) -> Sequence[int]:
 
 def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
     """A new PIL image in RGB, rotated according to its EXIF data."""
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from .orientation import as_seen
 
     if image is None:
         raise ValueError("the image was not kept with these detections: pass it to draw")
@@ -275,7 +277,7 @@ def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
             return as_picture(file)
-    picture = ImageOps.exif_transpose(image)
+    picture = as_seen(image)
     if picture.mode.startswith("I"):  # 16 bits: PIL would clip
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     return picture.convert("RGB")

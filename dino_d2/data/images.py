@@ -13,10 +13,11 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+from dino_d2.orientation import as_seen, size_as_seen
+
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that exchange width and height
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
@@ -70,10 +71,10 @@ def read_reduced(
     try:
         with _open(path) as file:
             image = Image.open(file)
-            mode, whole = image.mode, _whole_size(image)
+            mode, whole = image.mode, size_as_seen(image)[::-1]
             if shorter_side is not None:
                 image.draft(None, (shorter_side, shorter_side))
-            image = detection_utils._apply_exif_orientation(image)
+            image = as_seen(image)
             if not mode.startswith(DEEP_MODES):
                 return detection_utils.convert_PIL_to_numpy(image, image_format), whole
             grey = np.asarray(image)
@@ -89,25 +90,6 @@ def read_reduced(
         )
     eight_bits = Image.fromarray((grey // 256).astype(np.uint8))
     return detection_utils.convert_PIL_to_numpy(eight_bits, image_format), whole
-
-
-def size_as_seen(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF rotation. Reads only the header; of a PNG file without EXIF data, all.
-
-    Raises:
-        Exception: of all kinds, for damaged EXIF data.
-    """
-    turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
-    return image.size[::-1] if turned else image.size
-
-
-def _whole_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width after EXIF rotation; damaged EXIF data are ignored, as detectron2 does."""
-    try:
-        width, height = size_as_seen(image)
-    except Exception:
-        width, height = image.size
-    return height, width
 
 
 def _open(path: str) -> IO[bytes]:

@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2.utils import htmlsafe_json_dumps
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dino_d2.data import read_image
+from dino_d2.orientation import as_seen
 
 THUMBNAIL = 320  # pixels of the longer side
 QUALITY = 70  # of JPEG
@@ -77,7 +78,7 @@ def _read(path: Path, enough: int) -> Image.Image:
     with Image.open(path) as file:
         if file.format == "JPEG" and file.mode == "RGB":
             file.draft("RGB", (enough, enough))
-            return ImageOps.exif_transpose(file)
+            return as_seen(file)
     return Image.fromarray(read_image(path, "RGB"))
 
 

@@ -155,6 +155,26 @@ def test_size_of_a_turned_photograph_is_as_it_is_seen(tmp_path: Path) -> None:
     assert (pixels.shape, size) == ((200, 150, 3), (400, 300))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_file_is_turned_once(orientation: int, tmp_path: Path) -> None:
+    path = saved(GREY, tmp_path / "a.tif", tiffinfo={0x0112: orientation})
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, size = read_reduced(path, "RGB", None)
+    assert np.array_equal(pixels, read_image(saved(GREY, tmp_path / "a.png", exif=exif), "RGB"))
+    assert size == pixels.shape[:2]
+
+
+def test_damaged_exif_data_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved(GREY, tmp_path / "a.png")
+
+    def fail(image: Image.Image) -> None:
+        raise TypeError("resolution is text")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert read_reduced(path, "RGB", None)[1] == GREY.shape
+
+
 @pytest.mark.parametrize(("mode", "ending"), [("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg")])
 def test_other_files_are_read_reduced_if_their_format_can_be(mode: str, ending: str, tmp_path: Path) -> None:
     path = saved(Image.new(mode, (400, 300)), tmp_path / f"picture.{ending}")

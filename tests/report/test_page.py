@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_d2.detections import as_picture
 from dino_d2.report import page
 from dino_d2.report.page import write_comparison_page, write_page
+from dino_d2.report.pictures import data_url
 from dino_d2.report.plots import MOST_CLASSES, confusion_shares, most_confused
 from tests.report.made_report import (
     NASTY,
@@ -123,6 +126,15 @@ def test_large_photograph_is_turned_as_the_camera_says(orientation: int, tmp_pat
     assert small.size == ((320, 160) if orientation == 1 else (160, 320))
     assert small.getpixel((5, 5))[0] > 200  # red is on the left, or above
     assert small.getpixel((small.width - 5, small.height - 5))[2] > 200
+
+
+def test_exif_data_that_cannot_be_written_again_do_no_harm(tmp_path: Path) -> None:
+    """A resolution that is text, as some cameras write it."""
+    turned, resolution = struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + resolution + b"\0" * 4
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "photo.jpg", exif=exif)
+    assert data_url(tmp_path / "photo.jpg", 100)
+    assert as_picture(tmp_path / "photo.jpg").size == (1000, 2000)
 
 
 def test_pictures_that_cannot_be_read_are_told(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dino_d2.data.images import size_as_seen
+from dino_d2.orientation import size_as_seen
 
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
 HELD_OUT = 5  # one in this many images is held out if there is no validation split
