@@ -72,12 +72,15 @@ def photos_of(inputs: Sequence[str]) -> list[Path]:
 
 
 def results_for(photos: Sequence[Path], output: Path) -> dict[Path, Path]:
-    """
+    """`names_of_results`; results of an earlier run are replaced, files beside the photographs are not.
+
     Raises:
-        ValueError: a result would overwrite an image.
+        ValueError: a result would overwrite a file in a folder of photographs.
     """
     pictures = names_of_results(photos, output)
-    overwritten = {path.resolve() for path in pictures} & {picture.resolve() for picture in pictures.values()}
+    folders = {path.resolve().parent for path in pictures}
+    results = [file.resolve() for picture in pictures.values() for file in (picture, picture.with_suffix(".json"))]
+    overwritten = [file for file in results if file.parent in folders and file.exists()]
     if overwritten:
         raise ValueError(f"--output {output}: a result would overwrite {min(overwritten)}; choose another folder")
     return pictures

@@ -79,6 +79,16 @@ def test_photograph_is_not_overwritten(trained: tuple[Path, list[str]], tmp_path
     assert photo.read_bytes() == before
 
 
+@pytest.mark.parametrize("beside", ["photo.json", "photo.png"])  # annotations; another photograph
+def test_files_beside_photographs_are_not_overwritten(beside: str, tmp_path: Path) -> None:
+    photo, other = tmp_path / "photo.jpg", tmp_path / beside
+    assert demo.results_for([photo], tmp_path) == {photo: tmp_path / "photo.png"}
+    other.touch()
+    with pytest.raises(ValueError, match=f"would overwrite .*{beside}; choose another folder"):
+        demo.results_for([photo], tmp_path)
+    assert demo.results_for([photo], tmp_path / "found") == {photo: tmp_path / "found" / "photo.png"}
+
+
 @pytest.mark.parametrize(
     ("photos", "results"),
     [
