@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -15,6 +17,7 @@ import numpy as np
 from detectron2 import evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .f1 import best_f1, matches_of_hotcoco, matches_of_pycocotools
@@ -63,6 +66,8 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             max_dets_per_image=self._settings.max_dets,
             use_fast_impl=False,  # detectron2's C++ version, unofficial and missing in most builds
         )
+        if number_annotations(self._coco_api):
+            logger.info("Annotation ids of %s are repeated or 0: its objects are numbered anew", dataset_name)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         """Fill `self._results`; see :meth:`detectron2.evaluation.COCOEvaluator._eval_predictions`."""
@@ -123,6 +128,23 @@ class COCOEvaluator(evaluation.COCOEvaluator):
                     f"{len(dataset_ids)} classes: MODEL.DINO.NUM_CLASSES and the dataset must agree"
                 )
             detection["category_id"] = dataset_ids[detection["category_id"]]
+
+
+def number_annotations(coco: COCO) -> bool:
+    """Number annotations from 1 if ids are repeated or 0, and tell whether they were.
+
+    pycocotools never counts an object with id 0 as found, and confuses objects with the same id. Many programs, such as
+    Roboflow, count from 0.
+    """
+    annotations = coco.dataset.get("annotations", [])
+    ids = {annotation["id"] for annotation in annotations}
+    if 0 not in ids and len(ids) == len(annotations):
+        return False
+    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
+    coco.dataset = coco.dataset | {"annotations": numbered}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return True
 
 
 def evaluate_boxes(
