@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -30,23 +30,29 @@ class CocoFiles:
     images: Path
 
 
-def register_datasets(cfg: CfgNode) -> None:
+def register_datasets(cfg: CfgNode, used: Collection[str] | None = None) -> None:
     """Register every (name, annotation file, image folder) of `DATASETS.COCO_FORMAT` with detectron2.
 
     Their records hold only boxes (:class:`CocoRecords`), and so do those of detectron2's COCO datasets in the config
     afterwards. Registering the same dataset again has no effect.
 
+    Args:
+        used: names of the datasets that are needed: others may be missing, such as those that weights were trained with.
+            None: all.
+
     Raises:
         ValueError: an entry is not such a triple, or its name is taken.
-        FileNotFoundError: the annotation file or the image folder does not exist.
+        FileNotFoundError: the annotation file or the image folder of a dataset that is needed does not exist.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
         if len(entry) != 3:
             raise ValueError(f"DATASETS.COCO_FORMAT: {entry} must be [name, annotation file, image folder]")
         name, annotations, images = entry
-        for path in (annotations, images):
-            if not Path(path).exists():
-                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the dataset {name!r} does not exist")
+        missing = [path for path in (annotations, images) if not Path(path).exists()]
+        if missing and used is not None and name not in used:
+            continue
+        if missing:
+            raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {missing[0]} of the dataset {name!r} does not exist")
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue

@@ -157,7 +157,7 @@ def _goes_on(args: Namespace, cfg: CfgNode) -> bool:
 def _training(args: Namespace, run: Run) -> list[Choice]:
     """Batch and length, after the data were looked through, unless they were when the run began."""
     cfg = run.config()
-    register_datasets(cfg)
+    register_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     begun = _goes_on(args, cfg)
     if args.data and not begun:
         _inspect(cfg, run.train, run.val)

@@ -65,7 +65,7 @@ def set_up(args: Namespace) -> CfgNode:
     """Register the datasets, set up folder and logs, and return the frozen config."""
     chosen = comm.all_gather(choose(args) if comm.is_main_process() else None)[0]
     cfg = chosen.config()
-    register_datasets(cfg)
+    register_datasets(cfg, cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if comm.is_main_process() and not args.eval_only:
         check_run_folder(cfg, args.resume or bool(args.resume_from))
     cfg.freeze()

@@ -62,8 +62,8 @@ class Evaluation:
     def __init__(self, source: Source):
         detector = Detector.from_pretrained(source.weights, source.config_file, overrides=source.overrides)
         self.cfg, self.model = detector.cfg, detector.model
-        register_datasets(self.cfg)
         self.dataset = source.dataset or next(iter(self.cfg.DATASETS.TEST), "")
+        register_datasets(self.cfg, [self.dataset])
         if self.dataset not in MetadataCatalog.list():
             raise ValueError(
                 f"the data set {self.dataset!r} is not known: name one in DATASETS.TEST or DATASETS.COCO_FORMAT"

@@ -44,6 +44,18 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         register_datasets(cfg)
 
 
+def test_data_that_are_not_needed_may_be_missing(tmp_path: Path) -> None:
+    """Those that a model was trained with, on another machine."""
+    data = write_rectangles(tmp_path / "data", count=1, size=64)
+    cfg = load_config(RECIPE, config_values(data, tmp_path / "out", "needed"))
+    cfg.DATASETS.COCO_FORMAT.append(["elsewhere", str(tmp_path / "nowhere.json"), str(tmp_path)])
+    register_datasets(cfg, ["needed"])
+    assert "elsewhere" not in DatasetCatalog
+    assert len(DatasetCatalog.get("needed")) == 1
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json.*'elsewhere'"):
+        register_datasets(cfg, ["needed", "elsewhere"])
+
+
 def test_name_of_another_data_set_is_refused(tmp_path: Path) -> None:
     data = write_rectangles(tmp_path / "data", count=1, size=64)
     cfg = load_config(RECIPE, config_values(data, tmp_path / "out", "coco_2017_val"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_what_comes_next_finds_objects(trained: tuple[Path, subprocess.Completed
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "1.png").is_file()
     assert f"score threshold: {Detector.from_pretrained(trained[0]).explain_threshold()}" in result.stdout
+
+
+def test_a_model_is_evaluated_without_the_data_it_was_trained_with(
+    trained: tuple[Path, subprocess.CompletedProcess], tmp_path: Path
+) -> None:
+    """On another machine."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained[0].parent), "elsewhere"))
+    data = trained[0].parent / "pets"
+    result = run("-m", "dino_d2", "evaluate", "--weights", config.parent, "--data", data, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    recorded, before = (
+        json.loads((folder / "inference" / "results.json").read_text()) for folder in (tmp_path / "out", trained[0])
+    )
+    assert recorded["metrics"] == before["metrics"]
 
 
 def test_a_folder_of_something_else_is_an_error_of_the_user(tmp_path: Path) -> None:
