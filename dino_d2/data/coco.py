@@ -239,7 +239,8 @@ class _Objects:
         self.content += marshal.dumps({key: entry[key] for key in FIELDS if key in entry} | {HAS_POLYGON: has_polygon})
         self.ends.append(len(self.content))
         self.images.append(self.number_of.setdefault(entry["image_id"], len(self.number_of)))
-        self.ids.append(entry["id"] if isinstance(entry["id"], int) else hash(entry["id"]))
+        number = entry["id"]
+        self.ids.append(number if isinstance(number, int) and abs(number) < 2**63 else hash(number))
 
     def by_image(self, ids: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the objects sorted by image, in file order within each, and the end of each image's range."""

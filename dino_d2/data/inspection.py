@@ -76,6 +76,7 @@ BROKEN_IMAGE_ENTRY = _error(
     "malformed image entries", "each needs id, file_name, width and height; the last two are positive integers"
 )
 REPEATED_IMAGE_ID = _error("duplicate image ids", "give each image a different id")
+MIXED_IDS = _error("image ids that are numbers and others that are strings", "images are sorted by id: use one kind")
 TINY_IMAGE = _warning(
     f"images with a side below {SMALLEST_SIDE} pixels", "little of them remains in the coarser feature maps"
 )
@@ -97,7 +98,7 @@ NO_POLYGON = _warning(
     "objects without a valid polygon", 'ignored, including their boxes: remove "segmentation", or give it three points'
 )
 NOT_FOR_EVALUATION = _warning(
-    "annotations without area or iscrowd", "not needed for training, but evaluation on this file would fail"
+    "annotations without a number as area or iscrowd", "not needed to train, but evaluation on this file would fail"
 )
 CROWD = _info("crowds (iscrowd)", "not trained on; evaluation ignores detections in them")
 
@@ -203,6 +204,8 @@ def _valid_images(entries: list[Entry], cases: _Cases) -> dict[Hashable, Entry]:
             cases[TINY_IMAGE].append(f"{name}: {width} x {height}")
         if max(width, height) > min(LARGEST_SIDE, LARGEST_ASPECT * min(width, height)):
             cases[EXTREME_IMAGE].append(f"{name}: {width} x {height}")
+    if len({isinstance(number, str) for number in valid}) > 1:
+        cases[MIXED_IDS].append(next(f"id {number!r}" for number in valid if isinstance(number, str)))
     return valid
 
 
@@ -243,7 +246,7 @@ def _valid_objects(
             cases[UNKNOWN_IMAGE].append(f"{name}: image {entry['image_id']}")
         elif not (_is_id(category) and category in categories):
             cases[UNKNOWN_CATEGORY].append(f"{name}: category {category}")
-        elif not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite_number, box))):
+        elif not is_box(box):
             cases[NO_BOX].append(f"{name}: {box}")
         elif box[2] < 0 or box[3] < 0:
             cases[NEGATIVE_BOX].append(f"{name}: {box}")
@@ -252,7 +255,7 @@ def _valid_objects(
         elif has_no_valid_polygon(entry.get("segmentation")):
             cases[NO_POLYGON].append(name)
         else:
-            if not {"area", "iscrowd"} <= entry.keys():
+            if not can_be_evaluated(entry):
                 cases[NOT_FOR_EVALUATION].append(name)
             if entry.get("iscrowd", 0) != 0:
                 cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
@@ -298,7 +301,7 @@ def _check_objects_per_image(
     objects: list[Entry], images: dict[Hashable, Entry], denoising: PlainDenoising | None, cases: _Cases
 ) -> None:
     counts = Counter(entry["image_id"] for entry in objects)
-    if not objects:
+    if not any(entry["bbox"][2] * entry["bbox"][3] > 0 for entry in objects):
         cases[NO_OBJECTS].append("none")
     for number, image in images.items():
         if number not in counts:
@@ -353,6 +356,16 @@ def _is_id(value: object) -> bool:
 
 def _is_length(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def is_box(value: object) -> bool:
+    """Whether it is four finite numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite_number, value))
+
+
+def can_be_evaluated(entry: Entry) -> bool:
+    """Whether an annotation has the numbers that pycocotools needs."""
+    return all(_is_finite_number(entry.get(key)) for key in ("area", "iscrowd"))
 
 
 def _is_finite_number(value: object) -> bool:

@@ -67,7 +67,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             use_fast_impl=False,  # detectron2's C++ version, unofficial and missing in most builds
         )
         if number_annotations(self._coco_api):
-            logger.info("Annotation ids of %s are repeated or 0: its objects are numbered anew", dataset_name)
+            logger.info(
+                "Annotation ids of %s are not different positive integers: its objects are numbered anew", dataset_name
+            )
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         """Fill `self._results`; see :meth:`detectron2.evaluation.COCOEvaluator._eval_predictions`."""
@@ -131,14 +133,14 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
 
 def number_annotations(coco: COCO) -> bool:
-    """Number annotations from 1 if ids are repeated or 0, and tell whether they were.
+    """Number annotations from 1 unless their ids are different positive integers, and tell whether that was necessary.
 
-    pycocotools never counts an object with id 0 as found, and confuses objects with the same id. Many programs, such as
-    Roboflow, count from 0.
+    pycocotools never counts an object with id 0 as found, confuses objects with the same id, and fails for strings and
+    for numbers that float64 cannot hold. Many programs, such as Roboflow, count from 0.
     """
     annotations = coco.dataset.get("annotations", [])
     ids = {annotation["id"] for annotation in annotations}
-    if 0 not in ids and len(ids) == len(annotations):
+    if len(ids) == len(annotations) and all(isinstance(number, int) and 0 < number < 2**53 for number in ids):
         return False
     numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
     coco.dataset = coco.dataset | {"annotations": numbered}

@@ -101,6 +101,7 @@ def more(box: list, **others: Any) -> Callable[[Content], None]:
         (more([4, 4, 20, 30]), inspection.DUPLICATE, "id 9 in 1.png"),
         (more([1, 1, 5, 5], iscrowd=1), inspection.CROWD, "id 9"),
         (lambda c: c["annotations"][0].pop("area"), inspection.NOT_FOR_EVALUATION, "id 1"),
+        (lambda c: c["annotations"][0].update(area=None), inspection.NOT_FOR_EVALUATION, "id 1"),
         (more([1, 1, 5, 5], ignore=1), inspection.IGNORED, "id 9"),
         (more([1, 1, 5, 5], segmentation=[[1, 1, 2, 2]]), inspection.NO_POLYGON, "id 9"),
         (more([1, 1, 5, 5], image_id=77), inspection.UNKNOWN_IMAGE, "image 77"),
@@ -215,6 +216,16 @@ def test_file_without_a_box_cannot_be_trained_on(files: CocoFiles) -> None:
     found = inspect(files)
     assert inspection.NO_OBJECTS in found
     assert found[inspection.EMPTY_IMAGE].count == 2
+
+
+def test_boxes_without_area_are_nothing_to_learn(files: CocoFiles) -> None:
+    change(files, lambda c: [entry.update(bbox=[4, 4, 0, 30]) for entry in c["annotations"]])
+    assert inspection.NO_OBJECTS in inspect(files)
+
+
+def test_image_ids_are_of_one_kind(files: CocoFiles) -> None:
+    change(files, lambda c: c["images"].append(c["images"][0] | {"id": "second"}))
+    assert inspect(files)[inspection.MIXED_IDS].examples == ("id 'second'",)
 
 
 def test_errors_come_first_and_examples_are_few(files: CocoFiles) -> None:

@@ -64,16 +64,12 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
     if layout.name == voc.NAME and any("difficult" in entry for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_crowds(parts["val"].content), parts["val"].images)
         notes.append("val: objects marked difficult are treated as crowds, which AP ignores; train: they are used")
-    if not all(_can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
+    if not all(can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
         notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
     counts = len(parts["train"].content["images"]), len(parts["val"].content["images"])
     return FoundDataset(layout.name, files["train"], files["val"], counts, tuple(notes))
-
-
-def _can_be_evaluated(entry: dict) -> bool:
-    return {"area", "iscrowd"} <= entry.keys()
 
 
 def _with_crowds(content: Content) -> Content:
@@ -84,9 +80,9 @@ def _with_crowds(content: Content) -> Content:
 
 def _with_area(content: Content) -> Content:
     def completed(entry: dict) -> dict:
-        box = entry.get("bbox")  # faulty boxes are reported by inspect_dataset
-        area = box[2] * box[3] if isinstance(box, list) and len(box) == 4 else 0
-        return {"area": area, "iscrowd": 0, **entry}
+        box = entry.get("bbox")
+        area = box[2] * box[3] if is_box(box) else 0  # others are reported by inspect_dataset
+        return {"area": area, "iscrowd": 0} | {key: value for key, value in entry.items() if value is not None}
 
     return content | {"annotations": [completed(entry) for entry in content["annotations"]]}
 
