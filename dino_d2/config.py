@@ -60,7 +60,7 @@ def add_dino_config(cfg: CN) -> None:
 
     c.INTERLEAVED = CN()  # a block of the interleaved encoder
     c.INTERLEAVED.COARSE_UPDATES = 2  # updates of the coarse levels before each of the finest
-    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the finest level's feed-forward block
+    c.INTERLEAVED.FINEST_FEEDFORWARD = 512  # hidden channels of the finest level's feed-forward block; 0: no update
 
     c.DN = CN()
     c.DN.TYPE = "cdn"  # cdn | dn | none: with negatives (section 3.3), without (DN-DETR), off

@@ -31,7 +31,7 @@ from .query_selection import EncoderProposals, MixedQuerySelection, PureQuerySel
 
 COUNTS = (
     "NUM_CLASSES", "NUM_QUERIES", "NUM_FEATURE_LEVELS", "HIDDEN_DIM", "NHEADS", "DEC_LAYERS",
-    "DIM_FEEDFORWARD", "NUM_POINTS", "INTERLEAVED.COARSE_UPDATES", "INTERLEAVED.FINEST_FEEDFORWARD",
+    "DIM_FEEDFORWARD", "NUM_POINTS", "INTERLEAVED.COARSE_UPDATES",
 )  # fmt: skip
 
 CLASS_LOSSES = {  # MODEL.DINO.LOSS.CLASS
@@ -92,7 +92,8 @@ def _interleaved_block(cfg: CfgNode) -> InterleavedBlock:
         raise ValueError("MODEL.DINO.ENCODER interleaved needs at least two levels, but MODEL.DINO.NUM_FEATURE_LEVELS "
                          f"is {c.NUM_FEATURE_LEVELS}; use deformable for one level")  # fmt: skip
     coarse = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.INTERLEAVED.COARSE_UPDATES)]
-    return InterleavedBlock(coarse, _encoder_layer(cfg, c.INTERLEAVED.FINEST_FEEDFORWARD))
+    hidden = c.INTERLEAVED.FINEST_FEEDFORWARD
+    return InterleavedBlock(coarse, _encoder_layer(cfg, hidden) if hidden > 0 else None)
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:

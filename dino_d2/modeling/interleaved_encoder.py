@@ -1,4 +1,5 @@
-"""Update the finest level, three quarters of all tokens, less often than the others (Lite DETR, arXiv 2303.07335)."""
+"""Update the finest level, three quarters of all tokens, less often than the others (Lite DETR, arXiv 2303.07335), or
+never."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ class InterleavedBlock(nn.Module):
 
     Args:
         coarse: applied in turn to the tokens of all levels but the finest.
-        finest: applied to the tokens of the finest level.
+        finest: applied to the tokens of the finest level; None: they stay as they are, for the coarse levels, query
+            selection and decoder to attend to.
     """
 
-    def __init__(self, coarse: Sequence[EncoderLayer], finest: EncoderLayer):
+    def __init__(self, coarse: Sequence[EncoderLayer], finest: EncoderLayer | None):
         super().__init__()
         self.coarse = nn.ModuleList(coarse)
         self.finest = finest
@@ -37,5 +39,7 @@ class InterleavedBlock(nn.Module):
         for layer in self.coarse:
             coarse_tokens = layer.update(coarse_tokens, coarse_position, coarse_reference, memory)
             memory = replace(memory, tokens=torch.cat([fine_tokens, coarse_tokens], dim=1))
+        if self.finest is None:
+            return memory
         fine_tokens = self.finest.update(fine_tokens, fine_position, fine_reference, memory)
         return replace(memory, tokens=torch.cat([fine_tokens, coarse_tokens], dim=1))

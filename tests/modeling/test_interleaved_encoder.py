@@ -135,6 +135,21 @@ def test_settings_arrive(tiny_config: Callable) -> None:
     assert {block.finest.ffn.linear1.out_features for block in blocks} == {24}
 
 
+def test_the_finest_level_can_stay_as_it_is(tiny_config: Callable, make_memory: Callable[..., Memory]) -> None:
+    (block,) = build_model(
+        tiny_config(ENCODER="interleaved", ENC_LAYERS=1, INTERLEAVED__FINEST_FEEDFORWARD=0)
+    ).encoder.layers
+    assert block.finest is None
+    memory, position, reference = inputs_of_a_block(make_memory(((8, 6), (4, 3), (2, 2))))
+    block, alone = make_block(), make_block()
+    alone.coarse, alone.finest = block.coarse, None
+    whole, coarse = (as_maps(x(memory, position, reference)) for x in (block, alone))
+    assert torch.equal(coarse[0], as_maps(memory)[0])
+    assert not torch.equal(whole[0], coarse[0])
+    for ours, expected in zip(coarse[1:], whole[1:], strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_one_level_is_refused(tiny_config: Callable) -> None:
     cfg = tiny_config(ENCODER="interleaved", IN_FEATURES=["stage4"], NUM_FEATURE_LEVELS=1)
     with pytest.raises(ValueError, match=r"MODEL\.DINO\.NUM_FEATURE_LEVELS is 1; use deformable"):

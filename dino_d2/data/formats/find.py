@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino_d2.data.datasets import CocoFiles
+from dino_d2.data.inspection import can_be_evaluated, is_box
 
 from . import coco, voc, yolo
 from .parts import Content, Part, hold_out
