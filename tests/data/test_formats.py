@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from dino_d2.data import CocoFiles, find_dataset
-from dino_d2.data.inspection import BROKEN_IMAGE_ENTRY, inspect_dataset, training_can_start
+from dino_d2.data import CocoFiles, FoundDataset, find_dataset
+from dino_d2.data.inspection import BROKEN_IMAGE_ENTRY, OTHER_SIZE, Kind, inspect_dataset, training_can_start
 
 SIZE = (64, 48)  # width, height
 BOX = (8, 6, 40, 30)  # x1, y1, x2, y2
@@ -56,14 +56,16 @@ def yolo_line(number: int) -> str:
     return f"{number} {x:.6f} {y:.6f} {(BOX[2] - BOX[0]) / width:.6f} {(BOX[3] - BOX[1]) / height:.6f}"
 
 
-def xml(path: Path, *objects: str, difficult: int = 0) -> None:
-    """BOX for each class, in the devkit's numbers, which count pixels from 1."""
+def xml(path: Path, *objects: str, difficult: int = 0, size: tuple[object, object] | None = None) -> None:
+    """BOX for each class, in the devkit's numbers, which count pixels from 1. size: what the file gives as its own."""
     sides = f"<xmin>{BOX[0] + 1}</xmin><ymin>{BOX[1] + 1}</ymin><xmax>{BOX[2]}</xmax><ymax>{BOX[3]}</ymax>"
     inside = "".join(
         f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object>"
         for name in objects
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    if size:
+        inside = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{inside}"
     path.write_text(f"<annotation><filename>wrong.jpg</filename>{inside}</annotation>")
 
 
@@ -91,6 +93,15 @@ def check(files: CocoFiles, images: int, objects: int) -> None:
     for entry in content["annotations"]:
         assert entry["bbox"] == pytest.approx([BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1]], abs=0.02)
     assert training_can_start(inspect_dataset(files, None, (800, 1333)))
+
+
+def findings_of(found: FoundDataset) -> dict[Kind, list[str]]:
+    """Examples of each kind of finding, in both parts."""
+    examples = defaultdict(list)
+    for part in (found.train, found.val):
+        for finding in inspect_dataset(part, None, (800, 1333)):
+            examples[finding.kind] += finding.examples
+    return examples
 
 
 # --- COCO
@@ -312,9 +323,33 @@ def test_difficult_objects_are_trained_on_and_forgiven(tmp_path: Path) -> None:
     assert any("difficult" in note for note in found.notes)
 
 
+def voc(folder: Path, count: int = 3) -> Path:
+    """The devkit's folders, without lists."""
+    for i in range(count):
+        picture(folder / "JPEGImages" / f"{i}.jpg")
+        xml(folder / "Annotations" / f"{i}.xml", "cat")
+    return folder
+
+
+@pytest.mark.parametrize("size", [(4032, 3024), SIZE[::-1], ("640.0", "480.0")])
+def test_vocs_boxes_of_another_version_of_the_image_are_found(tmp_path: Path, size: tuple) -> None:
+    """Of the image before it was made smaller, or before a quarter turn that EXIF data ask for."""
+    xml(voc(tmp_path) / "Annotations" / "1.xml", "cat", size=size)
+    width, height = map(round, map(float, size))
+    examples = findings_of(find_dataset(tmp_path, tmp_path / "out"))[OTHER_SIZE]
+    assert examples == [f"1.jpg: {SIZE[0]} x {SIZE[1]} but annotated as {width} x {height}"]
+
+
+@pytest.mark.parametrize("size", [SIZE, (0, 0), (0, 48), ("", ""), ("nan", "nan"), ("inf", 48)])
+def test_vocs_size_need_not_be_known(tmp_path: Path, size: tuple) -> None:
+    xml(voc(tmp_path) / "Annotations" / "1.xml", "cat", size=size)
+    assert OTHER_SIZE not in findings_of(find_dataset(tmp_path, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda folder: xml(folder / "Annotations" / "0.xml", "cat", size=("wide", "high")), "0.xml.*wide"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
@@ -326,10 +361,7 @@ def test_difficult_objects_are_trained_on_and_forgiven(tmp_path: Path) -> None:
     ],
 )
 def test_vocs_faults_are_named(tmp_path: Path, change, message: str) -> None:
-    for i in range(3):
-        picture(tmp_path / "JPEGImages" / f"{i}.jpg")
-        xml(tmp_path / "Annotations" / f"{i}.xml", "cat")
-    change(tmp_path)
+    change(voc(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         find_dataset(tmp_path, tmp_path / "out")
 
@@ -367,8 +399,7 @@ def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> No
         picture(tmp_path / "train" / f"{i}.png")
     found = find_dataset(tmp_path, tmp_path / "out")
     assert sum(found.counts) == 10
-    findings = [finding for part in (found.train, found.val) for finding in inspect_dataset(part, None, (800, 1333))]
-    assert sum(finding.count for finding in findings if finding.kind == BROKEN_IMAGE_ENTRY) == 3
+    assert len(findings_of(found)[BROKEN_IMAGE_ENTRY]) == 3
 
 
 def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:

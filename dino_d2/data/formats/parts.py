@@ -44,8 +44,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its objects. file_name: relative to the image folder. size: width, height. boxes: (n, 4)
-    x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's flag for hard objects."""
+    """An image with its objects. file_name: relative to the image folder. size: width, height that the boxes belong
+    to. boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's flag for hard
+    objects."""
 
     file_name: str
     size: tuple[int, int]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import numpy as np
 
@@ -106,7 +108,17 @@ def _picture(file_name: str, size: tuple[int, int], xml: Path, names: list[str])
     try:
         root = parse(xml).getroot()
         objects, names[:] = detections_from_xml_obj(root, names, size)
+        drawn_on = _annotated_size(root) or size
     except (SyntaxError, ValueError) as error:  # SyntaxError: not XML
         raise ValueError(f"{xml}: {error}") from error
     difficult = [(entry.findtext("difficult") or "").strip() == "1" for entry in root.findall("object")]
-    return Picture(file_name, size, objects.xyxy, objects.class_id.tolist(), difficult)
+    return Picture(file_name, drawn_on, objects.xyxy, objects.class_id.tolist(), difficult)
+
+
+def _annotated_size(root: Element) -> tuple[int, int] | None:
+    """The width and height that the boxes belong to; None if unknown, for which some tools write 0.
+
+    It is not that of the image if the image was resized later, or if the tool ignored EXIF rotation.
+    """
+    width, height = (float((root.findtext(f"size/{side}") or "").strip() or 0) for side in ("width", "height"))
+    return (round(width), round(height)) if 0 < width < math.inf and 0 < height < math.inf else None
