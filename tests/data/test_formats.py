@@ -254,6 +254,30 @@ def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
     assert training_can_start(inspect_dataset(files, None, (800, 1333)))
 
 
+def test_yolos_labels_without_an_image_are_reported(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, "images/train", "images/val", {"train": "images/train", "val": "images/val"})
+    picture(folder / "images" / "train" / "train_1.png").rename(folder / "images" / "train" / "train_1.jfif")
+    check(find_dataset(folder, tmp_path / "out").train, images=3, objects=2)
+    (folder / "images" / "train" / "train_1.jfif").rename(folder / "images" / "train" / "train_1.heic")
+    label(folder / "labels" / "train" / "empty.txt", "")
+    label(folder / "labels" / "train" / "classes.txt", *NAMES)
+    found = find_dataset(folder, tmp_path / "out")
+    (note,) = found.notes
+    assert note.startswith("label files with objects, but without an image")
+    assert note.endswith(f"): 1, such as {folder / 'labels' / 'train' / 'train_1.txt'}; not used")
+    assert found.counts == (2, 3)
+
+
+def test_yolos_labels_beside_the_images_are_those_of_images(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        picture(tmp_path / part / "sub" / "a.png")
+        label(tmp_path / part / "sub" / "a.txt", yolo_line(1))
+    label(tmp_path / "val" / "sub" / "b.txt", yolo_line(1))
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": NAMES, "train": "train", "val": "val"}))
+    (note,) = find_dataset(tmp_path, tmp_path / "out").notes
+    assert "val/sub/b.txt" in note
+
+
 def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
@@ -346,9 +370,21 @@ def test_vocs_size_need_not_be_known(tmp_path: Path, size: tuple) -> None:
     assert OTHER_SIZE not in findings_of(find_dataset(tmp_path, tmp_path / "out"))
 
 
+def test_vocs_annotations_without_an_image_are_reported(tmp_path: Path) -> None:
+    voc(tmp_path, 5)
+    for i in (0, 1):
+        (tmp_path / "JPEGImages" / f"{i}.jpg").rename(tmp_path / "JPEGImages" / f"{i}.heic")
+    xml(tmp_path / "Annotations" / "without_objects.xml")
+    notes = find_dataset(tmp_path, tmp_path / "out").notes
+    (note,) = (note for note in notes if "held out" not in note)
+    assert note.startswith("XML files with objects, but without an image")
+    assert note.endswith(f"): 2, such as {tmp_path / 'Annotations' / '0.xml'}; not used")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda folder: picture(folder / "JPEGImages" / "1.png"), r"JPEGImages.*1\.jpg and 1\.png"),
         (lambda folder: xml(folder / "Annotations" / "0.xml", "cat", size=("wide", "high")), "0.xml.*wide"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),

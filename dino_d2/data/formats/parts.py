@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dino_d2.data.images import size_as_seen
+from dino_d2.data.images import SUFFIXES, size_as_seen
 
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
 HELD_OUT = 5  # one in this many images is held out if there is no validation split
@@ -101,6 +101,14 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
         some = ", ".join(map(str, broken[:NAMED])) + (", …" if len(broken) > NAMED else "")
         raise ValueError(f"{len(broken)} files cannot be read as images: {some}; replace or remove them")
     return sizes
+
+
+def note_orphans(kind: str, files: Sequence[Path]) -> list[str]:
+    """A remark about label files of this kind that have objects, but belong to no image; empty without any."""
+    if not files:
+        return []
+    suffixes = ", ".join(sorted(SUFFIXES))
+    return [f"{kind} with objects, but without an image ({suffixes}): {len(files)}, such as {files[0]}; not used"]
 
 
 def hold_out(part: Part) -> tuple[Part, Part]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, require_supervision, sizes_of
 
 NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
@@ -28,7 +30,8 @@ def read(folder: Path) -> Layout | None:
         ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
         ImportError: supervision is not installed.
     """
-    parts = _parts(folder)
+    layout = Layout(NAME, {})
+    parts = _parts(folder, layout.notes)
     if "train" not in parts:
         return None
     require_supervision("Pascal VOC's format")
@@ -37,7 +40,6 @@ def read(folder: Path) -> Layout | None:
     names = sorted(seen)
     if not names:
         raise ValueError(f"{folder}: the annotations have no objects")
-    layout = Layout(NAME, {})
     for part, found in pictures.items():
         found = [replace(picture, labels=[names.index(seen[label]) for label in picture.labels]) for picture in found]
         layout.parts[part] = Part(as_coco(found, names), parts[part][0])
@@ -46,17 +48,17 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def _parts(folder: Path) -> dict[str, tuple[Path, list[Entry]]]:
+def _parts(folder: Path, notes: list[str]) -> dict[str, tuple[Path, list[Entry]]]:
     """The image folder and the entries of each split."""
     found = {}
     for part, names in FOLDERS.items():
         pair = next((pair for name in names if (pair := _folders(folder / name))), None)
         if pair:
-            found[part] = (pair[0], _entries(*pair))
+            found[part] = (pair[0], _entries(*pair, notes))
     whole = _folders(folder)
     if found or not whole:
         return found
-    everything = _entries(*whole)
+    everything = _entries(*whole, notes)
     lists = {part: ids for part in ("train", "val", "test") if (ids := _listed(folder / LISTS / f"{part}.txt"))}
     if "train" not in lists:
         lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
@@ -79,10 +81,15 @@ def _folders(folder: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _entries(images: Path, annotations: Path) -> list[Entry]:
+def _entries(images: Path, annotations: Path, notes: list[str]) -> list[Entry]:
     found = [(image, annotations / f"{image.stem}.xml") for image in images_in(images)]
+    for (one, xml), (other, same) in pairwise(sorted(found, key=itemgetter(1))):
+        if xml == same:
+            raise ValueError(f"{images}: {one.name} and {other.name} would share {xml}: rename or remove one of them")
     if not any(xml.is_file() for _, xml in found):
         raise FileNotFoundError(f"{images}: no annotations of its images found in {annotations}")
+    others = sorted(set(annotations.glob("*.xml")) - {xml for _, xml in found})
+    notes += note_orphans("XML files", [xml for xml in others if b"<object" in xml.read_bytes()])
     return found
 
 

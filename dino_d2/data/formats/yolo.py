@@ -11,7 +11,7 @@ import yaml
 
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, require_supervision, sizes_of
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -38,7 +38,7 @@ def read(folder: Path) -> Layout | None:
     roots = [Path(os.path.normpath(root)) for root in (folder, folder / _root(settings))]
     for part in ("train", "val"):
         if folders[part]:
-            layout.parts[part] = _read_part(folders[part], roots, names, keypoints)
+            layout.parts[part] = _read_part(folders[part], roots, names, keypoints, layout.notes)
     if folders["test"]:
         layout.notes.append(f"{folders['test'][0]} is a test split: not used")
     return layout
@@ -102,7 +102,9 @@ def _resolve(root: Path, path: str, entry: str) -> Path | None:
     return next((place for place in (*inside, *ends, *written) if place.is_dir()), None)
 
 
-def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
+def _read_part(
+    folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int, notes: list[str]
+) -> Part:
     pictures = [(picture, folder) for folder in folders for picture in images_in(folder, recursive=True)]
     if not pictures:
         raise ValueError(f"no images found in {', '.join(map(str, folders))}")
@@ -110,6 +112,9 @@ def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[s
     labels = [_label_file(picture, folder, roots) for picture, folder in pictures]
     if not any(label.is_file() for label in labels):
         raise FileNotFoundError(f"{folders[0]}: no image has a label file; the first would be {labels[0]}")
+    places = {_label_file(folder / "any", folder, roots).parent for folder in folders}
+    others = {file for place in places for file in place.rglob("*.txt")} - set(labels)
+    notes += note_orphans("label files", [file for file in sorted(others) if _has_objects(file)])
     root = Path(os.path.commonpath(folders))
     found = [
         _picture(path.relative_to(root).as_posix(), size, label, names, keypoints)
@@ -131,6 +136,15 @@ def _label_file(picture: Path, folder: Path, roots: Sequence[Path]) -> Path:
         words[len(words) - 1 - words[::-1].index("images")] = "labels"
         return root.joinpath(*words) / inside
     return folder / "labels" / inside if (folder / "labels").is_dir() else folder / inside
+
+
+def _has_objects(file: Path) -> bool:
+    """Whether a text file is a label file with objects, and not a list of classes or the like."""
+    words = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0].split()
+    try:
+        return len([float(word) for word in words]) >= 5  # the class and a box
+    except ValueError:
+        return False
 
 
 def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence[str], keypoints: int) -> Picture:
