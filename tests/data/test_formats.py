@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -423,6 +425,71 @@ def test_a_fifth_is_held_back_where_nothing_is_to_evaluate_on(tmp_path: Path) ->
     assert names_of(find_dataset(tmp_path, tmp_path / "two").val) == val
     inside = {image["id"] for image in content_of(found.val)["images"]}
     assert {entry["image_id"] for entry in content_of(found.val)["annotations"]} <= inside
+
+
+def test_an_evaluation_holds_nothing_back(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(10)]
+    coco(tmp_path / "train.json", names)
+    for name in names:
+        picture(tmp_path / "train" / name)
+    found = find_dataset(tmp_path, tmp_path / "out", training=False)
+    assert found.train is None
+    assert found.val == CocoFiles(tmp_path / "train.json", tmp_path / "train")
+    assert found.counts == (0, 10)
+    (note,) = found.notes
+    assert "all 10 images are evaluated on" in note
+
+
+def coco_of_val(folder: Path) -> None:
+    names = [picture(folder / "val" / f"{i}.png").name for i in range(3)]
+    coco(folder / "val.json", names)
+
+
+def yolo_of_val(folder: Path) -> None:
+    entries = {"train": "../train/images", "val": "../valid/images", "test": "../test/images"}
+    yolo(folder, "train/images", "valid/images", entries)
+    shutil.rmtree(folder / "train")
+
+
+def voc_of_val(folder: Path) -> None:
+    for i in range(3):
+        picture(folder / "valid" / f"{i}.png")
+        xml(folder / "valid" / f"{i}.xml", *([NAMES[i]] if i < 2 else []))
+
+
+def voc_listed_val(folder: Path) -> None:
+    for i in range(5):
+        picture(folder / "JPEGImages" / f"{i}.jpg")
+        xml(folder / "Annotations" / f"{i}.xml", *([NAMES[i]] if i < 2 else []))
+    label(folder / "ImageSets" / "Main" / "val.txt", "0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("make", "trainable"),
+    [
+        (coco_of_val, False),
+        (lambda folder: roboflow_coco(folder, "valid"), False),
+        (yolo_of_val, False),
+        (voc_of_val, False),
+        (voc_listed_val, True),
+    ],
+)
+def test_an_evaluation_needs_nothing_to_train_on(tmp_path: Path, make: Callable, trainable: bool) -> None:
+    make(tmp_path)
+    found = find_dataset(tmp_path, tmp_path / "out", training=False)
+    assert (found.train, found.counts) == (None, (0, 3))
+    check(found.val, images=3, objects=2)
+    assert not (tmp_path / "out" / "train.json").exists()
+    if not trainable:
+        with pytest.raises((ValueError, FileNotFoundError)):
+            find_dataset(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("entry", [{}, {"test": "images/test"}, {"val": "photos"}])
+def test_yolos_file_must_give_something_to_evaluate_on(tmp_path: Path, entry: dict) -> None:
+    yolo(tmp_path, "images/train", None, entry)
+    with pytest.raises(ValueError, match='does not give "val" or "train"'):
+        find_dataset(tmp_path, tmp_path / "out", training=False)
 
 
 def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> None:

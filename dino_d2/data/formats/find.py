@@ -24,16 +24,17 @@ The validation split (val, valid) is optional. Images without annotations are ba
 class FoundDataset:
     """A dataset found in a folder.
 
-    layout: its name. train, val: the data. counts: number of images in each. notes: remarks for the user."""
+    layout: its name. train, val: the data; train is None if it is only evaluated on. counts: number of images in each.
+    notes: remarks for the user."""
 
     layout: str
-    train: CocoFiles
+    train: CocoFiles | None
     val: CocoFiles
     counts: tuple[int, int]
     notes: tuple[str, ...]
 
 
-def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundDataset:
+def find_dataset(folder: Path, output: Path, may_replace: bool = True, training: bool = True) -> FoundDataset:
     """Find the dataset in `folder`. Images stay in place; annotations that had to be converted or changed are written
     to `output` as train.json and val.json.
 
@@ -41,6 +42,8 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
 
     Args:
         may_replace: allow overwriting different annotations in `output`; False if a run there is to be resumed.
+        training: False if the data are only evaluated on. A validation split is enough then, and without one all images
+            are used.
 
     Raises:
         FileNotFoundError: the folder or part of the data does not exist.
@@ -50,12 +53,20 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist")
-    layout = next((found for read in READERS if (found := read(folder))), None)
+    needed = ("train",) if training else ("val", "train")
+    layout = next((found for read in READERS if (found := read(folder, needed))), None)
     if layout is None:
         some = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} (containing {some}) has none of the supported layouts:\n{LAYOUTS}")
     parts, notes = dict(layout.parts), list(layout.notes)
-    if "val" not in parts:
+    if not training:
+        if "val" not in parts:
+            notes.append(
+                f"no validation split: all {len(parts['train'].content['images'])} images are evaluated on, including "
+                "those that the model was trained on, if any"
+            )
+        parts = {"val": parts.get("val") or parts["train"]}
+    elif "val" not in parts:
         parts["train"], parts["val"] = hold_out(parts["train"])
         notes.append(
             f"no validation split: {len(parts['val'].content['images'])} images, a fifth chosen by a hash of their "
@@ -68,8 +79,8 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
         notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
-    counts = len(parts["train"].content["images"]), len(parts["val"].content["images"])
-    return FoundDataset(layout.name, files["train"], files["val"], counts, tuple(notes))
+    train, val = (len(parts[name].content["images"]) if name in parts else 0 for name in ("train", "val"))
+    return FoundDataset(layout.name, files.get("train"), files["val"], (train, val), tuple(notes))
 
 
 def _can_be_evaluated(entry: dict) -> bool:

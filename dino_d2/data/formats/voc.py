@@ -23,16 +23,16 @@ LISTS = "ImageSets/Main"
 Entry = tuple[Path, Path]  # paths of an image and its annotations, which may not exist
 
 
-def read(folder: Path) -> Layout | None:
-    """Read the folder if it has this layout, else return None.
+def read(folder: Path, needed: Sequence[str]) -> Layout | None:
+    """Read the folder if it has this layout with one of the needed splits, else return None.
 
     Raises:
         ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
         ImportError: supervision is not installed.
     """
     layout = Layout(NAME, {})
-    parts = _parts(folder, layout.notes)
-    if "train" not in parts:
+    parts = _parts(folder, needed, layout.notes)
+    if not any(part in parts for part in needed):
         return None
     require_supervision("Pascal VOC's format")
     seen: list[str] = []
@@ -48,7 +48,7 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def _parts(folder: Path, notes: list[str]) -> dict[str, tuple[Path, list[Entry]]]:
+def _parts(folder: Path, needed: Sequence[str], notes: list[str]) -> dict[str, tuple[Path, list[Entry]]]:
     """The image folder and the entries of each split."""
     found = {}
     for part, names in FOLDERS.items():
@@ -60,7 +60,7 @@ def _parts(folder: Path, notes: list[str]) -> dict[str, tuple[Path, list[Entry]]
         return found
     everything = _entries(*whole, notes)
     lists = {part: ids for part in ("train", "val", "test") if (ids := _listed(folder / LISTS / f"{part}.txt"))}
-    if "train" not in lists:
+    if not any(part in lists for part in needed):
         lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
     by_id = {image.stem: (image, xml) for image, xml in everything}
     for part, ids in lists.items():

@@ -16,8 +16,8 @@ from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, requir
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
-def read(folder: Path) -> Layout | None:
-    """Read the folder if it has this layout, else return None.
+def read(folder: Path, needed: Sequence[str]) -> Layout | None:
+    """Read the folder if it has this layout with one of the needed splits, else return None.
 
     Raises:
         ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
@@ -29,10 +29,11 @@ def read(folder: Path) -> Layout | None:
     require_supervision("YOLO's format")
     settings = _settings(file)
     layout = Layout("YOLO", {})
-    folders = {part: _image_folders(file, settings, part, layout.notes) for part in FOLDERS}
-    if not folders["train"]:
-        raise ValueError(f'{file} does not give "train", the folder of the training images')
-    if folders["val"] == folders["train"]:
+    folders = {part: _image_folders(file, settings, part, needed, layout.notes) for part in FOLDERS}
+    if not any(folders[part] for part in needed):
+        wanted = " or ".join(f'"{part}"' for part in needed)
+        raise ValueError(f"{file} does not give {wanted}, a folder of images that exists")
+    if folders["val"] and folders["val"] == folders["train"]:
         layout.notes.append(f"{file.name}: val is the same as train: AP will say nothing about new images")
     names, keypoints = _class_names(file, settings), _keypoint_values(settings)
     roots = [Path(os.path.normpath(root)) for root in (folder, folder / _root(settings))]
@@ -75,16 +76,19 @@ def _root(settings: dict[str, Any]) -> str:
     return str(settings.get("path") or "")
 
 
-def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[str]) -> list[Path]:
-    """The image folders of a split; empty if the file does not give it, or if a val or test folder is missing."""
+def _image_folders(
+    file: Path, settings: dict[str, Any], part: str, needed: Sequence[str], notes: list[str]
+) -> list[Path]:
+    """The image folders of a split; empty if the file does not give it. Those of a split that can be done without may
+    be missing."""
     entries = next((settings[name] for name in FOLDERS[part] if settings.get(name)), [])
     entries = entries if isinstance(entries, list) else [entries]
     folders = []
     for entry in map(str, entries):
         place = _resolve(file.parent, _root(settings), entry)
-        if place is None and part == "train":
+        if place is None and tuple(needed) == (part,):
             raise FileNotFoundError(f"{file}: {part} is {entry}, but that folder does not exist")
-        if place is None and part == "val":
+        if place is None and part != "test":
             notes.append(f"{file.name}: {part} is {entry}, which does not exist: not used")
         elif place is not None:
             folders.append(place)
