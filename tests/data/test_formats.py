@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,40 @@ def test_a_fifth_is_held_back_where_nothing_is_to_evaluate_on(tmp_path: Path) ->
     assert names_of(find_dataset(tmp_path, tmp_path / "two").val) == val
     inside = {image["id"] for image in content_of(found.val)["images"]}
     assert {entry["image_id"] for entry in content_of(found.val)["annotations"]} <= inside
+
+
+def without_objects(file: Path, images: Collection[int]) -> None:
+    """Remove the annotations of these images."""
+    content = json.loads(file.read_text())
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] not in images]
+    file.write_text(json.dumps(content))
+
+
+def test_both_parts_get_images_with_and_without_objects(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(21)]
+    file = coco(tmp_path / "train.json", names)
+    for name in names:
+        picture(tmp_path / "train" / name)
+    with_all = names_of(find_dataset(tmp_path, tmp_path / "one").val)
+    first = sorted(names[:20], key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert with_all == set(first[:4])  # of 20 with objects; the only one without stays in training
+    without_objects(file, [names.index(name) for name in first[:10]])
+    found = find_dataset(tmp_path, tmp_path / "two")
+    inside = {entry["image_id"] for entry in content_of(found.val)["annotations"]}
+    assert (found.counts, len(inside)) == ((17, 4), 2)
+
+
+def test_images_with_objects_are_held_back_only_if_there_are_two(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(10)]
+    file = coco(tmp_path / "train.json", names)
+    for name in names:
+        picture(tmp_path / "train" / name)
+    without_objects(file, range(2, 10))
+    found = find_dataset(tmp_path, tmp_path / "two")
+    assert [len(content_of(files)["annotations"]) for files in (found.train, found.val)] == [1, 1]
+    without_objects(file, range(1, 10))
+    with pytest.raises(ValueError, match="only one image with objects"):
+        find_dataset(tmp_path, tmp_path / "one")
 
 
 def test_an_evaluation_holds_nothing_back(tmp_path: Path) -> None:

@@ -114,31 +114,43 @@ def note_orphans(kind: str, files: Sequence[Path]) -> list[str]:
 def hold_out(part: Part) -> tuple[Part, Part]:
     """Split off a fifth of the images for evaluation, by a hash of their names, so always the same ones.
 
-    Roboflow's augmented copies of one image (`name.rf.HASH.jpg`) stay together.
+    It is a fifth of those with objects and of those without. Roboflow's augmented copies of one image
+    (`name.rf.HASH.jpg`) stay together.
 
     Returns:
         the rest for training, and the held-out part.
 
     Raises:
-        ValueError: there is only one image.
+        ValueError: there is only one image, or only one with objects.
     """
     images = part.content["images"]
     names = [str(image.get("file_name")).split(".rf.")[0] for image in images]
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    ordered = sorted(set(digests))
-    if len(ordered) < 2:
-        raise ValueError(f"{part.images} has only one image, so none can be held out for evaluation")
-    last = ordered[max(len(ordered) // HELD_OUT, 1) - 1]
+    used = _ids(part.content["annotations"], "image_id")
     pairs = list(zip(images, digests, strict=True))
+    with_objects = {digest for image, digest in pairs if _ids([image], "id") & used}
+    first = with_objects or set(digests)
+    if len(first) < 2:
+        what = "image with objects" if with_objects else "image"
+        raise ValueError(f"{part.images} has only one {what}, so none can be held out for evaluation")
+    rest = set(digests) - first
+    of_rest = len(rest) // HELD_OUT
+    of_first = max(len(set(digests)) // HELD_OUT - of_rest, 1)
+    held = {*sorted(first)[:of_first], *sorted(rest)[:of_rest]}
     return (
-        _with_images(part, [image for image, digest in pairs if digest > last]),
-        _with_images(part, [image for image, digest in pairs if digest <= last]),
+        _with_images(part, [image for image, digest in pairs if digest not in held]),
+        _with_images(part, [image for image, digest in pairs if digest in held]),
     )
+
+
+def _ids(entries: Iterable[dict[str, Any]], key: str) -> set[int | str]:
+    """The valid ids under this key."""
+    return {number for entry in entries if isinstance(number := entry.get(key), int | str)}
 
 
 def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
     """Faulty entries stay where they are: the inspection of the data finds them."""
-    ids = {number for image in images if isinstance(number := image.get("id"), int | str)}
+    ids = _ids(images, "id")
     annotations = [
         entry
         for entry in part.content["annotations"]
