@@ -16,7 +16,16 @@ import yaml
 from PIL import Image
 
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset
-from dino_d2.data.inspection import BROKEN_IMAGE_ENTRY, OTHER_SIZE, Kind, inspect_dataset, training_can_start
+from dino_d2.data.inspection import (
+    BROKEN_ANNOTATION,
+    BROKEN_IMAGE_ENTRY,
+    OTHER_SIZE,
+    REPEATED_IMAGE_ID,
+    UNKNOWN_IMAGE,
+    Kind,
+    inspect_dataset,
+    training_can_start,
+)
 
 SIZE = (64, 48)  # width, height
 BOX = (8, 6, 40, 30)  # x1, y1, x2, y2
@@ -538,6 +547,37 @@ def test_faulty_entries_survive_the_division_and_are_found(tmp_path: Path) -> No
     found = find_dataset(tmp_path, tmp_path / "out")
     assert sum(found.counts) == 10
     assert len(findings_of(found)[BROKEN_IMAGE_ENTRY]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "count"),
+    [
+        (
+            lambda content: [entry.update(image_id=1.0 * entry["image_id"]) for entry in few(content)],
+            BROKEN_ANNOTATION,
+            3,
+        ),
+        (lambda content: [entry.pop("image_id") for entry in few(content)], BROKEN_ANNOTATION, 3),
+        (lambda content: [entry.update(image_id=[1]) for entry in few(content)], BROKEN_ANNOTATION, 3),
+        (lambda content: [entry.update(image_id=str(entry["image_id"])) for entry in few(content)], UNKNOWN_IMAGE, 3),
+        (lambda content: [entry.update(id=7) for entry in content["images"][6:9]], REPEATED_IMAGE_ID, 2),
+    ],
+)
+def test_faulty_ids_survive_the_division_and_are_found(
+    tmp_path: Path, change: Callable, kind: Kind, count: int
+) -> None:
+    names = [f"{i}.png" for i in range(10)]
+    file = coco(tmp_path / "train.json", names)
+    for name in names:
+        picture(tmp_path / "train" / name)
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    assert len(findings_of(find_dataset(tmp_path, tmp_path / "out"))[kind]) == count
+
+
+def few(content: dict) -> list[dict]:
+    return content["annotations"][:3]
 
 
 def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,8 @@ def hold_out(part: Part) -> tuple[Part, Part]:
     """Split off a fifth of the images for evaluation, by a hash of their names, so always the same ones.
 
     It is a fifth of those with objects and of those without. Roboflow's augmented copies of one image
-    (`name.rf.HASH.jpg`) stay together.
+    (`name.rf.HASH.jpg`) stay together. Faulty entries stay where the inspection of the data finds them: images with the
+    same id together, and annotations of no image in the training part.
 
     Returns:
         the rest for training, and the held-out part.
@@ -123,40 +126,49 @@ def hold_out(part: Part) -> tuple[Part, Part]:
     Raises:
         ValueError: there is only one image, or only one with objects.
     """
-    images = part.content["images"]
-    names = [str(image.get("file_name")).split(".rf.")[0] for image in images]
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    used = _ids(part.content["annotations"], "image_id")
-    pairs = list(zip(images, digests, strict=True))
-    with_objects = {digest for image, digest in pairs if _ids([image], "id") & used}
-    first = with_objects or set(digests)
+    images, annotations = part.content["images"], part.content["annotations"]
+    groups = _groups(images)
+    used = _ids(annotations, "image_id")
+    with_objects = {group for image, group in zip(images, groups, strict=True) if _ids([image], "id") & used}
+    first = with_objects or set(groups)
     if len(first) < 2:
         what = "image with objects" if with_objects else "image"
         raise ValueError(f"{part.images} has only one {what}, so none can be held out for evaluation")
-    rest = set(digests) - first
+    rest = set(groups) - first
     of_rest = len(rest) // HELD_OUT
-    of_first = max(len(set(digests)) // HELD_OUT - of_rest, 1)
+    of_first = max(len(set(groups)) // HELD_OUT - of_rest, 1)
     held = {*sorted(first)[:of_first], *sorted(rest)[:of_rest]}
+    held_images = [group in held for group in groups]
+    ids = _ids(compress(images, held_images), "id")
+    held_annotations = [bool(_ids([entry], "image_id") & ids) for entry in annotations]
     return (
-        _with_images(part, [image for image, digest in pairs if digest not in held]),
-        _with_images(part, [image for image, digest in pairs if digest in held]),
+        _chosen(part, map(not_, held_images), map(not_, held_annotations)),
+        _chosen(part, held_images, held_annotations),
     )
+
+
+def _groups(images: Sequence[dict[str, Any]]) -> list[str]:
+    """For each image the hash of the name of those that it stays together with."""
+    name_of: dict[str, str] = {}  # by id
+    digests = []
+    for image in images:
+        name = str(image.get("file_name")).split(".rf.")[0]
+        name = name_of.setdefault(repr(image.get("id", name)), name)
+        digests.append(hashlib.sha256(name.encode()).hexdigest())
+    return digests
+
+
+def _chosen(part: Part, images: Iterable[bool], annotations: Iterable[bool]) -> Part:
+    chosen = {
+        "images": list(compress(part.content["images"], images)),
+        "annotations": list(compress(part.content["annotations"], annotations)),
+    }
+    return Part(part.content | chosen, part.images)
 
 
 def _ids(entries: Iterable[dict[str, Any]], key: str) -> set[int | str]:
     """The valid ids under this key."""
     return {number for entry in entries if isinstance(number := entry.get(key), int | str)}
-
-
-def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
-    """Faulty entries stay where they are: the inspection of the data finds them."""
-    ids = _ids(images, "id")
-    annotations = [
-        entry
-        for entry in part.content["annotations"]
-        if isinstance(number := entry.get("image_id"), int | str) and number in ids
-    ]
-    return Part(part.content | {"images": images, "annotations": annotations}, part.images)
 
 
 def require_supervision(layout: str) -> None:
