@@ -16,7 +16,7 @@ from detectron2.data.datasets import builtin
 
 from dino_d2.config import load_config
 
-from .coco import CocoRecords, stream_lists
+from .coco import CocoRecords, has_byte_order_mark, stream_lists
 
 TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of datasets given as files
 DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the datasets registered by detectron2
@@ -37,7 +37,7 @@ def register_datasets(cfg: CfgNode) -> None:
     afterwards. Registering the same dataset again has no effect.
 
     Raises:
-        ValueError: an entry is not such a triple, or its name is taken.
+        ValueError: an entry is not such a triple, its name is taken, or evaluation cannot read its file.
         FileNotFoundError: the annotation file or the image folder does not exist.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
@@ -47,6 +47,8 @@ def register_datasets(cfg: CfgNode) -> None:
         for path in (annotations, images):
             if not Path(path).exists():
                 raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of the dataset {name!r} does not exist")
+        if name in cfg.DATASETS.TEST and has_byte_order_mark(annotations):
+            raise ValueError(f"{annotations} begins with a byte order mark, which evaluation cannot read: remove it")
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
@@ -196,6 +197,21 @@ def test_evaluation_gets_the_area_and_iscrowd_that_it_needs(tmp_path: Path) -> N
     assert (entry["area"], entry["iscrowd"]) == ((BOX[2] - BOX[0]) * (BOX[3] - BOX[1]), 0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_gets_no_byte_order_mark(tmp_path: Path, training: bool) -> None:
+    for part in ("train", "val"):
+        file = coco(tmp_path / f"{part}.json", ["a.png", "b.png", "c.png"])
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+        for name in ("a.png", "b.png", "c.png"):
+            picture(tmp_path / part / name)
+    found = find_dataset(tmp_path, tmp_path / "out", training=training)
+    assert found.val.annotations == tmp_path / "out" / "val.json"
+    check(found.val, images=3, objects=2)
+    if training:
+        assert found.train.annotations == tmp_path / "train.json"
+        assert training_can_start(inspect_dataset(found.train, None, (800, 1333)))
+
+
 # --- YOLO
 
 
@@ -256,6 +272,25 @@ def test_yolos_keypoints_are_left_out(tmp_path: Path) -> None:
     check(find_dataset(tmp_path, tmp_path / "out").train, images=3, objects=2)
 
 
+def in_latin_1(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="latin-1")
+
+
+def with_mark(path: Path) -> None:
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+
+
+def test_yolos_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, "images/train", "images/val", {"train": "images/train", "val": "images/val"})
+    for path in (folder / "data.yaml", *folder.rglob("*.txt")):
+        with_mark(path)
+    (folder / "images" / "train" / "train_1.png").rename(folder / "images" / "train" / "train_1.heic")
+    found = find_dataset(folder, tmp_path / "out")
+    check(found.val, images=3, objects=2)
+    assert any("train_1.txt" in note for note in found.notes)
+
+
 def test_yolos_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
     folder = yolo(tmp_path, "images/train", "images/val", {"train": "images/train", "val": "images/val"})
     exif = Image.Exif()
@@ -302,6 +337,10 @@ def cut_off(path: Path) -> None:
             "train_0.txt.*class 2",
         ),
         (lambda folder: label(folder / "labels" / "train" / "train_0.txt", "0 0.5 0.5"), "train_0.txt"),
+        (
+            lambda folder: (folder / "labels" / "train" / "train_0.txt").write_text(yolo_line(0), encoding="utf-16"),
+            r"train_0\.txt is not a text file in UTF-8",
+        ),
         (lambda folder: label(folder / "data.yaml", "train: images/train"), "names"),
         (lambda folder: label(folder / "data.yaml", "names: [cat, dog]"), "does not give .train"),
         (lambda folder: label(folder / "data.yaml", "names: [cat, dog]", "train: photos"), "train is photos"),
@@ -335,6 +374,21 @@ def test_voc_devkits_lists_divide_it(tmp_path: Path) -> None:
     check(found.val, images=2, objects=2)
     assert [x["file_name"] for x in content_of(found.val)["images"]] == ["3.jpg", "4.jpg"]
     assert any("test" in note for note in found.notes)
+
+
+def test_vocs_lists_may_have_spaces_marks_and_values(tmp_path: Path) -> None:
+    names = ["my photo 0", "my photo", "plain", "other"]
+    for name in names:
+        picture(tmp_path / "JPEGImages" / f"{name}.jpg")
+        xml(tmp_path / "Annotations" / f"{name}.xml", *NAMES)
+    lists = tmp_path / "ImageSets" / "Main"
+    label(lists / "train.txt", "my photo 0", "my photo  1", "plain -1 ")
+    label(lists / "val.txt", "other 0", "", "plain")
+    for path in lists.iterdir():
+        with_mark(path)
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert names_of(found.train) == {"my photo 0.jpg", "my photo.jpg", "plain.jpg"}
+    assert names_of(found.val) == {"other.jpg", "plain.jpg"}
 
 
 def test_voc_beside_the_images_as_roboflow_has_it(tmp_path: Path) -> None:
@@ -401,6 +455,11 @@ def test_vocs_annotations_without_an_image_are_reported(tmp_path: Path) -> None:
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
+        (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "my photo 9"), "names my photo 9"),
+        (
+            lambda folder: in_latin_1(folder / "ImageSets" / "Main" / "train.txt", "café"),
+            r"train\.txt is not a text file in UTF-8",
+        ),
         (
             lambda folder: [p.rename(p.with_name("x" + p.name)) for p in folder.rglob("*.xml")],
             "no annotations of",
@@ -578,6 +637,15 @@ def test_faulty_ids_survive_the_division_and_are_found(
 
 def few(content: dict) -> list[dict]:
     return content["annotations"][:3]
+
+
+def test_names_in_another_encoding_are_divided(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(4)] + [os.fsdecode(b"caf\xe9.png"), "lone \ud800.png"]
+    coco(tmp_path / "train.json", names)
+    for name in names[:-1]:
+        picture(tmp_path / "train" / name)
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert names_of(found.train) | names_of(found.val) == set(names)
 
 
 def test_a_single_photograph_cannot_be_divided(tmp_path: Path) -> None:

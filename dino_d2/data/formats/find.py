@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dino_d2.data.coco import has_byte_order_mark
 from dino_d2.data.datasets import CocoFiles
 
 from . import coco, voc, yolo
@@ -78,6 +79,9 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True, training:
     if not all(_can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
         notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
+    if parts["val"].file is not None and has_byte_order_mark(parts["val"].file):
+        parts["val"] = Part(parts["val"].content, parts["val"].images)  # to be written without it
+        notes.append("val: evaluation cannot read the byte order mark: using a copy without it")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
     train, val = (len(parts[name].content["images"]) if name in parts else 0 for name in ("train", "val"))
     return FoundDataset(layout.name, files.get("train"), files["val"], (train, val), tuple(notes))

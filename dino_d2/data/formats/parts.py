@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dino_d2.data.coco import ENCODING
 from dino_d2.data.images import SUFFIXES, size_as_seen
 
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
@@ -105,6 +106,19 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank, without spaces around them.
+
+    Raises:
+        ValueError: the file is not UTF-8, with or without a byte order mark.
+    """
+    try:
+        lines = file.read_text(encoding=ENCODING).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8 ({error}): save it as one") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def note_orphans(kind: str, files: Sequence[Path]) -> list[str]:
     """A remark about label files of this kind that have objects, but belong to no image; empty without any."""
     if not files:
@@ -154,7 +168,8 @@ def _groups(images: Sequence[dict[str, Any]]) -> list[str]:
     for image in images:
         name = str(image.get("file_name")).split(".rf.")[0]
         name = name_of.setdefault(repr(image.get("id", name)), name)
-        digests.append(hashlib.sha256(name.encode()).hexdigest())
+        # A name that is not UTF-8 has surrogates, which cannot be encoded otherwise.
+        digests.append(hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest())
     return digests
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
 
 NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
@@ -63,13 +63,14 @@ def _parts(folder: Path, needed: Sequence[str], notes: list[str]) -> dict[str, t
     if not any(part in lists for part in needed):
         lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
     by_id = {image.stem: (image, xml) for image, xml in everything}
-    for part, ids in lists.items():
-        missing = [name for name in ids if name not in by_id]
+    for part, lines in lists.items():
+        names = {line: next((name for name in _names(line) if name in by_id), None) for line in lines}
+        missing = [line for line, name in names.items() if name is None]
         if missing and part != "test":
             raise FileNotFoundError(
                 f"{folder / LISTS}: {part}.txt names {missing[0]}, but {whole[0]} has no such image"
             )
-        found[part] = (whole[0], [by_id[name] for name in ids if name in by_id])
+        found[part] = (whole[0], [by_id[name] for name in names.values() if name is not None])
     return found
 
 
@@ -94,7 +95,12 @@ def _entries(images: Path, annotations: Path, notes: list[str]) -> list[Entry]:
 
 
 def _listed(file: Path) -> list[str]:
-    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    return read_lines(file) if file.is_file() else []
+
+
+def _names(line: str) -> tuple[str, str]:
+    """What a line of a list may mean: names have spaces, or 1, 0 or -1 after them in the lists of one class."""
+    return line, line.rsplit(maxsplit=1)[0]
 
 
 def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Picture]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from dino_d2.data.coco import ENCODING
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -47,7 +48,7 @@ def read(folder: Path, needed: Sequence[str]) -> Layout | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(file.read_text(encoding=ENCODING))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -144,7 +145,7 @@ def _label_file(picture: Path, folder: Path, roots: Sequence[Path]) -> Path:
 
 def _has_objects(file: Path) -> bool:
     """Whether a text file is a label file with objects, and not a list of classes or the like."""
-    words = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0].split()
+    words = file.read_text(encoding=ENCODING, errors="replace").strip().partition("\n")[0].split()
     try:
         return len([float(word) for word in words]) >= 5  # the class and a box
     except ValueError:
@@ -154,8 +155,8 @@ def _has_objects(file: Path) -> bool:
 def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence[str], keypoints: int) -> Picture:
     from supervision.dataset.formats.yolo import yolo_annotations_to_detections  # imported late: slow
 
-    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []  # no file: background image
-    words = [line.split() for line in lines if line.strip()]
+    lines = read_lines(label) if label.is_file() else []  # no file: background image
+    words = [line.split() for line in lines]
     if keypoints:
         words = [line[:5] if len(line) == 5 + keypoints else line for line in words]
     try:
