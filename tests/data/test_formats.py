@@ -265,6 +265,14 @@ def test_yolos_names_may_be_a_dictionary_and_its_objects_polygons(tmp_path: Path
     check(find_dataset(tmp_path, tmp_path / "out").train, images=3, objects=2)
 
 
+@pytest.mark.parametrize("names", ["[no, 007]", "{0: no, 1: 007}"])
+def test_yolos_names_are_as_written(tmp_path: Path, names: str) -> None:
+    yolo(tmp_path, "images/train", "images/val", {})
+    label(tmp_path / "data.yaml", "train: images/train", "val: images/val", f"names: {names}")
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert [entry["name"] for entry in content_of(found.train)["categories"]] == ["no", "007"]
+
+
 def test_yolos_keypoints_are_left_out(tmp_path: Path) -> None:
     entries = {"train": "images/train", "val": "images/val", "kpt_shape": [3, 2]}
     yolo(tmp_path, "images/train", "images/val", entries)

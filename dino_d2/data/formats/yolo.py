@@ -48,12 +48,13 @@ def read(folder: Path, needed: Sequence[str]) -> Layout | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding=ENCODING))
+        text = file.read_text(encoding=ENCODING)
+        settings, as_written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must give names, train and val")
-    return settings
+    return settings | {"names": as_written.get("names")}  # not False for a class "no"
 
 
 def _class_names(file: Path, settings: dict[str, Any]) -> list[str]:
