@@ -409,6 +409,12 @@ def test_voc_beside_the_images_as_roboflow_has_it(tmp_path: Path) -> None:
     check(found.val, images=3, objects=2)
 
 
+def test_spaces_around_vocs_names_make_no_class(tmp_path: Path) -> None:
+    xml(voc(tmp_path) / "Annotations" / "1.xml", " cat\n", "dog")
+    content = content_of(find_dataset(tmp_path, tmp_path / "out").train)
+    assert [entry["name"] for entry in content["categories"]] == NAMES
+
+
 def test_difficult_objects_are_trained_on_and_forgiven(tmp_path: Path) -> None:
     """As detectron2's loader and its evaluator of Pascal VOC have it."""
     for part in ("train", "valid"):
@@ -461,6 +467,7 @@ def test_vocs_annotations_without_an_image_are_reported(tmp_path: Path) -> None:
         (lambda folder: picture(folder / "JPEGImages" / "1.png"), r"JPEGImages.*1\.jpg and 1\.png"),
         (lambda folder: xml(folder / "Annotations" / "0.xml", "cat", size=("wide", "high")), "0.xml.*wide"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation>"), "0.xml"),
+        (lambda folder: xml(folder / "Annotations" / "0.xml", " "), "0.xml.*name"),
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "my photo 9"), "names my photo 9"),

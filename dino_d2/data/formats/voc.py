@@ -120,6 +120,8 @@ def _picture(file_name: str, size: tuple[int, int], xml: Path, names: list[str])
         return Picture(file_name, size, np.zeros((0, 4)), [], [])
     try:
         root = parse(xml).getroot()
+        for name in root.findall("object/name"):
+            name.text = (name.text or "").strip() or None
         objects, names[:] = detections_from_xml_obj(root, names, size)
         drawn_on = _annotated_size(root) or size
     except (SyntaxError, ValueError) as error:  # SyntaxError: not XML
