@@ -689,6 +689,19 @@ def test_annotations_of_a_run_are_not_replaced_by_others(tmp_path: Path) -> None
     assert find_dataset(folder, tmp_path / "out").counts == (1, 3)
 
 
+def test_annotations_are_not_written_into_the_data(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        coco(tmp_path / f"{part}.json", ["a.png", "b.png"])
+        for name in ("a.png", "b.png"):
+            picture(tmp_path / part / name)
+    find_dataset(tmp_path, tmp_path)  # nothing is to be written
+    coco(tmp_path / "val.json", ["a.png", "b.png"], keys=())
+    before = (tmp_path / "val.json").read_text()
+    with pytest.raises(ValueError, match="holds the data: choose another folder"):
+        find_dataset(tmp_path, tmp_path / "train" / "..")
+    assert (tmp_path / "val.json").read_text() == before
+
+
 def test_without_supervision_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     yolo(tmp_path, "images/train", None, {"train": "images/train"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -48,7 +48,7 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True, training:
 
     Raises:
         FileNotFoundError: the folder or part of the data does not exist.
-        ValueError: the folder has no known layout, or its files are invalid.
+        ValueError: the folder has no known layout, its files are invalid, or annotations would be written among them.
         ImportError: the layout is YOLO or Pascal VOC, and supervision is not installed.
         FileExistsError: `output` has different annotations.
     """
@@ -82,6 +82,8 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True, training:
     if parts["val"].file is not None and has_byte_order_mark(parts["val"].file):
         parts["val"] = Part(parts["val"].content, parts["val"].images)  # to be written without it
         notes.append("val: evaluation cannot read the byte order mark: using a copy without it")
+    if output.resolve() == folder.resolve() and any(part.file is None for part in parts.values()):
+        raise ValueError(f"annotations would be written into {output}, which holds the data: choose another folder")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
     train, val = (len(parts[name].content["images"]) if name in parts else 0 for name in ("train", "val"))
     return FoundDataset(layout.name, files.get("train"), files["val"], (train, val), tuple(notes))
