@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import marshal
@@ -18,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 CHUNK = 2**20  # characters to read at a time
 LONGEST = 2**26  # characters of one entry; an incomplete entry longer than this is an error
+ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 SPACE = re.compile(r"[ \t\n\r]*")
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ def stream_lists(path: str) -> Iterator[tuple[str, Iterator[Any]]]:
     Raises:
         ValueError: the file is not JSON; the message names it.
     """
-    with PathManager.open(path, "r", encoding="utf-8") as file:
+    with PathManager.open(path, "r", encoding=ENCODING) as file:
         text = _JsonText(path, file)
         if text.peek() != "{":
             text.value()  # JSON, but no lists
@@ -48,6 +50,12 @@ def stream_lists(path: str) -> Iterator[tuple[str, Iterator[Any]]]:
             raise text.error("unexpected data after the end", text.at)
 
 
+def has_byte_order_mark(path: str | os.PathLike[str]) -> bool:
+    """Whether the file begins with UTF-8's byte order mark, which pycocotools does not read."""
+    with PathManager.open(str(path), "rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
 def stream_results(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Yield the entries of a JSON file that is a list, such as detections in COCO's results format.
 
@@ -55,7 +63,7 @@ def stream_results(path: str | os.PathLike[str]) -> Iterator[Any]:
         FileNotFoundError: the file does not exist.
         ValueError: it is not JSON, or no list; the message names it.
     """
-    with PathManager.open(str(path), "r", encoding="utf-8") as file:
+    with PathManager.open(str(path), "r", encoding=ENCODING) as file:
         text = _JsonText(str(path), file)
         for _ in text.separated("[", "]"):
             yield text.value()

@@ -16,7 +16,7 @@ from detectron2.data.datasets import builtin
 
 from dino_d2.config import load_config
 
-from .coco import CocoRecords, stream_lists
+from .coco import CocoRecords, has_byte_order_mark, stream_lists
 
 TRAIN_NAME, VAL_NAME = "own_train", "own_val"  # of datasets given as files
 DETECTRON2_COCO = builtin._PREDEFINED_SPLITS_COCO["coco"]  # names of the datasets registered by detectron2
@@ -41,7 +41,7 @@ def register_datasets(cfg: CfgNode, used: Collection[str] | None = None) -> None
             with. None: all.
 
     Raises:
-        ValueError: an entry is not such a triple, or its name is taken.
+        ValueError: an entry is not such a triple, its name is taken, or evaluation cannot read its file.
         FileNotFoundError: the annotation file or the image folder of a dataset that is needed does not exist.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
@@ -53,6 +53,8 @@ def register_datasets(cfg: CfgNode, used: Collection[str] | None = None) -> None
             continue
         if missing:
             raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {missing[0]} of the dataset {name!r} does not exist")
+        if name in cfg.DATASETS.TEST and has_byte_order_mark(annotations):
+            raise ValueError(f"{annotations} begins with a byte order mark, which evaluation cannot read: remove it")
         if name in DatasetCatalog:
             if _REGISTERED.get(name) == (annotations, images):
                 continue

@@ -17,7 +17,7 @@ from dino_d2.orientation import as_seen, size_as_seen
 
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 

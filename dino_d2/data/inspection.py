@@ -85,7 +85,7 @@ EXTREME_IMAGE = _warning(
     "resized to the model's input, their objects nearly vanish: cut them into tiles",
 )
 
-BROKEN_ANNOTATION = _error("annotations without id or image_id", "each needs both")
+BROKEN_ANNOTATION = _error("annotations without id or image_id", "each needs both: integers or strings, not 1.0")
 REPEATED_ANNOTATION_ID = _error("duplicate annotation ids", "give each annotation a different id")
 UNKNOWN_CATEGORY = _error("annotations of an unknown category", 'add it to "categories", or remove them')
 NO_BOX = _error("boxes that are not four numbers", "a bbox is [x, y, width, height] in pixels, without NaN or infinity")

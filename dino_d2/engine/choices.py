@@ -82,8 +82,8 @@ def choose(args: Namespace) -> Run:
     train, val = (CocoFiles(*files) if files else None for files in (args.train, args.val))
     if args.data:
         found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
-        choices += _classes(found)
-        train, val = None if args.eval_only else found.train, found.val
+        train, val = found.train, found.val
+        choices += _classes(train or val)
     if not args.eval_only and (args.data or args.epochs or args.minutes or args.batch_size):
         choices += _training(args, Run(config_file, (*_flat(choices), *args.opts), train, val))
     _show(choices, args.opts)
@@ -143,8 +143,10 @@ def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:
         goes_on = _goes_on(args, cfg)
         if not goes_on:
             check_run_folder(cfg, resume=False)  # before anything is written there
-    found = find_dataset(args.data, folder, may_replace=not goes_on)
-    print(f"{args.data}: {found.layout}, {found.counts[0]} images to train on, {found.counts[1]} to evaluate on")
+    found = find_dataset(args.data, folder, may_replace=not goes_on, training=not args.eval_only)
+    train, val = found.counts
+    counts = f"{val} images to evaluate on" if args.eval_only else f"{train} images to train on, {val} to evaluate on"
+    print(f"{args.data}: {found.layout}, {counts}")
     for note in found.notes:
         print(f"  {note}")
     return found
@@ -187,9 +189,9 @@ def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | N
     return schedule(length, epoch, cfg.SOLVER.WARMUP_ITERS, reason)
 
 
-def _classes(found: FoundDataset) -> list[Choice]:
+def _classes(files: CocoFiles) -> list[Choice]:
     """The classes as overrides, because the config of the weights may have others."""
-    names = class_names_of(found.train.annotations)
+    names = class_names_of(files.annotations)
     return [
         Choice("MODEL.DINO.NUM_CLASSES", len(names), "the categories of the data"),
         Choice("MODEL.DINO.CLASS_NAMES", names, ""),

@@ -171,6 +171,15 @@ def test_results_are_read_one_by_one(values: list, chunk: int, tmp_path: Path, m
     assert list(stream_results(write(tmp_path / "results.json", values))) == values
 
 
+@pytest.mark.parametrize("chunk", [1, 2**20])
+def test_a_byte_order_mark_is_skipped(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "CHUNK", chunk)
+    (tmp_path / "lists.json").write_text('{"a": [1, "é"]}', encoding="utf-8-sig")
+    (tmp_path / "results.json").write_text('[1, "é"]', encoding="utf-8-sig")
+    assert [(name, list(entries)) for name, entries in stream_lists(str(tmp_path / "lists.json"))] == [("a", [1, "é"])]
+    assert list(stream_results(tmp_path / "results.json")) == [1, "é"]
+
+
 @pytest.mark.parametrize(("text", "place"), [("", 0), ('{"a": []}', 0), ("[{}", 3), ("[{},]", 4), ("[] x", 3)])
 def test_results_that_are_no_list_are_named(text: str, place: int, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(text)

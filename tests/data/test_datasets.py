@@ -56,6 +56,18 @@ def test_data_that_are_not_needed_may_be_missing(tmp_path: Path) -> None:
         register_datasets(cfg, ["needed", "elsewhere"])
 
 
+def test_evaluation_refuses_a_byte_order_mark_before_training(tmp_path: Path) -> None:
+    """pycocotools would, at the first evaluation."""
+    data = write_rectangles(tmp_path / "data", count=1, size=64)
+    data[0].write_text(data[0].read_text(), encoding="utf-8-sig")
+    cfg = load_config(RECIPE, config_values(data, tmp_path / "out", "marked"))
+    with pytest.raises(ValueError, match=r"annotations\.json begins with a byte order mark"):
+        register_datasets(cfg)
+    cfg.DATASETS.TEST = ()
+    register_datasets(cfg)
+    assert len(DatasetCatalog.get("marked")) == 1
+
+
 def test_name_of_another_data_set_is_refused(tmp_path: Path) -> None:
     data = write_rectangles(tmp_path / "data", count=1, size=64)
     cfg = load_config(RECIPE, config_values(data, tmp_path / "out", "coco_2017_val"))

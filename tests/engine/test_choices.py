@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from dino_d2.config import find_config_file, overlay
-from dino_d2.data import ImageMapper, register_datasets
+from dino_d2.data import CocoFiles, ImageMapper, register_datasets
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size, choices, pace
 from dino_d2.engine.batch_size import largest_batch, largest_divisor, largest_size, make_steps
@@ -347,10 +347,11 @@ def test_a_checkpoint_brings_the_config_beside_it_but_not_its_classes(data: Path
     assert not cfg.MODEL.TIMM.PRETRAINED  # the checkpoint has the backbone
 
 
-def test_evaluation_changes_no_training(data: Path, tmp_path: Path) -> None:
+def test_evaluation_changes_no_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = chosen("--eval-only", "--data", data, "--config-file", RECIPE, "--output", tmp_path / "out")
     cfg = run.config()
-    assert run.val.annotations == tmp_path / "out" / "inference" / "data" / "val.json"
+    assert (run.train, run.val) == (None, CocoFiles(data / "train.json", data / "train"))
+    assert f"{data}: COCO, 10 images to evaluate on" in capsys.readouterr().out
     assert (cfg.DATASETS.TEST, cfg.SOLVER.BASE_LR, cfg.SOLVER.BEST_METRIC) == ((VAL_NAME,), 1e-4, "")
 
 

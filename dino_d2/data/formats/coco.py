@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dino_d2.data.datasets import read_coco
@@ -22,16 +23,16 @@ ROBOFLOW = "_annotations.coco.json"
 LOOKED_AT = 20  # images of a split, to find their folder
 
 
-def read(folder: Path) -> Layout | None:
-    """Read the folder if it has this layout, else return None.
+def read(folder: Path, needed: Sequence[str]) -> Layout | None:
+    """Read the folder if it has this layout with one of the needed splits, else return None.
 
     Raises:
         ValueError, FileNotFoundError: the layout matches, but files are missing.
     """
     files = {part: file for part in FOLDERS if (file := _annotations(folder, part))}
-    if "train" not in files:
+    if not any(part in files for part in needed):
         return None
-    roboflow = files["train"].name == ROBOFLOW
+    roboflow = any(file.name == ROBOFLOW for file in files.values())
     parts = {part: _part(folder, part, files[part]) for part in ("train", "val") if part in files}
     layout = Layout("COCO, as Roboflow exports it" if roboflow else "COCO", parts)
     if roboflow:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dino_d2.data.coco import has_byte_order_mark
 from dino_d2.data.datasets import CocoFiles
 from dino_d2.data.inspection import can_be_evaluated, is_box
 
@@ -25,16 +26,17 @@ The validation split (val, valid) is optional. Images without annotations are ba
 class FoundDataset:
     """A dataset found in a folder.
 
-    layout: its name. train, val: the data. counts: number of images in each. notes: remarks for the user."""
+    layout: its name. train, val: the data; train is None if it is only evaluated on. counts: number of images in each.
+    notes: remarks for the user."""
 
     layout: str
-    train: CocoFiles
+    train: CocoFiles | None
     val: CocoFiles
     counts: tuple[int, int]
     notes: tuple[str, ...]
 
 
-def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundDataset:
+def find_dataset(folder: Path, output: Path, may_replace: bool = True, training: bool = True) -> FoundDataset:
     """Find the dataset in `folder`. Images stay in place; annotations that had to be converted or changed are written
     to `output` as train.json and val.json.
 
@@ -42,21 +44,31 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
 
     Args:
         may_replace: allow overwriting different annotations in `output`; False if a run there is to be resumed.
+        training: False if the data are only evaluated on. A validation split is enough then, and without one all images
+            are used.
 
     Raises:
         FileNotFoundError: the folder or part of the data does not exist.
-        ValueError: the folder has no known layout, or its files are invalid.
+        ValueError: the folder has no known layout, its files are invalid, or annotations would be written among them.
         ImportError: the layout is YOLO or Pascal VOC, and supervision is not installed.
         FileExistsError: `output` has different annotations.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist")
-    layout = next((found for read in READERS if (found := read(folder))), None)
+    needed = ("train",) if training else ("val", "train")
+    layout = next((found for read in READERS if (found := read(folder, needed))), None)
     if layout is None:
         some = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} (containing {some}) has none of the supported layouts:\n{LAYOUTS}")
     parts, notes = dict(layout.parts), list(layout.notes)
-    if "val" not in parts:
+    if not training:
+        if "val" not in parts:
+            notes.append(
+                f"no validation split: all {len(parts['train'].content['images'])} images are evaluated on, including "
+                "those that the model was trained on, if any"
+            )
+        parts = {"val": parts.get("val") or parts["train"]}
+    elif "val" not in parts:
         parts["train"], parts["val"] = hold_out(parts["train"])
         notes.append(
             f"no validation split: {len(parts['val'].content['images'])} images, a fifth chosen by a hash of their "
@@ -68,9 +80,14 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True) -> FoundD
     if not all(can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
         notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
+    if parts["val"].file is not None and has_byte_order_mark(parts["val"].file):
+        parts["val"] = Part(parts["val"].content, parts["val"].images)  # to be written without it
+        notes.append("val: evaluation cannot read the byte order mark: using a copy without it")
+    if output.resolve() == folder.resolve() and any(part.file is None for part in parts.values()):
+        raise ValueError(f"annotations would be written into {output}, which holds the data: choose another folder")
     files = {name: _files(name, part, output, may_replace) for name, part in parts.items()}
-    counts = len(parts["train"].content["images"]), len(parts["val"].content["images"])
-    return FoundDataset(layout.name, files["train"], files["val"], counts, tuple(notes))
+    train, val = (len(parts[name].content["images"]) if name in parts else 0 for name in ("train", "val"))
+    return FoundDataset(layout.name, files.get("train"), files["val"], (train, val), tuple(notes))
 
 
 def _with_crowds(content: Content) -> Content:

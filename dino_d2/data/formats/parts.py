@@ -6,12 +6,16 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dino_d2.data.coco import ENCODING
+from dino_d2.data.images import SUFFIXES
 from dino_d2.orientation import size_as_seen
 
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each split
@@ -44,8 +48,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its objects. file_name: relative to the image folder. size: width, height. boxes: (n, 4)
-    x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's flag for hard objects."""
+    """An image with its objects. file_name: relative to the image folder. size: width, height that the boxes belong
+    to. boxes: (n, 4) x1, y1, x2, y2 in pixels. labels: n, counted from 0. difficult: n, Pascal VOC's flag for hard
+    objects."""
 
     file_name: str
     size: tuple[int, int]
@@ -102,40 +107,84 @@ def sizes_of(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank, without spaces around them.
+
+    Raises:
+        ValueError: the file is not UTF-8, with or without a byte order mark.
+    """
+    try:
+        lines = file.read_text(encoding=ENCODING).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8 ({error}): save it as one") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def note_orphans(kind: str, files: Sequence[Path]) -> list[str]:
+    """A remark about label files of this kind that have objects, but belong to no image; empty without any."""
+    if not files:
+        return []
+    suffixes = ", ".join(sorted(SUFFIXES))
+    return [f"{kind} with objects, but without an image ({suffixes}): {len(files)}, such as {files[0]}; not used"]
+
+
 def hold_out(part: Part) -> tuple[Part, Part]:
     """Split off a fifth of the images for evaluation, by a hash of their names, so always the same ones.
 
-    Roboflow's augmented copies of one image (`name.rf.HASH.jpg`) stay together.
+    It is a fifth of those with objects and of those without. Roboflow's augmented copies of one image
+    (`name.rf.HASH.jpg`) stay together. Faulty entries stay where the inspection of the data finds them: images with the
+    same id together, and annotations of no image in the training part.
 
     Returns:
         the rest for training, and the held-out part.
 
     Raises:
-        ValueError: there is only one image.
+        ValueError: there is only one image, or only one with objects.
     """
-    images = part.content["images"]
-    names = [str(image.get("file_name")).split(".rf.")[0] for image in images]
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    ordered = sorted(set(digests))
-    if len(ordered) < 2:
-        raise ValueError(f"{part.images} has only one image, so none can be held out for evaluation")
-    last = ordered[max(len(ordered) // HELD_OUT, 1) - 1]
-    pairs = list(zip(images, digests, strict=True))
+    images, annotations = part.content["images"], part.content["annotations"]
+    groups = _groups(images)
+    used = _ids(annotations, "image_id")
+    with_objects = {group for image, group in zip(images, groups, strict=True) if _ids([image], "id") & used}
+    first = with_objects or set(groups)
+    if len(first) < 2:
+        what = "image with objects" if with_objects else "image"
+        raise ValueError(f"{part.images} has only one {what}, so none can be held out for evaluation")
+    rest = set(groups) - first
+    of_rest = len(rest) // HELD_OUT
+    of_first = max(len(set(groups)) // HELD_OUT - of_rest, 1)
+    held = {*sorted(first)[:of_first], *sorted(rest)[:of_rest]}
+    held_images = [group in held for group in groups]
+    ids = _ids(compress(images, held_images), "id")
+    held_annotations = [bool(_ids([entry], "image_id") & ids) for entry in annotations]
     return (
-        _with_images(part, [image for image, digest in pairs if digest > last]),
-        _with_images(part, [image for image, digest in pairs if digest <= last]),
+        _chosen(part, map(not_, held_images), map(not_, held_annotations)),
+        _chosen(part, held_images, held_annotations),
     )
 
 
-def _with_images(part: Part, images: list[dict[str, Any]]) -> Part:
-    """Faulty entries stay where they are: the inspection of the data finds them."""
-    ids = {number for image in images if isinstance(number := image.get("id"), int | str)}
-    annotations = [
-        entry
-        for entry in part.content["annotations"]
-        if isinstance(number := entry.get("image_id"), int | str) and number in ids
-    ]
-    return Part(part.content | {"images": images, "annotations": annotations}, part.images)
+def _groups(images: Sequence[dict[str, Any]]) -> list[str]:
+    """For each image the hash of the name of those that it stays together with."""
+    name_of: dict[str, str] = {}  # by id
+    digests = []
+    for image in images:
+        name = str(image.get("file_name")).split(".rf.")[0]
+        name = name_of.setdefault(repr(image.get("id", name)), name)
+        # A name that is not UTF-8 has surrogates, which cannot be encoded otherwise.
+        digests.append(hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest())
+    return digests
+
+
+def _chosen(part: Part, images: Iterable[bool], annotations: Iterable[bool]) -> Part:
+    chosen = {
+        "images": list(compress(part.content["images"], images)),
+        "annotations": list(compress(part.content["annotations"], annotations)),
+    }
+    return Part(part.content | chosen, part.images)
+
+
+def _ids(entries: Iterable[dict[str, Any]], key: str) -> set[int | str]:
+    """The valid ids under this key."""
+    return {number for entry in entries if isinstance(number := entry.get(key), int | str)}
 
 
 def require_supervision(layout: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import numpy as np
 
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
 
 NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
@@ -19,15 +23,16 @@ LISTS = "ImageSets/Main"
 Entry = tuple[Path, Path]  # paths of an image and its annotations, which may not exist
 
 
-def read(folder: Path) -> Layout | None:
-    """Read the folder if it has this layout, else return None.
+def read(folder: Path, needed: Sequence[str]) -> Layout | None:
+    """Read the folder if it has this layout with one of the needed splits, else return None.
 
     Raises:
         ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
         ImportError: supervision is not installed.
     """
-    parts = _parts(folder)
-    if "train" not in parts:
+    layout = Layout(NAME, {})
+    parts = _parts(folder, needed, layout.notes)
+    if not any(part in parts for part in needed):
         return None
     require_supervision("Pascal VOC's format")
     seen: list[str] = []
@@ -35,7 +40,6 @@ def read(folder: Path) -> Layout | None:
     names = sorted(seen)
     if not names:
         raise ValueError(f"{folder}: the annotations have no objects")
-    layout = Layout(NAME, {})
     for part, found in pictures.items():
         found = [replace(picture, labels=[names.index(seen[label]) for label in picture.labels]) for picture in found]
         layout.parts[part] = Part(as_coco(found, names), parts[part][0])
@@ -44,28 +48,29 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def _parts(folder: Path) -> dict[str, tuple[Path, list[Entry]]]:
+def _parts(folder: Path, needed: Sequence[str], notes: list[str]) -> dict[str, tuple[Path, list[Entry]]]:
     """The image folder and the entries of each split."""
     found = {}
     for part, names in FOLDERS.items():
         pair = next((pair for name in names if (pair := _folders(folder / name))), None)
         if pair:
-            found[part] = (pair[0], _entries(*pair))
+            found[part] = (pair[0], _entries(*pair, notes))
     whole = _folders(folder)
     if found or not whole:
         return found
-    everything = _entries(*whole)
+    everything = _entries(*whole, notes)
     lists = {part: ids for part in ("train", "val", "test") if (ids := _listed(folder / LISTS / f"{part}.txt"))}
-    if "train" not in lists:
+    if not any(part in lists for part in needed):
         lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
     by_id = {image.stem: (image, xml) for image, xml in everything}
-    for part, ids in lists.items():
-        missing = [name for name in ids if name not in by_id]
+    for part, lines in lists.items():
+        names = {line: next((name for name in _names(line) if name in by_id), None) for line in lines}
+        missing = [line for line, name in names.items() if name is None]
         if missing and part != "test":
             raise FileNotFoundError(
                 f"{folder / LISTS}: {part}.txt names {missing[0]}, but {whole[0]} has no such image"
             )
-        found[part] = (whole[0], [by_id[name] for name in ids if name in by_id])
+        found[part] = (whole[0], [by_id[name] for name in names.values() if name is not None])
     return found
 
 
@@ -77,15 +82,25 @@ def _folders(folder: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _entries(images: Path, annotations: Path) -> list[Entry]:
+def _entries(images: Path, annotations: Path, notes: list[str]) -> list[Entry]:
     found = [(image, annotations / f"{image.stem}.xml") for image in images_in(images)]
+    for (one, xml), (other, same) in pairwise(sorted(found, key=itemgetter(1))):
+        if xml == same:
+            raise ValueError(f"{images}: {one.name} and {other.name} would share {xml}: rename or remove one of them")
     if not any(xml.is_file() for _, xml in found):
         raise FileNotFoundError(f"{images}: no annotations of its images found in {annotations}")
+    others = sorted(set(annotations.glob("*.xml")) - {xml for _, xml in found})
+    notes += note_orphans("XML files", [xml for xml in others if b"<object" in xml.read_bytes()])
     return found
 
 
 def _listed(file: Path) -> list[str]:
-    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    return read_lines(file) if file.is_file() else []
+
+
+def _names(line: str) -> tuple[str, str]:
+    """What a line of a list may mean: names have spaces, or 1, 0 or -1 after them in the lists of one class."""
+    return line, line.rsplit(maxsplit=1)[0]
 
 
 def _read(images: Path, entries: Sequence[Entry], names: list[str]) -> list[Picture]:
@@ -105,8 +120,20 @@ def _picture(file_name: str, size: tuple[int, int], xml: Path, names: list[str])
         return Picture(file_name, size, np.zeros((0, 4)), [], [])
     try:
         root = parse(xml).getroot()
+        for name in root.findall("object/name"):
+            name.text = (name.text or "").strip() or None
         objects, names[:] = detections_from_xml_obj(root, names, size)
+        drawn_on = _annotated_size(root) or size
     except (SyntaxError, ValueError) as error:  # SyntaxError: not XML
         raise ValueError(f"{xml}: {error}") from error
     difficult = [(entry.findtext("difficult") or "").strip() == "1" for entry in root.findall("object")]
-    return Picture(file_name, size, objects.xyxy, objects.class_id.tolist(), difficult)
+    return Picture(file_name, drawn_on, objects.xyxy, objects.class_id.tolist(), difficult)
+
+
+def _annotated_size(root: Element) -> tuple[int, int] | None:
+    """The width and height that the boxes belong to; None if unknown, for which some tools write 0.
+
+    It is not that of the image if the image was resized later, or if the tool ignored EXIF rotation.
+    """
+    width, height = (float((root.findtext(f"size/{side}") or "").strip() or 0) for side in ("width", "height"))
+    return (round(width), round(height)) if 0 < width < math.inf and 0 < height < math.inf else None

@@ -9,15 +9,16 @@ from typing import Any
 
 import yaml
 
+from dino_d2.data.coco import ENCODING
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, require_supervision, sizes_of
+from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
-def read(folder: Path) -> Layout | None:
-    """Read the folder if it has this layout, else return None.
+def read(folder: Path, needed: Sequence[str]) -> Layout | None:
+    """Read the folder if it has this layout with one of the needed splits, else return None.
 
     Raises:
         ValueError, FileNotFoundError: the layout matches, but files are missing or invalid.
@@ -29,16 +30,17 @@ def read(folder: Path) -> Layout | None:
     require_supervision("YOLO's format")
     settings = _settings(file)
     layout = Layout("YOLO", {})
-    folders = {part: _image_folders(file, settings, part, layout.notes) for part in FOLDERS}
-    if not folders["train"]:
-        raise ValueError(f'{file} does not give "train", the folder of the training images')
-    if folders["val"] == folders["train"]:
+    folders = {part: _image_folders(file, settings, part, needed, layout.notes) for part in FOLDERS}
+    if not any(folders[part] for part in needed):
+        wanted = " or ".join(f'"{part}"' for part in needed)
+        raise ValueError(f"{file} does not give {wanted}, a folder of images that exists")
+    if folders["val"] and folders["val"] == folders["train"]:
         layout.notes.append(f"{file.name}: val is the same as train: AP will say nothing about new images")
     names, keypoints = _class_names(file, settings), _keypoint_values(settings)
     roots = [Path(os.path.normpath(root)) for root in (folder, folder / _root(settings))]
     for part in ("train", "val"):
         if folders[part]:
-            layout.parts[part] = _read_part(folders[part], roots, names, keypoints)
+            layout.parts[part] = _read_part(folders[part], roots, names, keypoints, layout.notes)
     if folders["test"]:
         layout.notes.append(f"{folders['test'][0]} is a test split: not used")
     return layout
@@ -46,12 +48,13 @@ def read(folder: Path) -> Layout | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding=ENCODING)
+        settings, as_written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must give names, train and val")
-    return settings
+    return settings | {"names": as_written.get("names")}  # not False for a class "no"
 
 
 def _class_names(file: Path, settings: dict[str, Any]) -> list[str]:
@@ -75,16 +78,19 @@ def _root(settings: dict[str, Any]) -> str:
     return str(settings.get("path") or "")
 
 
-def _image_folders(file: Path, settings: dict[str, Any], part: str, notes: list[str]) -> list[Path]:
-    """The image folders of a split; empty if the file does not give it, or if a val or test folder is missing."""
+def _image_folders(
+    file: Path, settings: dict[str, Any], part: str, needed: Sequence[str], notes: list[str]
+) -> list[Path]:
+    """The image folders of a split; empty if the file does not give it. Those of a split that can be done without may
+    be missing."""
     entries = next((settings[name] for name in FOLDERS[part] if settings.get(name)), [])
     entries = entries if isinstance(entries, list) else [entries]
     folders = []
     for entry in map(str, entries):
         place = _resolve(file.parent, _root(settings), entry)
-        if place is None and part == "train":
+        if place is None and tuple(needed) == (part,):
             raise FileNotFoundError(f"{file}: {part} is {entry}, but that folder does not exist")
-        if place is None and part == "val":
+        if place is None and part != "test":
             notes.append(f"{file.name}: {part} is {entry}, which does not exist: not used")
         elif place is not None:
             folders.append(place)
@@ -102,7 +108,9 @@ def _resolve(root: Path, path: str, entry: str) -> Path | None:
     return next((place for place in (*inside, *ends, *written) if place.is_dir()), None)
 
 
-def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int) -> Part:
+def _read_part(
+    folders: Sequence[Path], roots: Sequence[Path], names: Sequence[str], keypoints: int, notes: list[str]
+) -> Part:
     pictures = [(picture, folder) for folder in folders for picture in images_in(folder, recursive=True)]
     if not pictures:
         raise ValueError(f"no images found in {', '.join(map(str, folders))}")
@@ -110,6 +118,9 @@ def _read_part(folders: Sequence[Path], roots: Sequence[Path], names: Sequence[s
     labels = [_label_file(picture, folder, roots) for picture, folder in pictures]
     if not any(label.is_file() for label in labels):
         raise FileNotFoundError(f"{folders[0]}: no image has a label file; the first would be {labels[0]}")
+    places = {_label_file(folder / "any", folder, roots).parent for folder in folders}
+    others = {file for place in places for file in place.rglob("*.txt")} - set(labels)
+    notes += note_orphans("label files", [file for file in sorted(others) if _has_objects(file)])
     root = Path(os.path.commonpath(folders))
     found = [
         _picture(path.relative_to(root).as_posix(), size, label, names, keypoints)
@@ -133,11 +144,20 @@ def _label_file(picture: Path, folder: Path, roots: Sequence[Path]) -> Path:
     return folder / "labels" / inside if (folder / "labels").is_dir() else folder / inside
 
 
+def _has_objects(file: Path) -> bool:
+    """Whether a text file is a label file with objects, and not a list of classes or the like."""
+    words = file.read_text(encoding=ENCODING, errors="replace").strip().partition("\n")[0].split()
+    try:
+        return len([float(word) for word in words]) >= 5  # the class and a box
+    except ValueError:
+        return False
+
+
 def _picture(file_name: str, size: tuple[int, int], label: Path, names: Sequence[str], keypoints: int) -> Picture:
     from supervision.dataset.formats.yolo import yolo_annotations_to_detections  # imported late: slow
 
-    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []  # no file: background image
-    words = [line.split() for line in lines if line.strip()]
+    lines = read_lines(label) if label.is_file() else []  # no file: background image
+    words = [line.split() for line in lines]
     if keypoints:
         words = [line[:5] if len(line) == 5 + keypoints else line for line in words]
     try:
