@@ -258,6 +258,11 @@ def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> No
     assert Detector.from_pretrained(weights, folder / "config.yaml").class_names == tuple(NAMES)
 
 
+def test_weights_of_another_config_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model_final\.pth does not match the config(.|\n)*DEC_LAYERS"):
+        Detector.from_pretrained(folder, overrides=["MODEL.DINO.DEC_LAYERS", 4])
+
+
 def test_names_that_are_nothing_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"weights nothing\.pth not found: give a name"):
         Detector.from_pretrained("nothing.pth")
