@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .checkpoint import DINOCheckpointer
 from .checkpoint.assumptions import EXTRA_STATE
 from .config import default_device, load_config
-from .data import build_test_augmentation, class_names, read_image
+from .data import build_test_augmentation, read_image
 from .data.images import SUFFIXES, images_in
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture, check_classes
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
@@ -43,7 +43,8 @@ class Detector:
     Attributes:
         cfg: the config.
         model: the DINO, in evaluation mode.
-        class_names: names of all classes; empty if unknown.
+        class_names: names of all classes: the config's, else its data set's if there are as many, else those stored
+            with the weights; empty if unknown.
         threshold: minimum score of detections, unless a call gives another: the one stored with the weights, which had
             the highest F1 in the last evaluation of their training; 0.3 if none is stored. It can be set.
     """
@@ -51,7 +52,7 @@ class Detector:
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.model = cfg, model.eval()
         self.threshold = self._stored_threshold()
-        self.class_names = tuple(class_names(cfg))
+        self.class_names = self.model.assumptions.class_names
         self._augmentation = build_test_augmentation(cfg)
 
     @classmethod
@@ -91,8 +92,6 @@ class Detector:
             cfg.MODEL.DEVICE = str(device or default_device())
         model = build_model(cfg)
         DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(found.weights)
-        if not class_names(cfg) and model.assumptions.class_names:
-            cfg.MODEL.DINO.CLASS_NAMES = list(model.assumptions.class_names)
         return cls(cfg, model)
 
     @property

@@ -258,6 +258,30 @@ def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> No
     assert Detector.from_pretrained(weights, folder / "config.yaml").class_names == tuple(NAMES)
 
 
+@pytest.mark.parametrize("datasets", [("coco_2017_val",), ("registered_elsewhere",), ()])
+def test_names_are_those_of_the_weights_where_the_config_has_none(
+    datasets: tuple[str, ...], folder: Path, picture: np.ndarray, tmp_path: Path
+) -> None:
+    """The recipes' data set is COCO; one that was registered in Python is unknown to the next process."""
+    values = ["MODEL.DINO.CLASS_NAMES", [], "DATASETS.TRAIN", datasets, "DATASETS.TEST", datasets]
+    detector = Detector.from_pretrained(folder, device="cpu", overrides=values)
+    assert detector.labels == detector.class_names == tuple(NAMES)
+    assert set(detector(picture, threshold=0).names) <= set(NAMES)
+    detector.save_pretrained(tmp_path)
+    assert Detector.from_pretrained(tmp_path, device="cpu").class_names == tuple(NAMES)
+
+
+def test_names_of_a_data_set_with_other_classes_are_not_taken(
+    tiny_config: Callable[..., CfgNode], tmp_path: Path
+) -> None:
+    cfg = tiny_config(CLASS_NAMES=[])
+    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+    detector = Detector(cfg, build_model(cfg))
+    assert detector.labels == ("class 0", "class 1", "class 2", "class 3", "class 4")
+    detector.save_pretrained(tmp_path)
+    assert Detector.from_pretrained(tmp_path, device="cpu").class_names == ()
+
+
 def test_weights_of_another_config_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model_final\.pth does not match the config(.|\n)*DEC_LAYERS"):
         Detector.from_pretrained(folder, overrides=["MODEL.DINO.DEC_LAYERS", 4])

@@ -186,6 +186,10 @@ class DINOCheckpointer(DetectionCheckpointer):
             return
         assumed = Assumptions.from_tensor(state[EXTRA_STATE]) if EXTRA_STATE in state else None
         number, own_number = len(state[CLASS_BIAS]), self.model.decoder.num_classes
+        if assumed and not self.model.assumptions.class_names and self.checkpointables and not self._resumes:
+            # A start for training on data without known names, which may have other classes.
+            assumed = replace(assumed, class_names=())
+            state[EXTRA_STATE] = assumed.to_tensor()
         if assumed and len(assumed.class_names) == number and self.model.assumptions.class_names:
             self._copy_by_name(state, assumed)
         elif number != own_number:

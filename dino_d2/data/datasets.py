@@ -37,8 +37,8 @@ def register_datasets(cfg: CfgNode, used: Collection[str] | None = None) -> None
     afterwards. Registering the same dataset again has no effect.
 
     Args:
-        used: names of the datasets that are needed: others may be missing, such as those that weights were trained with.
-            None: all.
+        used: names of the datasets that are needed: others may be missing, such as those that weights were trained
+            with. None: all.
 
     Raises:
         ValueError: an entry is not such a triple, or its name is taken.

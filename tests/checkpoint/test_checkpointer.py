@@ -236,6 +236,16 @@ def test_score_threshold_comes_with_the_weights_and_goes_with_others(detector: C
         assert other.assumptions.score_threshold is None
 
 
+def test_names_come_with_the_weights_unless_they_are_a_start_for_other_data(detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    evaluated, resumed, started = (detector(NUM_CLASSES=len(OLD)) for _ in range(3))
+    DINOCheckpointer(evaluated, for_evaluation=True).load(path)
+    DINOCheckpointer(resumed, str(tmp_path)).resume_or_load("", resume=True)
+    DINOCheckpointer(started, trainer=nn.Linear(1, 1)).load(path, checkpointables=[])
+    names = [model.assumptions.class_names for model in (evaluated, resumed, started)]
+    assert names == [tuple(OLD), tuple(OLD), ()]
+
+
 def test_detectron2s_own_checkpointer_refuses_other_names(detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD), tmp_path)
     with pytest.raises(ValueError, match="CLASS_NAMES"):
