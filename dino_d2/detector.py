@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image
@@ -215,7 +216,7 @@ class Detector:
 
     def _input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+        ordered = convert_PIL_to_numpy(Image.fromarray(image), self.cfg.INPUT.FORMAT)  # as in training: BGR, L, …
         resized = self._augmentation.get_transform(ordered).apply_image(ordered)
         return {
             "image": torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dino_d2 import Detections, Detector, load_config
 from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
+from dino_d2.data import read_image
 from dino_d2.detector import pictures_in
 from tests.web import Web, serve
 
@@ -91,6 +92,24 @@ def test_pictures_come_in_every_way(detector: Detector, picture: np.ndarray, tmp
         assert same(found, expected)
         assert found.draw().size == (120, 90)
     assert not same(detector(picture[:, :, ::-1], threshold=0), expected)
+
+
+def test_grey_models_see_what_they_were_trained_on(
+    tiny_config: Callable[..., CfgNode], picture: np.ndarray, tmp_path: Path
+) -> None:
+    cfg = tiny_config(CLASS_NAMES=NAMES)
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [120.0], [60.0]
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    grey = Detector(cfg, build_model(cfg))
+    Image.fromarray(picture).save(tmp_path / "colour.png")
+    seen = torch.as_tensor(read_image(tmp_path / "colour.png", "L").astype("float32")).permute(2, 0, 1)
+    with torch.no_grad():
+        expected = grey.model([{"image": seen}])[0]["instances"]
+    for source in (picture, tmp_path / "colour.png", Image.open(tmp_path / "colour.png")):
+        found = grey(source, threshold=0)
+        assert len(found) == len(expected) > 0
+        assert np.array_equal(found.boxes, expected.pred_boxes.tensor.numpy())
+        assert found.draw().size == (120, 90)
 
 
 def test_batches_change_nothing_but_roundings(detector: Detector, picture: np.ndarray) -> None:
