@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from .data.images import SUFFIXES, images_in
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture, check_classes
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
+
+if TYPE_CHECKING:
+    import cv2
 
 OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -148,7 +151,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class.
+            ValueError: a file that is not an image or video, an array of the wrong shape or type, an unknown class.
+            ImportError: a video, without OpenCV.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
@@ -292,7 +296,7 @@ def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.nd
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video in RGB, with a progress bar."""
+    """The frames of a video in RGB, with a progress bar. It is opened at once, so that errors come before the first."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -300,10 +304,14 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
     except ImportError as error:
         raise ImportError(f"{path}: reading videos needs OpenCV: pip install opencv-python-headless") from error
     video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise ValueError(f"{path} cannot be read as a video")
+    return _read(video, int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None)
+
+
+def _read(video: cv2.VideoCapture, count: int | None) -> Iterator[np.ndarray]:
     try:
-        if not video.isOpened():
-            raise ValueError(f"{path} cannot be read as a video")
-        with tqdm(total=int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None, unit="frame") as bar:
+        with tqdm(total=count, unit="frame") as bar:
             while True:
                 success, frame = video.read()
                 if not success:

@@ -152,7 +152,9 @@ def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_p
     assert [abs(int(frame.image.mean()) - 50 * number) < 5 for number, frame in enumerate(frames)] == [True] * 5
     (tmp_path / "broken.mp4").write_bytes(b"no film")
     with pytest.raises(ValueError, match=r"broken\.mp4 cannot be read as a video"):
-        next(detector(tmp_path / "broken.mp4"))
+        detector(tmp_path / "broken.mp4")
+    with pytest.raises(FileNotFoundError, match=r"missing\.mp4 does not exist"):
+        detector("missing.mp4")
 
 
 def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
