@@ -51,7 +51,7 @@ class DINOCheckpointer(DetectionCheckpointer):
     Loading the optimizer or any other `checkpointables` resumes training, which requires the same classes.
 
     Args:
-        model: a DINO, possibly wrapped for distributed training.
+        model: a DINO, possibly wrapped for distributed training or by `torch.compile`.
         save_dir: folder for checkpoints.
         trust_files: load files that can run code.
         for_evaluation: reject weights that lack anything that inference uses, which would be random, such as a class or
@@ -68,7 +68,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         for_evaluation: bool = False,
         **others: Any,
     ):
-        super().__init__(model, save_dir, **others)
+        super().__init__(_uncompiled(model), save_dir, **others)
+        self.model = _uncompiled(self.model)  # inside a wrapper for distributed training
         self.trust_files, self.for_evaluation = trust_files, for_evaluation
         self._path, self._resumes = "", False
 
@@ -254,3 +255,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         else:
             state[CONTENT] = torch.cat([content, own[CONTENT][count:].to(content)])
             self.logger.warning(f"{problem}. Newly initialised: the last {own_count - count}.")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returns, whose parameters have other names."""
+    return getattr(model, "_orig_mod", model)

@@ -260,6 +260,14 @@ def test_names_in_front_of_which_data_parallelism_put_its_own(detector: Callable
     assert torch.equal(class_rows(new)[0, 0], class_rows(old)[0, 3])
 
 
+def test_compiled_model_has_the_names_of_the_plain_one(detector: Callable, tmp_path: Path) -> None:
+    old, new = detector(*OLD), detector(*OLD)
+    DINOCheckpointer(torch.compile(new), for_evaluation=True).load(saved(old, tmp_path))
+    assert torch.equal(class_rows(new), class_rows(old))
+    DINOCheckpointer(torch.compile(new), str(tmp_path)).save("compiled")
+    DINOCheckpointer(detector(*OLD), for_evaluation=True).load(str(tmp_path / "compiled.pth"))
+
+
 # --- fewer queries, and more
 
 
