@@ -89,6 +89,7 @@ def add_dino_config(cfg: CN) -> None:
     c.MATCHER.COPIES = 1  # queries matched per object, except in the last layer (Align-DETR)
     c.MATCHER.POSITION_MODULATED = False  # scale scores in the cost by box quality (Stable-DINO)
 
+    # Swin and ViT are always trained whole: MODEL.BACKBONE.FREEZE_AT is for ResNet and timm.
     s = cfg.MODEL.SWIN = CN()  # for MODEL.BACKBONE.NAME: build_swin_backbone (defaults: Swin-T)
     s.EMBED_DIM = 96
     s.DEPTHS = [2, 2, 6, 2]

@@ -11,11 +11,12 @@ from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image
@@ -25,11 +26,14 @@ from tqdm import tqdm
 from .checkpoint import DINOCheckpointer
 from .checkpoint.assumptions import EXTRA_STATE
 from .config import default_device, load_config
-from .data import build_test_augmentation, class_names, read_image
+from .data import build_test_augmentation, read_image
 from .data.images import SUFFIXES, images_in
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture, check_classes
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
+
+if TYPE_CHECKING:
+    import cv2
 
 OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -43,7 +47,8 @@ class Detector:
     Attributes:
         cfg: the config.
         model: the DINO, in evaluation mode.
-        class_names: names of all classes; empty if unknown.
+        class_names: names of all classes: the config's, else its data set's if there are as many, else those stored
+            with the weights; empty if unknown.
         threshold: minimum score of detections, unless a call gives another: the one stored with the weights, which had
             the highest F1 in the last evaluation of their training; 0.3 if none is stored. It can be set.
     """
@@ -51,7 +56,7 @@ class Detector:
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.model = cfg, model.eval()
         self.threshold = self._stored_threshold()
-        self.class_names = tuple(class_names(cfg))
+        self.class_names = self.model.assumptions.class_names
         self._augmentation = build_test_augmentation(cfg)
 
     @classmethod
@@ -91,8 +96,6 @@ class Detector:
             cfg.MODEL.DEVICE = str(device or default_device())
         model = build_model(cfg)
         DINOCheckpointer(model, trust_files=cfg.MODEL.TRUST_WEIGHTS, for_evaluation=True).load(found.weights)
-        if not class_names(cfg) and model.assumptions.class_names:
-            cfg.MODEL.DINO.CLASS_NAMES = list(model.assumptions.class_names)
         return cls(cfg, model)
 
     @property
@@ -148,7 +151,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class.
+            ValueError: a file that is not an image or video, an array of the wrong shape or type, an unknown class.
+            ImportError: a video, without OpenCV.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
@@ -216,7 +220,7 @@ class Detector:
 
     def _input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+        ordered = convert_PIL_to_numpy(Image.fromarray(image), self.cfg.INPUT.FORMAT)  # as in training: BGR, L, …
         resized = self._augmentation.get_transform(ordered).apply_image(ordered)
         return {
             "image": torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)),
@@ -292,7 +296,7 @@ def _as_rgb(image: Picture, channel_order: str) -> tuple[str | np.ndarray, np.nd
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video in RGB, with a progress bar."""
+    """The frames of a video in RGB, with a progress bar. It is opened at once, so that errors come before the first."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -300,10 +304,14 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
     except ImportError as error:
         raise ImportError(f"{path}: reading videos needs OpenCV: pip install opencv-python-headless") from error
     video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise ValueError(f"{path} cannot be read as a video")
+    return _read(video, int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None)
+
+
+def _read(video: cv2.VideoCapture, count: int | None) -> Iterator[np.ndarray]:
     try:
-        if not video.isOpened():
-            raise ValueError(f"{path} cannot be read as a video")
-        with tqdm(total=int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None, unit="frame") as bar:
+        with tqdm(total=count, unit="frame") as bar:
             while True:
                 success, frame = video.read()
                 if not success:

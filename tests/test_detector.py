@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dino_d2 import Detections, Detector, load_config
 from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
+from dino_d2.data import read_image
 from dino_d2.detector import pictures_in
 from tests.web import Web, serve
 
@@ -93,6 +94,24 @@ def test_pictures_come_in_every_way(detector: Detector, picture: np.ndarray, tmp
     assert not same(detector(picture[:, :, ::-1], threshold=0), expected)
 
 
+def test_grey_models_see_what_they_were_trained_on(
+    tiny_config: Callable[..., CfgNode], picture: np.ndarray, tmp_path: Path
+) -> None:
+    cfg = tiny_config(CLASS_NAMES=NAMES)
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [120.0], [60.0]
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    grey = Detector(cfg, build_model(cfg))
+    Image.fromarray(picture).save(tmp_path / "colour.png")
+    seen = torch.as_tensor(read_image(tmp_path / "colour.png", "L").astype("float32")).permute(2, 0, 1)
+    with torch.no_grad():
+        expected = grey.model([{"image": seen}])[0]["instances"]
+    for source in (picture, tmp_path / "colour.png", Image.open(tmp_path / "colour.png")):
+        found = grey(source, threshold=0)
+        assert len(found) == len(expected) > 0
+        assert np.array_equal(found.boxes, expected.pred_boxes.tensor.numpy())
+        assert found.draw().size == (120, 90)
+
+
 def test_batches_change_nothing_but_roundings(detector: Detector, picture: np.ndarray) -> None:
     pictures = [picture, picture[:60], picture[::-1], picture[:60, ::-1], picture[:, :70]]
     alone = detector(pictures, threshold=0)
@@ -133,7 +152,9 @@ def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_p
     assert [abs(int(frame.image.mean()) - 50 * number) < 5 for number, frame in enumerate(frames)] == [True] * 5
     (tmp_path / "broken.mp4").write_bytes(b"no film")
     with pytest.raises(ValueError, match=r"broken\.mp4 cannot be read as a video"):
-        next(detector(tmp_path / "broken.mp4"))
+        detector(tmp_path / "broken.mp4")
+    with pytest.raises(FileNotFoundError, match=r"missing\.mp4 does not exist"):
+        detector("missing.mp4")
 
 
 def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_path: Path) -> None:
@@ -256,6 +277,35 @@ def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match=r"no config found for .*config\.yaml does not exist"):
         Detector.from_pretrained(weights)
     assert Detector.from_pretrained(weights, folder / "config.yaml").class_names == tuple(NAMES)
+
+
+@pytest.mark.parametrize("datasets", [("coco_2017_val",), ("registered_elsewhere",), ()])
+def test_names_are_those_of_the_weights_where_the_config_has_none(
+    datasets: tuple[str, ...], folder: Path, picture: np.ndarray, tmp_path: Path
+) -> None:
+    """The recipes' data set is COCO; one that was registered in Python is unknown to the next process."""
+    values = ["MODEL.DINO.CLASS_NAMES", [], "DATASETS.TRAIN", datasets, "DATASETS.TEST", datasets]
+    detector = Detector.from_pretrained(folder, device="cpu", overrides=values)
+    assert detector.labels == detector.class_names == tuple(NAMES)
+    assert set(detector(picture, threshold=0).names) <= set(NAMES)
+    detector.save_pretrained(tmp_path)
+    assert Detector.from_pretrained(tmp_path, device="cpu").class_names == tuple(NAMES)
+
+
+def test_names_of_a_data_set_with_other_classes_are_not_taken(
+    tiny_config: Callable[..., CfgNode], tmp_path: Path
+) -> None:
+    cfg = tiny_config(CLASS_NAMES=[])
+    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+    detector = Detector(cfg, build_model(cfg))
+    assert detector.labels == ("class 0", "class 1", "class 2", "class 3", "class 4")
+    detector.save_pretrained(tmp_path)
+    assert Detector.from_pretrained(tmp_path, device="cpu").class_names == ()
+
+
+def test_weights_of_another_config_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model_final\.pth does not match the config(.|\n)*DEC_LAYERS"):
+        Detector.from_pretrained(folder, overrides=["MODEL.DINO.DEC_LAYERS", 4])
 
 
 def test_names_that_are_nothing_are_named() -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from .assumptions import EXTRA_STATE, Assumptions
 from .backbone import COMPUTED, DETECTOR_ONLY
 from .classes import CLASS_BIAS, CLASS_ROWS, match_classes
 from .files import check_arrays_only, write_atomically, write_checkpoint
+from .mismatch import explain_mismatch
+
+if TYPE_CHECKING:
+    from fvcore.common.checkpoint import _IncompatibleKeys
 
 LOADABLE = (
     "Supported files: checkpoints written by tools/train_net.py; published DINO weights (official, detrex, MMDet) "
@@ -41,16 +45,17 @@ class DINOCheckpointer(DetectionCheckpointer):
     - copies class rows by name if the weights are for other classes, and logs which;
     - takes the first content queries if the weights have more than the model;
     - rejects files that can run code;
-    - rejects files that hold another model;
+    - rejects files that hold another model, and for evaluation those of another config;
     - writes files atomically, and says what to do about a damaged one.
 
     Loading the optimizer or any other `checkpointables` resumes training, which requires the same classes.
 
     Args:
-        model: a DINO, possibly wrapped for distributed training.
+        model: a DINO, possibly wrapped for distributed training or by `torch.compile`.
         save_dir: folder for checkpoints.
         trust_files: load files that can run code.
-        for_evaluation: reject weights that lack a class or a query of the model, which would be random.
+        for_evaluation: reject weights that lack anything that inference uses, which would be random, such as a class or
+            a query, and weights with parts that the model does not use. Without it, they are a start for training.
         others: as in detectron2, including `checkpointables`.
     """
 
@@ -63,7 +68,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         for_evaluation: bool = False,
         **others: Any,
     ):
-        super().__init__(model, save_dir, **others)
+        super().__init__(_uncompiled(model), save_dir, **others)
+        self.model = _uncompiled(self.model)  # inside a wrapper for distributed training
         self.trust_files, self.for_evaluation = trust_files, for_evaluation
         self._path, self._resumes = "", False
 
@@ -139,10 +145,21 @@ class DINOCheckpointer(DetectionCheckpointer):
             )
         incompatible = super()._load_model(checkpoint)
 
+        if self.for_evaluation:
+            self._check_fit(incompatible)
+            return incompatible
         found = self._parameter_names() - set(incompatible.missing_keys)
         if not self._matches_model(found, names):
             raise self._wrong_model(len(found), names)
         return incompatible
+
+    def _check_fit(self, incompatible: _IncompatibleKeys) -> None:
+        lines = explain_mismatch(incompatible, ignored=OPTIONAL)
+        if lines:
+            raise ValueError(
+                f"{self._path} does not match the config. Use the config that the weights were trained with, or "
+                "correct yours:\n  " + "\n  ".join(lines)
+            )
 
     def _parameter_names(self) -> set[str]:
         return {name for name in self.model.state_dict() if not name.endswith(OPTIONAL)}
@@ -170,6 +187,10 @@ class DINOCheckpointer(DetectionCheckpointer):
             return
         assumed = Assumptions.from_tensor(state[EXTRA_STATE]) if EXTRA_STATE in state else None
         number, own_number = len(state[CLASS_BIAS]), self.model.decoder.num_classes
+        if assumed and not self.model.assumptions.class_names and self.checkpointables and not self._resumes:
+            # A start for training on data without known names, which may have other classes.
+            assumed = replace(assumed, class_names=())
+            state[EXTRA_STATE] = assumed.to_tensor()
         if assumed and len(assumed.class_names) == number and self.model.assumptions.class_names:
             self._copy_by_name(state, assumed)
         elif number != own_number:
@@ -234,3 +255,8 @@ class DINOCheckpointer(DetectionCheckpointer):
         else:
             state[CONTENT] = torch.cat([content, own[CONTENT][count:].to(content)])
             self.logger.warning(f"{problem}. Newly initialised: the last {own_count - count}.")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returns, whose parameters have other names."""
+    return getattr(model, "_orig_mod", model)

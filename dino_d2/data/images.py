@@ -38,10 +38,10 @@ def read_image(path: str | PathLike, image_format: str) -> np.ndarray:
 
     Args:
         path: a file in any format that PIL reads.
-        image_format: "BGR" or "RGB".
+        image_format: "BGR", "RGB" or, for grey, "L".
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, 3) uint8; (H, W, 1) for "L".
 
     Raises:
         UnreadableImage: the file is not an image, or is damaged.

@@ -159,6 +159,8 @@ class DINO(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Check that the weights' assumptions match this model, and take over their score threshold.
 
+        A model without class names takes over theirs, if there is one for each class.
+
         Raises:
             ValueError: they differ; each line of the message names a config key.
         """
@@ -166,7 +168,12 @@ class DINO(nn.Module):
         lines = self.assumptions.contradictions(theirs)
         if lines:
             raise ValueError("The checkpoint was made for another model:\n  " + "\n  ".join(lines))
-        self.assumptions = replace(self.assumptions, score_threshold=theirs.score_threshold)
+        fitting = theirs.class_names if len(theirs.class_names) == self.decoder.num_classes else ()
+        self.assumptions = replace(
+            self.assumptions,
+            score_threshold=theirs.score_threshold,
+            class_names=self.assumptions.class_names or fitting,
+        )
         for_queries = self.inference.query_score_threshold
         if theirs.score_threshold is not None and for_queries > theirs.score_threshold:
             logger.warning(

@@ -236,6 +236,16 @@ def test_score_threshold_comes_with_the_weights_and_goes_with_others(detector: C
         assert other.assumptions.score_threshold is None
 
 
+def test_names_come_with_the_weights_unless_they_are_a_start_for_other_data(detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    evaluated, resumed, started = (detector(NUM_CLASSES=len(OLD)) for _ in range(3))
+    DINOCheckpointer(evaluated, for_evaluation=True).load(path)
+    DINOCheckpointer(resumed, str(tmp_path)).resume_or_load("", resume=True)
+    DINOCheckpointer(started, trainer=nn.Linear(1, 1)).load(path, checkpointables=[])
+    names = [model.assumptions.class_names for model in (evaluated, resumed, started)]
+    assert names == [tuple(OLD), tuple(OLD), ()]
+
+
 def test_detectron2s_own_checkpointer_refuses_other_names(detector: Callable, tmp_path: Path) -> None:
     path = saved(detector(*OLD), tmp_path)
     with pytest.raises(ValueError, match="CLASS_NAMES"):
@@ -248,6 +258,14 @@ def test_names_in_front_of_which_data_parallelism_put_its_own(detector: Callable
     torch.save({"model": state}, tmp_path / "parallel.pth")
     DINOCheckpointer(new).load(str(tmp_path / "parallel.pth"))
     assert torch.equal(class_rows(new)[0, 0], class_rows(old)[0, 3])
+
+
+def test_compiled_model_has_the_names_of_the_plain_one(detector: Callable, tmp_path: Path) -> None:
+    old, new = detector(*OLD), detector(*OLD)
+    DINOCheckpointer(torch.compile(new), for_evaluation=True).load(saved(old, tmp_path))
+    assert torch.equal(class_rows(new), class_rows(old))
+    DINOCheckpointer(torch.compile(new), str(tmp_path)).save("compiled")
+    DINOCheckpointer(detector(*OLD), for_evaluation=True).load(str(tmp_path / "compiled.pth"))
 
 
 # --- fewer queries, and more
@@ -372,6 +390,59 @@ def test_backbone_alone_is_a_start_but_nothing_to_evaluate(detector: Callable, t
     assert all(torch.equal(x, state[f"backbone.{name}"]) for name, x in model.backbone.state_dict().items())
     with pytest.raises(ValueError, match="no class heads"):
         DINOCheckpointer(model, for_evaluation=True).load(path)
+
+
+OTHER_CONFIGS = [  # the config that predicts, the one that was trained, and what is said
+    ({"DEC_LAYERS": 6}, {}, r"not in the weights .*decoder\.layers\.2\..*DEC_LAYERS"),
+    ({"DEC_LAYERS": 1}, {}, r"not used by the model .*decoder\.layers\.1\..*DEC_LAYERS"),
+    ({"ENC_LAYERS": 2}, {}, r"not in the weights .*encoder\.layers\.1\..*ENC_LAYERS"),
+    ({"DIM_FEEDFORWARD": 128}, {}, r"of another shape .*ffn.* \(64,\), \(128,\) in the model.*DIM_FEEDFORWARD"),
+    ({"NHEADS": 8}, {}, r"of another shape .*(attention_weights|sampling_offsets).*NHEADS"),
+    ({"NUM_POINTS": 2}, {}, r"of another shape .*NUM_POINTS"),
+    ({"HIDDEN_DIM": 32}, {}, r"of another shape .*HIDDEN_DIM"),
+    ({"NUM_FEATURE_LEVELS": 5}, {}, r"not in the weights .*neck\..*NUM_FEATURE_LEVELS"),
+    ({"QUERY_SELECTION": "static"}, {}, r"not in the weights .*query_selection\..*QUERY_SELECTION"),
+    ({"QUERY_SELECTION": "pure"}, {}, r"not used by the model .*query_selection\.content\..*QUERY_SELECTION"),
+    (
+        {"INTERLEAVED__FINEST_FEEDFORWARD": 128},
+        {"ENCODER": "interleaved"},
+        r"of another shape .*finest\..*INTERLEAVED\.FINEST_FEEDFORWARD",
+    ),
+    (
+        {"INTERLEAVED__COARSE_UPDATES": 1},
+        {"ENCODER": "interleaved"},
+        r"not used by the model .*coarse\.1\..*INTERLEAVED\.COARSE_UPDATES",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "said"), OTHER_CONFIGS, ids=[str(case[0]) for case in OTHER_CONFIGS])
+def test_weights_of_another_config_are_not_evaluated(
+    ours: dict, theirs: dict, said: str, detector: Callable, tmp_path: Path
+) -> None:
+    path = saved(detector(*OLD, **theirs), tmp_path)
+    with pytest.raises(ValueError, match=rf"weights\.pth does not match the config(.|\n)*{said}"):
+        DINOCheckpointer(detector(*OLD, **theirs, **ours), for_evaluation=True).load(path)
+    DINOCheckpointer(detector(*OLD, **theirs), for_evaluation=True).load(path)
+
+
+def test_weights_on_another_backbone_are_not_evaluated(
+    detector: Callable, tiny_config: Callable, tmp_path: Path
+) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    cfg = tiny_config(NUM_CLASSES=len(OLD), CLASS_NAMES=OLD)
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
+    with pytest.raises(ValueError, match=r"of another shape .*backbone\.body.*MODEL\.BACKBONE\.NAME .*TIMM"):
+        DINOCheckpointer(build_model(cfg), for_evaluation=True).load(path)
+    DINOCheckpointer(build_model(cfg)).load(path)  # a start for training still
+
+
+@pytest.mark.parametrize("ours", [{"DN__TYPE": "none"}, {"LOOK_FORWARD": "once"}])
+def test_what_only_training_uses_may_differ_in_evaluation(ours: dict, detector: Callable, tmp_path: Path) -> None:
+    path = saved(detector(*OLD), tmp_path)
+    DINOCheckpointer(detector(*OLD, **ours), for_evaluation=True).load(path)
+    path = saved(detector(*OLD, **ours), tmp_path)
+    DINOCheckpointer(detector(*OLD), for_evaluation=True).load(path)
 
 
 # --- files that could run code

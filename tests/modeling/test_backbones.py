@@ -92,6 +92,25 @@ def test_exactly_what_makes_the_first_maps_is_frozen(name: str, freeze_at: int) 
     assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == makers
 
 
+def test_freezing_more_than_a_timm_model_has_is_an_error() -> None:
+    timm_backbone(freeze_at=5)
+    with pytest.raises(ValueError, match=r"FREEZE_AT is 6; for the timm model mobilenetv2_050 it must be 0 to 5"):
+        timm_backbone(freeze_at=6)
+
+
+@pytest.mark.parametrize("name", ["build_swin_backbone", "build_vitdet_backbone"])
+def test_freezing_a_transformer_has_no_effect_and_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The recipes inherit 2 from the base config, and the published models were trained whole."""
+    cfg = config(name)
+    cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS = 12, [1, 1, 1, 1]
+    cfg.MODEL.VITDET.EMBED_DIM, cfg.MODEL.VITDET.DEPTH, cfg.MODEL.VITDET.GLOBAL_BLOCKS = 48, 1, [0]
+    for freeze_at, warned in ((0, False), (2, False), (4, True)):
+        cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+        caplog.clear()
+        assert all(parameter.requires_grad for parameter in build_backbone(cfg).parameters())
+        assert (f"FREEZE_AT is {freeze_at}, but {name} freezes nothing" in caplog.text) is warned
+
+
 @pytest.fixture(scope="module")
 def channels_last_backbone() -> TimmBackbone:
     """Of those timm models that put channels last, one that takes images of any size: 48 channels at stride 4."""

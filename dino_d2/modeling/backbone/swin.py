@@ -10,10 +10,16 @@ from torch import Tensor
 
 from dino_d2.modeling.layers import maybe_checkpoint
 
+from .freezing import warn_of_freezing
+
 
 @BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinTransformer:
-    """Build a Swin transformer from `MODEL.SWIN`. Its feature maps are p0 to p3 (strides 4 to 32)."""
+    """Build a Swin transformer from `MODEL.SWIN`. Its feature maps are p0 to p3 (strides 4 to 32).
+
+    All of it is trained, as in the published recipes: `MODEL.BACKBONE.FREEZE_AT` does not apply.
+    """
+    warn_of_freezing(cfg)
     s = cfg.MODEL.SWIN
     swin = SwinTransformer(
         in_chans=input_shape.channels,

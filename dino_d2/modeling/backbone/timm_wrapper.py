@@ -27,6 +27,10 @@ class TimmBackbone(Backbone):
         freeze_at: as in detectron2: 0 trains everything, 1 freezes the layers up to timm's map 0 (the stem), 2 those
             up to map 1, and so on.
         norm_maps: apply a newly initialised LayerNorm over the channels of each map.
+
+    Raises:
+        ValueError: `freeze_at` is more than the model has, or not supported for it.
+        OSError: timm could not fetch the weights.
     """
 
     def __init__(
@@ -58,6 +62,10 @@ class TimmBackbone(Backbone):
         # Some of timm's transformers return (B, h, w, channels).
         self.channels_last_maps = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.body.feature_info
+        if freeze_at > len(info.info):
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; for the timm model {name} it must be 0 to {len(info.info)}"
+            )
         if freeze_at > 0:
             self._freeze_up_to(info.info[freeze_at - 1]["module"])
         self._out_features = [f"stage{index}" for index in out_indices]

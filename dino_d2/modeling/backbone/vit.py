@@ -10,6 +10,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
+from .freezing import warn_of_freezing
+
 PATCH_SIZE = 16
 
 
@@ -18,11 +20,13 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeature
     """Build a plain ViT and its feature pyramid from `MODEL.VITDET`. The maps are p3 to p6 (strides 8 to 64).
 
     Images are not padded to squares or whole patches: as in detrex, where the published weights were trained, up to 15
-    pixels at the right and bottom are not part of any patch.
+    pixels at the right and bottom are not part of any patch. All of it is trained: `MODEL.BACKBONE.FREEZE_AT` does not
+    apply.
 
     Raises:
         ValueError: a global block index is out of range.
     """
+    warn_of_freezing(cfg)
     v = cfg.MODEL.VITDET
     if not set(v.GLOBAL_BLOCKS) <= set(range(v.DEPTH)):
         raise ValueError(
