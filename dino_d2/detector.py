@@ -148,10 +148,13 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class.
+            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class, a
+                `batch_size` below 1.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         check_classes(classes, self.labels)
         threshold = self.threshold if threshold is None else threshold
         path = Path(images) if isinstance(images, str | PathLike) else None

@@ -151,6 +151,12 @@ def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_p
         detector(picture, channel_order="gbr")
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_have_at_least_one_picture(detector: Detector, picture: np.ndarray, size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size is {size}; it must be at least 1"):
+        detector([picture, picture], batch_size=size)
+
+
 def test_half_precision_finds_nearly_the_same(folder: Path, detector: Detector, picture: np.ndarray) -> None:
     half = Detector.from_pretrained(folder, device="cpu", dtype="bfloat16")
     assert half.cfg.TEST.AMP.ENABLED
