@@ -148,8 +148,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image, an array of the wrong shape or type, an unknown class, a
-                `batch_size` below 1.
+            ValueError: a file that is not an image, an array of the wrong shape or type, an image without pixels, an
+                unknown class, a `batch_size` below 1.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
@@ -198,6 +198,9 @@ class Detector:
         images = iter(images)
         while batch := [_as_rgb(image, channel_order) for image in islice(images, batch_size)]:
             arrays = [array for _, array in batch]
+            for array in arrays:
+                if not array.size:
+                    raise ValueError(f"the image is empty: {array.shape}")
             found = [self._predict_tiles(array, tile) for array in arrays] if tile else self._predict(arrays)
             for (source, array), instances in zip(batch, found, strict=True):
                 detections = self._as_detections(instances, array.shape[:2], source).above(threshold)

@@ -151,6 +151,14 @@ def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_p
         detector(picture, channel_order="gbr")
 
 
+@pytest.mark.parametrize("shape", [(0, 80), (80, 0)])
+def test_pictures_without_pixels_are_named(detector: Detector, shape: tuple[int, int]) -> None:
+    empty = np.zeros((*shape, 3), np.uint8)
+    for image in (empty, [empty], Image.new("RGB", shape[::-1])):
+        with pytest.raises(ValueError, match=rf"the image is empty: \({shape[0]}, {shape[1]}, 3\)"):
+            detector(image)
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_batches_have_at_least_one_picture(detector: Detector, picture: np.ndarray, size: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size is {size}; it must be at least 1"):
