@@ -148,8 +148,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image, an array of the wrong shape or type, an image without pixels, an
-                unknown class, a `batch_size` below 1.
+            ValueError: a file that is not an image, an array of the wrong shape or type, an image without pixels or
+                with values of unknown range, an unknown class, a `batch_size` below 1.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")

@@ -405,6 +405,21 @@ def test_deep_pictures_are_the_same_by_path_and_as_pil_image(detector: Detector,
     assert same(detector(Image.open(tmp_path / "deep.png"), threshold=0), by_path)
 
 
+@pytest.mark.parametrize("factor", [np.float32(1 / 255), np.int32(1000), np.int32(-1)])
+def test_pil_images_of_unknown_range_are_refused_as_their_files_are(
+    factor: np.number, detector: Detector, picture: np.ndarray, tmp_path: Path
+) -> None:
+    measured = Image.fromarray(picture[:, :, 0].astype(factor.dtype) * factor)
+    measured.save(tmp_path / "measured.tif")
+    for image, name in (
+        (tmp_path / "measured.tif", r"measured\.tif"),
+        (Image.open(tmp_path / "measured.tif"), r"measured\.tif"),
+        (measured, "the image"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has pixel values of unknown range .* 8 or 16 bits"):
+            detector(image)
+
+
 def test_weights_of_two_hosts_are_not_confused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINO_D2_CACHE", str(tmp_path))
     config = folder / "config.yaml"
