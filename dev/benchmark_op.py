@@ -126,8 +126,7 @@ def contestants(problem: Problem) -> list[Contestant]:
         return tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
 
     def grid_sample(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        wide = value.to(locations.dtype)  # half-precision locations would be wrong by whole pixels
-        return ms_deform_attn_reference(wide, shapes, locations, weights).to(value.dtype)
+        return ms_deform_attn_reference(value, shapes, locations, weights)
 
     def plain(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn(value, shapes, None, locations, weights)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Category ids of COCO's 80 classes, in order.
 COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 DEFAULT_THRESHOLD = 0.3  # of the score, where weights come without one of their own
 FIRST_AND_LAST_OF_COCO = ("person", "toothbrush")
 # Distinguishable on photographs and by colour-blind readers (Okabe and Ito), lightest first.
@@ -265,7 +266,11 @@ def number_categories(class_names: Sequence[str]) -> Sequence[int]:
 
 
 def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
-    """A new PIL image in RGB, rotated according to its EXIF data."""
+    """A new PIL image in RGB, rotated according to its EXIF data.
+
+    Raises:
+        ValueError: the range of its pixel values is unknown; no image is given.
+    """
     from PIL import Image
 
     from .orientation import as_seen
@@ -277,10 +282,29 @@ def as_picture(image: str | PathLike | Image | np.ndarray | None) -> Image:
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
             return as_picture(file)
-    picture = as_seen(image)
-    if picture.mode.startswith("I"):  # 16 bits: PIL would clip
-        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-    return picture.convert("RGB")
+    return with_8_bits(as_seen(image), getattr(image, "filename", "") or "the image").convert("RGB")
+
+
+def with_8_bits(picture: Image, name: str) -> Image:
+    """Pictures of 16 bits with their upper 8, as PIL reads them in colour; pictures of 8 bits as they are.
+
+    Args:
+        picture: its mode tells.
+        name: for the error.
+
+    Raises:
+        ValueError: the range of its pixel values is unknown.
+    """
+    from PIL import Image
+
+    if not picture.mode.startswith(DEEP_MODES):
+        return picture
+    grey = np.asarray(picture)
+    if picture.mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
+        raise ValueError(
+            f"{name} has pixel values of unknown range (PIL mode {picture.mode}): save it with 8 or 16 bits per channel"
+        )
+    return Image.fromarray((grey // 256).astype(np.uint8))
 
 
 def _draw(detections: Detections, picture: Image) -> Image:

@@ -151,11 +151,14 @@ class Detector:
 
         Raises:
             FileNotFoundError: the file does not exist, or the folder has no images.
-            ValueError: a file that is not an image or video, an array of the wrong shape or type, an unknown class.
+            ValueError: a file that is not an image or video, an array of the wrong shape or type, an image without
+                pixels or with values of unknown range, an unknown class, a `batch_size` below 1.
             ImportError: a video, without OpenCV.
         """
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {channel_order!r}; it must be 'rgb' or 'bgr'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         check_classes(classes, self.labels)
         threshold = self.threshold if threshold is None else threshold
         path = Path(images) if isinstance(images, str | PathLike) else None
@@ -199,6 +202,9 @@ class Detector:
         images = iter(images)
         while batch := [_as_rgb(image, channel_order) for image in islice(images, batch_size)]:
             arrays = [array for _, array in batch]
+            for array in arrays:
+                if not array.size:
+                    raise ValueError(f"the image is empty: {array.shape}")
             found = [self._predict_tiles(array, tile) for array in arrays] if tile else self._predict(arrays)
             for (source, array), instances in zip(batch, found, strict=True):
                 detections = self._as_detections(instances, array.shape[:2], source).above(threshold)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .library import compiled, warn_about_fallback
-from .reference import attention_weights_of, ms_deform_attn_reference, sampling_locations_of
+from .reference import accumulation_dtype, attention_weights_of, ms_deform_attn_reference, sampling_locations_of
 
 
 def ms_deform_attn(
@@ -47,14 +47,14 @@ def ms_deform_attn(
     """
     shapes = _shapes_on_host(spatial_shapes)
     _check(value, shapes, level_start_index, sampling_locations, attention_weights)
-    accumulate = _accumulation_dtype(value)
+    if not compiled(value.device.type):
+        warn_about_fallback(value.device.type)
+        return ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
+    accumulate = accumulation_dtype(value)
     locations, weights = sampling_locations.to(accumulate), attention_weights.to(accumulate)
     if value.device.type == "cpu" and value.dtype == torch.float16:
         # Most CPUs have no float16 arithmetic, and there is no kernel: float32 differs only in the final rounding.
         return ms_deform_attn(value.float(), shapes, None, locations, weights).to(value.dtype)
-    if not compiled(value.device.type):
-        warn_about_fallback(value.device.type)
-        return ms_deform_attn_reference(value.to(accumulate), shapes, locations, weights).to(value.dtype)
     return torch.ops.dino_d2.ms_deform_attn(value, _flat(shapes), locations, weights)
 
 
@@ -88,7 +88,7 @@ def ms_deform_attn_fused(
     _check_value(value, shapes)
     _check_sampling(value, shapes, sampling_offsets, attention_logits, ("sampling_offsets", "attention_logits"))
     _check_reference(value, sampling_offsets, reference)
-    accumulate = _accumulation_dtype(value)
+    accumulate = accumulation_dtype(value)
     device, reference = value.device.type, reference.to(accumulate)
     differentiates_reference = torch.is_grad_enabled() and reference.requires_grad
     separate = not compiled(device) or differentiates_reference or (device == "cpu" and value.dtype == torch.float16)
@@ -174,10 +174,6 @@ def _check_dtype_and_device(value: Tensor, tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
 
 
-def _accumulation_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 # Registration of the two operators. `sampling` are the tensors after spatial_shapes: locations and weights; or
 # reference, offsets and logits. The last two have gradients.
 
@@ -192,7 +188,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, positions, weights, value_needs_grad, sampling_needs_grad, _ = sampling_and_needs_grad
     return (
-        value.new_empty(value.shape if value_needs_grad else (0,), dtype=_accumulation_dtype(value)),
+        value.new_empty(value.shape if value_needs_grad else (0,), dtype=accumulation_dtype(value)),
         positions.new_empty(positions.shape if sampling_needs_grad else (0,)),
         weights.new_empty(weights.shape if sampling_needs_grad else (0,)),
     )

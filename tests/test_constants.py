@@ -1,4 +1,6 @@
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dino_d2.constants import constant
 
@@ -45,3 +47,14 @@ def test_recorded_graph_keeps_nothing() -> None:
     before = len(calls)
     assert torch.equal(zeros(4, torch.float32), torch.zeros(4))
     assert len(calls) == before + 1
+
+
+def test_tensors_of_a_dispatch_mode_stay_in_it() -> None:
+    zeros, _ = counted()
+    with FakeTensorMode():
+        assert (torch.ones(2) + zeros(2, torch.float32)).shape == (2,)
+    make_fx(lambda x: x + zeros(3, x.dtype))(torch.ones(3))
+    for size in (2, 3):
+        assert type(zeros(size, torch.float32)) is torch.Tensor
+        with FakeTensorMode():
+            assert (torch.ones(size) + zeros(size, torch.float32)).shape == (size,)

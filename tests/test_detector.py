@@ -172,6 +172,20 @@ def test_wrong_pictures_are_named(detector: Detector, picture: np.ndarray, tmp_p
         detector(picture, channel_order="gbr")
 
 
+@pytest.mark.parametrize("shape", [(0, 80), (80, 0)])
+def test_pictures_without_pixels_are_named(detector: Detector, shape: tuple[int, int]) -> None:
+    empty = np.zeros((*shape, 3), np.uint8)
+    for image in (empty, [empty], Image.new("RGB", shape[::-1])):
+        with pytest.raises(ValueError, match=rf"the image is empty: \({shape[0]}, {shape[1]}, 3\)"):
+            detector(image)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_have_at_least_one_picture(detector: Detector, picture: np.ndarray, size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size is {size}; it must be at least 1"):
+        detector([picture, picture], batch_size=size)
+
+
 def test_half_precision_finds_nearly_the_same(folder: Path, detector: Detector, picture: np.ndarray) -> None:
     half = Detector.from_pretrained(folder, device="cpu", dtype="bfloat16")
     assert half.cfg.TEST.AMP.ENABLED
@@ -439,6 +453,21 @@ def test_deep_pictures_are_the_same_by_path_and_as_pil_image(detector: Detector,
     Image.fromarray(deep).save(tmp_path / "deep.png")
     by_path = detector(tmp_path / "deep.png", threshold=0)
     assert same(detector(Image.open(tmp_path / "deep.png"), threshold=0), by_path)
+
+
+@pytest.mark.parametrize("factor", [np.float32(1 / 255), np.int32(1000), np.int32(-1)])
+def test_pil_images_of_unknown_range_are_refused_as_their_files_are(
+    factor: np.number, detector: Detector, picture: np.ndarray, tmp_path: Path
+) -> None:
+    measured = Image.fromarray(picture[:, :, 0].astype(factor.dtype) * factor)
+    measured.save(tmp_path / "measured.tif")
+    for image, name in (
+        (tmp_path / "measured.tif", r"measured\.tif"),
+        (Image.open(tmp_path / "measured.tif"), r"measured\.tif"),
+        (measured, "the image"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has pixel values of unknown range .* 8 or 16 bits"):
+            detector(image)
 
 
 def test_weights_of_two_hosts_are_not_confused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

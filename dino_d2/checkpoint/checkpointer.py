@@ -36,6 +36,9 @@ LOADABLE = (
 BACKBONE_SHARE = 0.9
 # Learned per query: its content and, for static queries, its anchor.
 CONTENT, ANCHORS = "query_selection.content.weight", "query_selection.anchor_logits.weight"
+# What torch and `check_arrays_only` say of an object that only code can make, and torch between advice for its callers.
+GLOBAL, TORCH_REASON = re.compile(r"GLOBAL (\S+)"), re.compile(r"WeightsUnpickler error: (.*)")
+GIT_LFS = b"version https://git-lfs"  # how its pointers begin
 OPTIONAL = (EXTRA_STATE, *COMPUTED, "running_mean", "running_var")  # names that a file may lack
 
 
@@ -106,20 +109,24 @@ class DINOCheckpointer(DetectionCheckpointer):
             if filename.endswith(".safetensors"):
                 return {"model": load_file(filename)}
             return super()._load_file(filename)
-        except pickle.UnpicklingError as error:
-            global_name = re.search(r"GLOBAL (\S+)", str(error))  # the rest is advice for callers of torch.load
-            reason = f"it uses {global_name[1]}" if global_name else str(error)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
+            used = GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if used:
+                raise ValueError(
+                    f"{self._path} holds more than weights, and loading it could run code: it uses {used[1]}\n"
+                    "For weights published with their training settings, use tools/convert_checkpoint.py, which runs "
+                    "nothing. If you trust the file, set MODEL.TRUST_WEIGHTS True."
+                ) from error
+            reason = TORCH_REASON.search(str(error))
             raise ValueError(
-                f"{self._path} holds more than weights, and loading it could run code: {reason}\n"
-                "For weights published with their training settings, use tools/convert_checkpoint.py, which runs "
-                "nothing. If you trust the file, set MODEL.TRUST_WEIGHTS True."
-            ) from error
-        except (RuntimeError, EOFError, IndexError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"{filename} is damaged or not a checkpoint ({error}). {self._advice(filename)}"
+                f"{filename} is damaged or not a checkpoint ({reason[1] if reason else error}). "
+                f"{self._advice(filename)}"
             ) from error
 
     def _advice(self, damaged: str) -> str:
+        with open(damaged, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                return "It is a pointer of git-lfs, not the file itself, which `git lfs pull` gets."
         others = sorted(Path(damaged).parent.glob("model_*.pth"), key=lambda path: path.stat().st_mtime)
         earlier = [str(path) for path in others if path != Path(damaged) and not path.stem.endswith("_ema")]
         if not self._resumes or not earlier:

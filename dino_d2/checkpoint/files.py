@@ -31,7 +31,7 @@ ARRAYS = {
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it uses {module}.{name}")
+            raise pickle.UnpicklingError(f"unsupported GLOBAL {module}.{name}")  # as torch says it
         return super().find_class(module, name)
 
 
@@ -39,7 +39,7 @@ def check_arrays_only(path: str | Path) -> None:
     """Check that a .pkl file holds only arrays, without running anything else.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else; the message names it.
+        pickle.UnpicklingError: it holds anything else, which the message names as "GLOBAL …"; or it is damaged.
     """
     with open(path, "rb") as file:
         _ArraysOnly(file, encoding="latin1").load()

@@ -13,12 +13,12 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+from dino_d2.detections import DEEP_MODES, with_8_bits
 from dino_d2.orientation import as_seen, size_as_seen
 
 TIMEOUT = 30  # seconds, for a URL
 LARGEST_DOWNLOAD = 256 << 20  # bytes
 SUFFIXES = {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-DEEP_MODES = ("I", "F")  # prefixes of PIL's modes with more than 8 bits; converting those clips at 255
 
 
 def images_in(folder: Path, recursive: bool = False) -> list[Path]:
@@ -71,25 +71,19 @@ def read_reduced(
     try:
         with _open(path) as file:
             image = Image.open(file)
-            mode, whole = image.mode, size_as_seen(image)[::-1]
+            whole = size_as_seen(image)[::-1]
             if shorter_side is not None:
                 image.draft(None, (shorter_side, shorter_side))
             image = as_seen(image)
-            if not mode.startswith(DEEP_MODES):
+            if not image.mode.startswith(DEEP_MODES):
                 return detection_utils.convert_PIL_to_numpy(image, image_format), whole
-            grey = np.asarray(image)
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImage(f"{path} cannot be read as an image: unknown format") from error
     except Exception as error:  # decoders raise all kinds
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
-    if mode.startswith("F") or grey.min() < 0 or grey.max() >= 2**16:
-        raise ValueError(
-            f"{path} has pixel values of unknown range (PIL mode {mode}): save it with 8 or 16 bits per channel"
-        )
-    eight_bits = Image.fromarray((grey // 256).astype(np.uint8))
-    return detection_utils.convert_PIL_to_numpy(eight_bits, image_format), whole
+    return detection_utils.convert_PIL_to_numpy(with_8_bits(image, path), image_format), whole
 
 
 def _open(path: str) -> IO[bytes]:

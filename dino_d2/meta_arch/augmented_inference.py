@@ -65,7 +65,8 @@ class TestTimeAugmentation:
             return found[0]
         together = Instances.cat(list(found))
         boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
-        best_first = batched_nms(boxes, scores, classes, self.nms_threshold)
+        # detectron2 makes the boxes float32, and torchvision wants one dtype
+        best_first = batched_nms(boxes, scores.float(), classes, self.nms_threshold)
         return together[best_first[: self.max_detections]]
 
 

@@ -27,12 +27,26 @@ class PackedWeights:
 
 
 class QuantizableLinear(nn.Linear):
-    """`nn.Linear` which :func:`multiply_in_int8` can switch over. Training and checkpoints do not change."""
+    """`nn.Linear` which :func:`multiply_in_int8` can switch over. Training and checkpoints do not change.
+
+    Rounded weights are kept in evaluation mode, until `train` or `eval` is called, weights are loaded, or gradients are
+    recorded: PyTorch tells of a change in place, but not of one by a fused optimizer or through `.data`.
+    """
 
     int8 = False
     _packed: PackedWeights | None = None
 
+    def train(self, mode: bool = True) -> QuantizableLinear:
+        self._packed = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._packed is not None and torch.is_grad_enabled():
+            self._packed = None  # an optimizer may follow
         if not self.int8 or torch.is_grad_enabled() or x.dtype != torch.float32 or x.numel() == 0:
             return super().forward(x)
         low, high = (bound.item() for bound in x.aminmax())
@@ -51,8 +65,9 @@ class QuantizableLinear(nn.Linear):
         return result.view(*x.shape[:-1], self.out_features)
 
     def _pack(self) -> PackedWeights:
-        version = (self.weight.data_ptr(), self.weight._version)
-        if self._packed is None or self._packed.version != version:
+        # Tensors made in inference mode count no versions.
+        version = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
+        if self.training or self._packed is None or self._packed.version != version:
             scales = (self.weight.abs().amax(1) / LARGEST_WEIGHT).clamp(min=torch.finfo(torch.float32).tiny)
             rounded = (self.weight / scales[:, None]).round().to(torch.int8)
             weights = torch.ops.onednn.qlinear_prepack(rounded, None)

@@ -478,11 +478,40 @@ def test_file_that_could_run_code_is_loaded_for_those_who_trust_it(
     assert torch.equal(class_rows(new), class_rows(old))
 
 
-def test_what_a_file_asks_for_is_said(detector: Callable, tmp_path: Path) -> None:
-    path = str(tmp_path / "published.pth")
-    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path)
-    with pytest.raises(ValueError, match=r"published\.pth .* it uses argparse\.Namespace\n.*convert_checkpoint"):
-        DINOCheckpointer(detector(*OLD)).load(path)
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_what_a_file_asks_for_is_said(suffix: str, detector: Callable, tmp_path: Path) -> None:
+    path = tmp_path / f"published.{suffix}"
+    content = {"model": {}, "args": argparse.Namespace(lr=1)}
+    if suffix == "pth":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    complaint = rf"published\.{suffix} .* it uses argparse\.Namespace\n.*convert_checkpoint"
+    with pytest.raises(ValueError, match=complaint):
+        DINOCheckpointer(detector(*OLD)).load(str(path))
+
+
+NO_CHECKPOINTS = {
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n",
+    "page": b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "text": b"Internal Server Error",
+    "cut": pickle.dumps({"model": {"weight": np.ones(1000)}})[:-50],
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl", "safetensors"])
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_file_that_is_no_checkpoint_is_not_taken_for_code(
+    kind: str, suffix: str, detector: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{kind}.{suffix}"
+    path.write_bytes(NO_CHECKPOINTS[kind])
+    with pytest.raises(ValueError, match=rf"{kind}\.{suffix} is damaged or not a checkpoint") as caught:
+        DINOCheckpointer(detector(*OLD)).load(str(path))
+    message = str(caught.value)
+    assert not any(word in message for word in ("TRUST", "trust", "weights_only"))
+    assert ("git lfs pull" in message) == (kind == "pointer")
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +36,27 @@ else:
     raise AssertionError("load_config without torch")
 assert not hasattr(dino_d2, "nonsense")
 """
+
+# With nothing but the copies, Python, onnxruntime, NumPy and Pillow.
+COPIED = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw, ImageFont
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path[:] = [str(Path.cwd()), *(path for path in sys.path[1:] if "site-packages" not in path)]
+from dino_d2.deploy import OnnxPredictor
+
+found = OnnxPredictor(sys.argv[1])(np.full((90, 120, 3), 128, np.uint8))
+assert found.draw().size == (120, 90)
+modules = {name: module for name, module in sys.modules.items() if name.startswith("dino_d2.")}
+assert all(Path(module.__file__).is_relative_to(Path.cwd()) for module in modules.values()), modules
+print(len(found))
+"""
+ROOT = Path(__file__).parents[2]
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -64,6 +89,24 @@ def test_sizes_are_those_of_detectron2() -> None:
 def test_torch_is_not_needed() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_files_that_the_documentation_names_work_by_themselves(onnx_file: Path, tmp_path: Path) -> None:
+    passage = re.search(r"or copy these files(.*?)\n\n", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)[1]
+    names = re.findall(r"`(dino_d2/\S+\.py)`", passage)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    result = subprocess.run(
+        [sys.executable, "-c", COPIED, str(onnx_file)],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(OnnxPredictor(onnx_file)(np.full((90, 120, 3), 128, np.uint8))) > 0
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

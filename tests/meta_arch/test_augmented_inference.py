@@ -118,6 +118,13 @@ def test_image_without_detections_has_none() -> None:
     assert result.image_size == (40, 50)
 
 
+def test_model_in_float64(augmented: Callable) -> None:
+    model, image = augmented([64, 96], flip=True), noise(70, 90)
+    (found,) = predict(model.double(), image)
+    assert found.scores.dtype == torch.float64
+    assert len(found) > 0
+
+
 def test_merging_drops_what_overlaps_a_surer_one_of_its_class() -> None:
     first = instances([[0, 0, 50, 50], [50, 50, 90, 90]], [0.5, 0.4], [0, 0])
     second = instances([[0, 0, 50, 48], [0, 0, 50, 49], [0, 0, 50, 30]], [0.9, 0.3, 0.2], [0, 1, 0])

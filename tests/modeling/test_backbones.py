@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
+from timm.layers import convert_sync_batchnorm as timm_convert
 from torch import nn
 
 from dino_d2 import add_dino_config
@@ -16,6 +18,7 @@ from dino_d2.modeling.backbone import TimmBackbone, timm_wrapper
 from dino_d2.modeling.backbone.frozen_norm import (
     ConvWithFrozenNorm,
     ConvWithNextNorm,
+    FoldedBatchNorm,
     fold_following_norms,
     fold_for_good,
     fold_frozen_norms,
@@ -60,8 +63,8 @@ def test_timm_maps_are_as_announced_for_odd_sizes() -> None:
     assert_maps_are_as_announced(timm_backbone(), 33, 47)
 
 
-def batch_norms(backbone: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+def batch_norms(backbone: nn.Module) -> list[nn.Module]:
+    return [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d | FoldedBatchNorm)]
 
 
 def test_frozen_batchnorm_ignores_the_batch() -> None:
@@ -321,6 +324,31 @@ def test_norms_of_timm_are_folded_where_nothing_else_uses_the_convolution(
     assert not [module for module in folded.modules() if isinstance(module, ConvWithNextNorm)]
     for level, map_ in folded(image).items():
         torch.testing.assert_close(map_, maps[0][level])
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, FrozenBatchNorm2d.convert_frozen_batchnorm, timm_convert]
+)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])  # whose norms are all folded
+def test_converters_of_batch_norms_leave_the_folded_ones(
+    name: str, convert: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folded = frozen_timm(name, monkeypatch)
+    folded.eval()
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected, norms = folded(image), [m for m in folded.modules() if isinstance(m, FoldedBatchNorm)]
+    converted = convert(folded).eval()
+    assert norms
+    assert [m for m in converted.modules() if isinstance(m, FoldedBatchNorm)] == norms
+    for level, map_ in converted(image).items():
+        torch.testing.assert_close(map_, expected[level])
+
+
+def test_folded_norms_load_files_without_counts_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch before 0.4.1, as batch norms do."""
+    plain, folded = frozen_timm("resnet18", monkeypatch)
+    state = {name: x for name, x in plain.state_dict().items() if not name.endswith("num_batches_tracked")}
+    folded.load_state_dict(OrderedDict(state))
 
 
 def test_trained_norms_of_timm_are_not_folded() -> None:

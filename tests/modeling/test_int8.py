@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from dino_d2.engine.optimizer import ClippedAdamW
 from dino_d2.modeling.build import int8_of_config
 from dino_d2.modeling.int8 import QuantizableLinear, multiply_in_int8
 
@@ -76,6 +78,57 @@ def test_changed_weights_are_rounded_again(layer: QuantizableLinear) -> None:
         torch.testing.assert_close(layer(x), 2 * before)
         layer.load_state_dict({"weight": torch.zeros(48, 64), "bias": torch.ones(48)})
         torch.testing.assert_close(layer(x), torch.ones(4, 48))
+
+
+def train_in_between(layer: QuantizableLinear, x: Tensor, optimizer: ClippedAdamW) -> None:
+    layer.train()
+    layer(x).sum().backward()
+    optimizer.step()
+    layer.eval()
+
+
+def train_in_evaluation_mode(layer: QuantizableLinear, x: Tensor, optimizer: ClippedAdamW) -> None:
+    layer(x).sum().backward()
+    optimizer.step()
+
+
+def evaluate_in_training_mode(layer: QuantizableLinear, x: Tensor, optimizer: ClippedAdamW) -> None:
+    layer.train()
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+    optimizer.step()
+
+
+def change_the_data(layer: QuantizableLinear, x: Tensor, optimizer: ClippedAdamW) -> None:
+    layer.weight.data.mul_(3)
+    layer.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [train_in_between, train_in_evaluation_mode, evaluate_in_training_mode, change_the_data]
+)
+def test_weights_whose_version_does_not_change_are_rounded_again(layer: QuantizableLinear, change: Callable) -> None:
+    """The version is the tensor's own count of changes. Fused optimizers do not raise it."""
+    optimizer = ClippedAdamW(layer.parameters(), 1.0, max_norm=1.0, norm_type=2.0)
+    multiply_in_int8(layer.eval())
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        layer(x)
+    change(layer, x, optimizer)
+    with torch.no_grad():
+        result = layer(x)
+    torch.testing.assert_close(result, in_int8(layer, x), rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_a_layer_made_in_inference_mode_can_be_used_and_loaded() -> None:
+    layer = QuantizableLinear(64, 48).eval()
+    multiply_in_int8(layer)
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(layer(x), exact(layer, x), rtol=0, atol=0.1)
+    layer.load_state_dict({"weight": torch.zeros(48, 64), "bias": torch.ones(48)})
+    torch.testing.assert_close(layer(x), torch.ones(4, 48))
 
 
 def test_used_layer_can_be_copied_and_saved(layer: QuantizableLinear, tmp_path) -> None:

@@ -104,15 +104,16 @@ def test_float32_is_as_accurate_as_reference(channels: int, layout: str, device:
 
 
 @on_each_device
+@pytest.mark.parametrize("function", [op, reference])
 @pytest.mark.parametrize("channels", [1, 5, 16, 32, 64, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, channels: int, device: str) -> None:
+def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, channels: int, function, device: str) -> None:
     problem = make_problem(PYRAMID, channels=channels, device=device, dtype=torch.float32)
     problem = problem._replace(value=problem.value.to(dtype))
     grad = torch.randn(2, 9, 2 * channels, device=device).to(dtype)
     truths = output_and_gradients(reference, problem.to(torch.float64), grad.double())
     stored_as = (dtype, dtype, torch.float32, torch.float32)
-    for ours, truth, kept in zip(output_and_gradients(op, problem, grad), truths, stored_as, strict=True):
+    for ours, truth, kept in zip(output_and_gradients(function, problem, grad), truths, stored_as, strict=True):
         assert ours.dtype == kept
         assert_error_at_most(ours, truth.to(kept), truth, torch.finfo(torch.float32).eps)
 
@@ -296,16 +297,19 @@ def test_inputs_need_not_be_contiguous(device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("place", [-5.0, 7.0, 1e30, -1e30, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("function", [op, reference])
+@pytest.mark.parametrize("place", [-5.0, 7.0, 1e30, -1e30, 3e38, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [5, 16])
-def test_sample_outside_contributes_nothing(place: float, channels: int, dtype: torch.dtype, device: str) -> None:
+def test_sample_outside_contributes_nothing(
+    place: float, channels: int, dtype: torch.dtype, function, device: str
+) -> None:
     problem = make_problem(PYRAMID, channels=channels, dtype=dtype, device=device)
     grad = torch.randn(2, 9, 2 * channels, device=device, dtype=dtype)
     locations, weights = problem.locations.clone(), problem.weights.clone()
     locations[..., 0, 0], weights[..., 0] = place, 0
     expected = output_and_gradients(op, problem._replace(weights=weights), grad)
-    ours = output_and_gradients(op, problem._replace(locations=locations), grad)
+    ours = output_and_gradients(function, problem._replace(locations=locations), grad)
     torch.testing.assert_close(ours[0], expected[0])
     torch.testing.assert_close(ours[1], expected[1])
     assert (ours[2][..., 0, :] == 0).all()
@@ -443,14 +447,19 @@ def test_result_keeps_dtype_of_value_under_autocast(device: str) -> None:
     problem = make_problem(PYRAMID, dtype=torch.float32, device=device)
     with torch.autocast(device, torch.bfloat16):
         torch.testing.assert_close(op(problem), reference(problem))
-        assert op(problem._replace(value=problem.value.bfloat16())).dtype == torch.bfloat16
+        halves = problem._replace(value=problem.value.bfloat16())
+        results = [op(halves), reference(halves)]
+    truth = reference(halves._replace(value=halves.value.float()))
+    for result in results:
+        torch.testing.assert_close(result, truth.bfloat16())
 
 
 @on_each_device
-def test_half_locations_and_weights_are_widened_and_get_half_gradients(device: str) -> None:
+@pytest.mark.parametrize("function", [op, reference])
+def test_half_locations_and_weights_are_widened_and_get_half_gradients(function, device: str) -> None:
     problem = make_problem(PYRAMID, dtype=torch.float32, device=device)
     halves = problem._replace(locations=problem.locations.half(), weights=problem.weights.half())
-    results = output_and_gradients(op, halves, torch.ones(2, 9, 16, device=device))
+    results = output_and_gradients(function, halves, torch.ones(2, 9, 16, device=device))
     torch.testing.assert_close(results[0], reference(halves.to(torch.float32)))
     assert [x.dtype for x in results] == [torch.float32, torch.float32, torch.float16, torch.float16]
 

@@ -118,12 +118,19 @@ def test_float32_is_as_accurate_as_the_separate_steps(reference_size: int, devic
 
 
 @on_each_device
+@on_points_and_boxes
+@pytest.mark.parametrize("function", [ms_deform_attn_fused, ms_deform_attn_fused_reference])
+@pytest.mark.parametrize("all_half", [False, True], ids=["half values", "all half"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_values_lose_no_more_than_their_rounding(dtype: torch.dtype, device: str) -> None:
-    problem = make_problem(BOX, channels=32, queries=300, dtype=torch.float32, device=device)
+def test_half_values_lose_no_more_than_their_rounding(
+    dtype: torch.dtype, all_half: bool, function, reference_size: int, device: str
+) -> None:
+    problem = make_problem(reference_size, channels=32, queries=300, dtype=torch.float32, device=device)
+    if all_half:
+        problem = Problem(*(x.to(dtype) if isinstance(x, Tensor) else x for x in problem))
     problem = problem._replace(value=problem.value.to(dtype))
-    result = ms_deform_attn_fused(*problem)
-    truth = ms_deform_attn_fused_reference(problem.value.float(), *problem[1:])
+    result = function(*problem)
+    truth = ms_deform_attn_fused_reference(*(x.float() if isinstance(x, Tensor) else x for x in problem))
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5)
 

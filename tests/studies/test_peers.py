@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
 from dino_d2.checkpoint import DINOCheckpointer
+from dino_d2.modeling.backbone.frozen_norm import FoldedBatchNorm
 from studies import peers
 from studies.plan import Study, read_study
 from studies.training import FINAL, StudyTrainer, train
@@ -62,7 +63,8 @@ def test_peers_learn_at_one_rate_and_keep_frozen_what_is_frozen(config: Callable
     model = build_model(cfg).train()
     optimizer = StudyTrainer.build_optimizer(cfg, model)
     assert {group["lr"] for group in optimizer.param_groups} == {cfg.SOLVER.BASE_LR}
-    norms = [module for module in model.backbone.body.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    kinds = torch.nn.BatchNorm2d | FoldedBatchNorm
+    norms = [module for module in model.backbone.body.modules() if isinstance(module, kinds)]
     assert norms
     assert not any(norm.training or norm.weight.requires_grad for norm in norms)
 

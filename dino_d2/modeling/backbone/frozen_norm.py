@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,17 @@ class ConvWithNextNorm(nn.Conv2d):
         return conv_with_norm(self, self.following[0], x)
 
 
-class FoldedBatchNorm(nn.BatchNorm2d):
-    """What is left of a batch norm that the convolution before applies: nothing."""
+class FoldedBatchNorm(_NormBase):
+    """What is left of a batch norm that the convolution before applies: parameters, buffers and their names.
+
+    Not a batch norm: `SyncBatchNorm.convert_sync_batchnorm` and its like would make it a norm that is applied again.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class FoldedBatchNormAct(BatchNormAct2d):
+class FoldedBatchNormAct(FoldedBatchNorm):
     """The same for timm's, which end with an activation."""
 
     def forward(self, x: Tensor) -> Tensor:

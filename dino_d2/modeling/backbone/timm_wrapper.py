@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import Format
 from torch import Tensor, nn
 
-from .frozen_norm import fold_following_norms
+from .frozen_norm import FoldedBatchNorm, fold_following_norms
 
 
 class TimmBackbone(Backbone):
@@ -90,7 +90,7 @@ class TimmBackbone(Backbone):
         return self
 
     def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
+        return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d | FoldedBatchNorm)]
 
     def _freeze_up_to(self, last: str) -> None:
         names = [name for name, _ in self.body.named_modules()]
