@@ -17,7 +17,8 @@ NECK = (r"neck\.|encoder\.level_embed", "MODEL.DINO.NUM_FEATURE_LEVELS and IN_FE
 KEYS_OF_NAMES = (
     BACKBONE,
     NECK,
-    (r"encoder\.layers\.\d+\.(coarse|finest)", "MODEL.DINO.ENC_LAYERS and INTERLEAVED.COARSE_UPDATES"),
+    (r"encoder\.layers\.\d+\.coarse", "MODEL.DINO.ENC_LAYERS and INTERLEAVED.COARSE_UPDATES"),
+    (r"encoder\.layers\.\d+\.finest", "MODEL.DINO.ENC_LAYERS and INTERLEAVED.FINEST_FEEDFORWARD"),
     (r"encoder\.", "MODEL.DINO.ENC_LAYERS"),
     (r"query_selection\.", "MODEL.DINO.QUERY_SELECTION"),
     (r"decoder\.", "MODEL.DINO.DEC_LAYERS and SHARE_HEADS"),

@@ -43,11 +43,14 @@ CLASS_LOSSES = {  # MODEL.DINO.LOSS.CLASS
 
 
 def check_counts(cfg: CfgNode) -> None:
-    """Raise ValueError if one of the `COUNTS` in the config is below 1."""
+    """Raise ValueError if one of the `COUNTS` in the config is below 1, or one that may be 0 is negative."""
     for key in COUNTS:
         count = attrgetter(key)(cfg.MODEL.DINO)
         if count < 1:
             raise ValueError(f"MODEL.DINO.{key} is {count}; it must be at least 1")
+    hidden = cfg.MODEL.DINO.INTERLEAVED.FINEST_FEEDFORWARD
+    if hidden < 0:
+        raise ValueError(f"MODEL.DINO.INTERLEAVED.FINEST_FEEDFORWARD is {hidden}; it must be at least 0")
 
 
 def build_neck(cfg: CfgNode, in_channels: Sequence[int]) -> ChannelMapper:
@@ -93,7 +96,7 @@ def _interleaved_block(cfg: CfgNode) -> InterleavedBlock:
                          f"is {c.NUM_FEATURE_LEVELS}; use deformable for one level")  # fmt: skip
     coarse = [_encoder_layer(cfg, c.DIM_FEEDFORWARD) for _ in range(c.INTERLEAVED.COARSE_UPDATES)]
     hidden = c.INTERLEAVED.FINEST_FEEDFORWARD
-    return InterleavedBlock(coarse, _encoder_layer(cfg, hidden) if hidden > 0 else None)
+    return InterleavedBlock(coarse, _encoder_layer(cfg, hidden) if hidden else None)
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:

@@ -142,3 +142,10 @@ def test_none_of_what_every_detector_has_is_refused(tiny_cfg, key: str) -> None:
     tiny_cfg.merge_from_list([f"MODEL.DINO.{key}", 0])
     with pytest.raises(ValueError, match=rf"MODEL\.DINO\.{key} is 0; it must be at least 1"):
         build_model(tiny_cfg)
+
+
+def test_a_negative_width_is_refused(tiny_cfg) -> None:
+    """0 has a meaning."""
+    tiny_cfg.merge_from_list(["MODEL.DINO.INTERLEAVED.FINEST_FEEDFORWARD", -1])
+    with pytest.raises(ValueError, match=r"INTERLEAVED\.FINEST_FEEDFORWARD is -1; it must be at least 0"):
+        build_model(tiny_cfg)

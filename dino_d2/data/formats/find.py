@@ -76,7 +76,8 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True, training:
         )
     if layout.name == voc.NAME and any("difficult" in entry for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_crowds(parts["val"].content), parts["val"].images)
-        notes.append("val: objects marked difficult are treated as crowds, which AP ignores; train: they are used")
+        in_training = "; train: they are used" if training else ""
+        notes.append(f"val: objects marked difficult are treated as crowds, which AP ignores{in_training}")
     if not all(can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
         parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
         notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
