@@ -356,6 +356,10 @@ def cut_off(path: Path) -> None:
         (lambda folder: (folder / "labels").rename(folder / "marks"), "no image has a label file.*labels.train"),
         (lambda folder: [p.unlink() for p in folder.rglob("*.png")], "no images found"),
         (lambda folder: label(folder / "images" / "train" / "x.jpg", "no image"), "x.jpg"),
+        (
+            lambda folder: picture(folder / "images" / "train" / "train_1.jpg"),
+            r"images.train: train_1\.jpg and train_1\.png would share .*train_1\.txt",
+        ),
         (lambda folder: cut_off(folder / "images" / "train" / "train_1.png"), "train_1.png"),
     ],
 )
@@ -382,6 +386,19 @@ def test_voc_devkits_lists_divide_it(tmp_path: Path) -> None:
     check(found.val, images=2, objects=2)
     assert [x["file_name"] for x in content_of(found.val)["images"]] == ["3.jpg", "4.jpg"]
     assert any("test" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("lists", "train"),
+    [({}, {"2.jpg", "4.jpg"}), ({"trainval": "0 1 3 4"}, {"4.jpg"}), ({"test": "2 elsewhere"}, {"4.jpg"})],
+)
+def test_what_vocs_other_lists_leave_is_for_training(tmp_path: Path, lists: dict, train: set[str]) -> None:
+    voc(tmp_path, count=5)
+    for name, ids in (lists | {"val": "0 1 3"}).items():
+        label(tmp_path / "ImageSets" / "Main" / f"{name}.txt", *ids.split())
+    found = find_dataset(tmp_path, tmp_path / "out")
+    assert names_of(found.val) == {"0.jpg", "1.jpg", "3.jpg"}
+    assert names_of(found.train) == train
 
 
 def test_vocs_lists_may_have_spaces_marks_and_values(tmp_path: Path) -> None:
@@ -471,6 +488,7 @@ def test_vocs_annotations_without_an_image_are_reported(tmp_path: Path) -> None:
         (lambda folder: label(folder / "Annotations" / "0.xml", "<annotation><object/></annotation>"), "0.xml"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "9"), "names 9"),
         (lambda folder: label(folder / "ImageSets" / "Main" / "train.txt", "0", "my photo 9"), "names my photo 9"),
+        (lambda folder: label(folder / "ImageSets" / "Main" / "val.txt", "0", "1", "2"), "leave no image for training"),
         (
             lambda folder: in_latin_1(folder / "ImageSets" / "Main" / "train.txt", "café"),
             r"train\.txt is not a text file in UTF-8",

@@ -6,8 +6,8 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
-from operator import not_
+from itertools import compress, pairwise
+from operator import itemgetter, not_
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,22 @@ def read_lines(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a text file in UTF-8 ({error}): save it as one") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def refuse_shared(entries: Iterable[tuple[Path, Path]]) -> None:
+    """Every image must have a label file of its own: a.jpg and a.png have not.
+
+    Args:
+        entries: images with their label files.
+
+    Raises:
+        ValueError: two images share one.
+    """
+    for (one, label), (other, same) in pairwise(sorted(set(entries), key=itemgetter(1, 0))):
+        if label == same:
+            raise ValueError(
+                f"{one.parent}: {one.name} and {other.name} would share {label}: rename or remove one of them"
+            )
 
 
 def note_orphans(kind: str, files: Sequence[Path]) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -14,7 +12,18 @@ import numpy as np
 
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
+from .parts import (
+    FOLDERS,
+    Layout,
+    Part,
+    Picture,
+    as_coco,
+    note_orphans,
+    read_lines,
+    refuse_shared,
+    require_supervision,
+    sizes_of,
+)
 
 NAME = "Pascal VOC"
 PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"), (".", "."))
@@ -58,20 +67,20 @@ def _parts(folder: Path, needed: Sequence[str], notes: list[str]) -> dict[str, t
     whole = _folders(folder)
     if found or not whole:
         return found
-    everything = _entries(*whole, notes)
-    lists = {part: ids for part in ("train", "val", "test") if (ids := _listed(folder / LISTS / f"{part}.txt"))}
-    if not any(part in lists for part in needed):
-        lists = {"train": _listed(folder / LISTS / "trainval.txt") or [image.stem for image, _ in everything]}
+    return {part: (whole[0], entries) for part, entries in _divided(folder, _entries(*whole, notes), needed).items()}
+
+
+def _divided(folder: Path, everything: Sequence[Entry], needed: Sequence[str]) -> dict[str, list[Entry]]:
+    """The entries of each split by the lists of the folder. Without one for training it is what the others leave."""
     by_id = {image.stem: (image, xml) for image, xml in everything}
-    for part, lines in lists.items():
-        names = {line: next((name for name in _names(line) if name in by_id), None) for line in lines}
-        missing = [line for line, name in names.items() if name is None]
-        if missing and part != "test":
-            raise FileNotFoundError(
-                f"{folder / LISTS}: {part}.txt names {missing[0]}, but {whole[0]} has no such image"
-            )
-        found[part] = (whole[0], [by_id[name] for name in names.values() if name is not None])
-    return found
+    found = {part: entries for part in ("train", "val") if (entries := _listed(folder, part, by_id))}
+    test = _listed(folder, "test", by_id, partly=True)
+    if not any(part in found for part in needed):
+        others = {*found.get("val", []), *test}
+        found["train"] = [x for x in _listed(folder, "trainval", by_id) or everything if x not in others]
+        if not found["train"]:
+            raise ValueError(f"{folder / LISTS}: val.txt and test.txt leave no image for training")
+    return found | ({"test": test} if test else {})
 
 
 def _folders(folder: Path) -> tuple[Path, Path] | None:
@@ -84,9 +93,7 @@ def _folders(folder: Path) -> tuple[Path, Path] | None:
 
 def _entries(images: Path, annotations: Path, notes: list[str]) -> list[Entry]:
     found = [(image, annotations / f"{image.stem}.xml") for image in images_in(images)]
-    for (one, xml), (other, same) in pairwise(sorted(found, key=itemgetter(1))):
-        if xml == same:
-            raise ValueError(f"{images}: {one.name} and {other.name} would share {xml}: rename or remove one of them")
+    refuse_shared(found)
     if not any(xml.is_file() for _, xml in found):
         raise FileNotFoundError(f"{images}: no annotations of its images found in {annotations}")
     others = sorted(set(annotations.glob("*.xml")) - {xml for _, xml in found})
@@ -94,8 +101,16 @@ def _entries(images: Path, annotations: Path, notes: list[str]) -> list[Entry]:
     return found
 
 
-def _listed(file: Path) -> list[str]:
-    return read_lines(file) if file.is_file() else []
+def _listed(folder: Path, part: str, by_id: Mapping[str, Entry], partly: bool = False) -> list[Entry]:
+    """What a list names. partly: images that are not there are left out."""
+    file = folder / LISTS / f"{part}.txt"
+    lines = read_lines(file) if file.is_file() else []
+    names = {line: next((name for name in _names(line) if name in by_id), None) for line in lines}
+    missing = [line for line, name in names.items() if name is None]
+    if missing and not partly:
+        images = next(iter(by_id.values()))[0].parent
+        raise FileNotFoundError(f"{file.parent}: {file.name} names {missing[0]}, but {images} has no such image")
+    return [by_id[name] for name in names.values() if name is not None]
 
 
 def _names(line: str) -> tuple[str, str]:

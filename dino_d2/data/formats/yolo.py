@@ -12,7 +12,18 @@ import yaml
 from dino_d2.data.coco import ENCODING
 from dino_d2.data.images import images_in
 
-from .parts import FOLDERS, Layout, Part, Picture, as_coco, note_orphans, read_lines, require_supervision, sizes_of
+from .parts import (
+    FOLDERS,
+    Layout,
+    Part,
+    Picture,
+    as_coco,
+    note_orphans,
+    read_lines,
+    refuse_shared,
+    require_supervision,
+    sizes_of,
+)
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -116,6 +127,7 @@ def _read_part(
         raise ValueError(f"no images found in {', '.join(map(str, folders))}")
     paths = [picture for picture, _ in pictures]
     labels = [_label_file(picture, folder, roots) for picture, folder in pictures]
+    refuse_shared((path, label) for path, label in zip(paths, labels, strict=True) if label.is_file())
     if not any(label.is_file() for label in labels):
         raise FileNotFoundError(f"{folders[0]}: no image has a label file; the first would be {labels[0]}")
     places = {_label_file(folder / "any", folder, roots).parent for folder in folders}
