@@ -189,7 +189,13 @@ def _names_in(cfg: CfgNode, dataset: str) -> list[str] | None:
     entries = [entry for entry in cfg.DATASETS.COCO_FORMAT if entry[0] == dataset]
     if entries:
         return class_names_of(Path(entries[0][1])) if Path(entries[0][1]).is_file() else None
-    return list(MetadataCatalog.get(dataset).get("thing_classes", [])) if dataset in MetadataCatalog.list() else None
+    if dataset not in MetadataCatalog.list():
+        return None
+    known = MetadataCatalog.get(dataset)
+    if "thing_classes" not in known.as_dict() and known.get("evaluator_type") == "coco":  # register_coco_instances
+        file = Path(known.get("json_file", ""))
+        return class_names_of(file) if file.is_file() else None
+    return list(known.get("thing_classes", []))
 
 
 def class_names_of(annotations: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 
 from dino_d2 import load_config
@@ -15,6 +16,7 @@ from dino_d2.data import (
     ImageMapper,
     build_test_loader,
     build_train_loader,
+    check_classes,
     class_names,
     load_config_for_files,
     register_datasets,
@@ -35,6 +37,20 @@ def test_data_set_of_the_config_is_registered_with_its_names(tmp_path: Path) -> 
     assert len(DatasetCatalog.get("registered")) == 3
     assert MetadataCatalog.get("registered").thing_classes == ["red", "blue"]
     assert class_names(cfg) == ["red", "blue"]
+
+
+def test_names_of_a_set_registered_in_python_are_known_before_it_is_loaded(tmp_path: Path) -> None:
+    """detectron2 reads them when it loads the data, which is after the model was built: its weights had no names."""
+    json_file, images = write_rectangles(tmp_path / "data", count=3, size=64)
+    register_coco_instances("registered_in_python", {}, str(json_file), str(images))
+    register_coco_instances("registered_without_file", {}, str(tmp_path / "nowhere.json"), str(images))
+    values = ["DATASETS.TRAIN", ("registered_in_python",), "DATASETS.TEST", ("registered_without_file",)]
+    cfg = load_config(RECIPE, [*values, "MODEL.DINO.NUM_CLASSES", 2, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    assert class_names(cfg) == ["red", "blue"]
+    assert build_model(cfg).assumptions.class_names == ("red", "blue")
+    cfg.MODEL.DINO.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 3.*registered_in_python has 2 categories"):
+        check_classes(cfg, cfg.DATASETS.TRAIN)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
