@@ -21,7 +21,7 @@ from transformers import DeformableDetrConfig, DeformableDetrImageProcessor, Tim
 from .data import CocoImages, collate, training_batches
 from .model import IDEAS, DeformableDetrWithIdeas, TwoStageDeformableDetr
 
-BACKBONE_FACTOR, WEIGHT_DECAY, GRADIENT_NORM = 0.1, 1e-4, 0.1
+LEARNING_RATE, BACKBONE_FACTOR, WEIGHT_DECAY, GRADIENT_NORM = 2e-4, 0.1, 1e-4, 0.1
 DROP_AT = 0.8  # of the steps, the learning rate is divided by 10
 
 
@@ -98,8 +98,8 @@ def train(model: TwoStageDeformableDetr, images: CocoImages, args: argparse.Name
     backbone = list(model.model.backbone.parameters())
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("model.backbone.")]
     optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": backbone, "lr": args.learning_rate * BACKBONE_FACTOR}],
-        args.learning_rate,
+        [{"params": others}, {"params": backbone, "lr": LEARNING_RATE * BACKBONE_FACTOR}],
+        LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(DROP_AT * args.steps)])
@@ -173,7 +173,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="the backbone's is a tenth of it")
     parser.add_argument("--size", type=int, default=320, help="longer side of the images, in pixels")
     parser.add_argument("--backbone", default="resnet18", help="a model of timm (default: resnet18)")
     parser.add_argument("--backbone-weights", type=Path, metavar="FILE", help="default: timm downloads them")
