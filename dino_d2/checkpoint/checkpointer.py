@@ -93,8 +93,15 @@ class DINOCheckpointer(DetectionCheckpointer):
         """As in fvcore.
 
         Raises:
-            ValueError: a file that can run code, a file of another model, or weights that do not match the config.
+            ValueError: a file that can run code, a file of another model, weights that do not match the config, or
+                none for an evaluation.
         """
+        if self.for_evaluation and not path:
+            raise ValueError(
+                "No weights to evaluate: MODEL.WEIGHTS is empty"
+                + (f", and {self.save_dir} holds no checkpoint" if self.save_dir else "")
+                + ". Give --weights FILE, or --resume with the OUTPUT_DIR of a run."
+            )
         self._path = path
         self._resumes = bool(self.checkpointables if checkpointables is None else checkpointables)
         try:

@@ -35,7 +35,8 @@ from .run_folder import EVALUATION, check_run_folder, holds_run
 
 FEW_PHOTOS, FINE_TUNING = "few_photos", "fine_tuning"  # overlays for `--data`; the second if a detector is the start
 EPOCHS = 24  # default with `--data`
-EVALUATIONS = 12  # per run, at most one per epoch
+EVALUATIONS = 12  # per run, at most one per epoch; and as many checkpoints
+WARMUP = 10  # one part in so many of the run, at most
 DECAY = (5, 6)  # the learning rate drops after 5/6 of the run, as in the recipes of 24 and 36 epochs
 DATA = "data"  # folder in OUTPUT_DIR for converted annotations
 
@@ -91,7 +92,7 @@ def choose(args: Namespace) -> Run:
 
 
 def schedule(length: int, epoch: int, warmup: int, reason: str) -> list[Choice]:
-    """Length, learning rate decay and evaluation period of a run.
+    """Length, warm-up and decay of the learning rate, and periods of evaluations and checkpoints of a run.
 
     Args:
         length: steps.
@@ -100,16 +101,18 @@ def schedule(length: int, epoch: int, warmup: int, reason: str) -> list[Choice]:
         reason: for the length.
     """
     every = math.ceil(length / epoch / EVALUATIONS)
+    saved = max(1, round(every * epoch * EVALUATIONS / length))  # times per evaluation: more than once in short runs
     drop = length * DECAY[0] // DECAY[1]
     each = "every epoch" if every == 1 else f"every {every} epochs"
     choices = [
         Choice("SOLVER.MAX_ITER", length, reason),
         Choice("SOLVER.STEPS", (drop,) if drop else (), f"after {DECAY[0]}/{DECAY[1]} of the run"),
         Choice("TEST.EVAL_PERIOD", every * epoch, each),
-        Choice("SOLVER.CHECKPOINT_PERIOD", every * epoch, each),
+        Choice("SOLVER.CHECKPOINT_PERIOD", math.ceil(every * epoch / saved), each if saved == 1 else ""),
     ]
-    if warmup > epoch:
-        choices.append(Choice("SOLVER.WARMUP_ITERS", epoch, "one epoch"))
+    longest, what = min((epoch, "one epoch"), (length // WARMUP, f"1/{WARMUP} of the run"))
+    if warmup > longest:
+        choices.append(Choice("SOLVER.WARMUP_ITERS", longest, what))
     return choices
 
 

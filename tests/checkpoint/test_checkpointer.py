@@ -380,6 +380,14 @@ def test_backbone_of_another_depth_is_refused(theirs: str, ours: str, tmp_path: 
     assert torch.equal(same.backbone.stem.conv1.weight, state["backbone.stem.conv1.weight"])
 
 
+def test_no_weights_are_nothing_to_evaluate(detector: Callable, tmp_path: Path) -> None:
+    checkpointer = DINOCheckpointer(detector(*OLD), str(tmp_path / "nowhere"), for_evaluation=True)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty.*nowhere.*no checkpoint"):
+            checkpointer.resume_or_load("", resume=resume)
+    assert DINOCheckpointer(detector(*OLD)).load("") == {}  # to train from scratch
+
+
 def test_backbone_alone_is_a_start_but_nothing_to_evaluate(detector: Callable, tmp_path: Path) -> None:
     state = {name: x + 1 for name, x in detector("a").state_dict().items() if name.startswith("backbone.")}
     state |= {"classifier.weight": torch.ones(1), "classifier.bias": torch.ones(1)}

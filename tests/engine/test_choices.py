@@ -12,9 +12,10 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 
-from dino_d2.config import find_config_file, overlay
+from dino_d2.config import find_config_file, load_config, overlay
 from dino_d2.data import CocoFiles, ImageMapper, register_datasets
 from dino_d2.data.datasets import TRAIN_NAME, VAL_NAME
 from dino_d2.engine import batch_size, choices, pace
@@ -175,9 +176,34 @@ def test_a_share_is_of_a_product_that_is_as_large(monkeypatch: pytest.MonkeyPatc
     assert len({tuple(shapes) for _, *shapes in seen}) == 1
 
 
-def test_warmup_is_no_longer_than_an_epoch() -> None:
+def test_warmup_is_no_longer_than_an_epoch_or_a_tenth_of_the_run() -> None:
     assert {choice.key: choice.value for choice in schedule(240, 10, 150, "")}["SOLVER.WARMUP_ITERS"] == 10
+    assert {choice.key: choice.value for choice in schedule(600, 200, 150, "")}["SOLVER.WARMUP_ITERS"] == 60
     assert "SOLVER.WARMUP_ITERS" not in {choice.key for choice in schedule(4800, 200, 150, "")}
+
+
+@pytest.mark.parametrize("name", ["few_photos", "fine_tuning"])
+@pytest.mark.parametrize(("length", "epoch"), [(30, 30), (35, 100), (60, 100), (160, 500), (720, 30)])
+def test_short_runs_reach_their_learning_rate(name: str, length: int, epoch: int) -> None:
+    """A warm-up as long as the run would leave it near 0: a cosine has come down by then."""
+    settings = [part for layer in ("few_photos", name) for item in overlay(layer) for part in item]
+    cfg = load_config(RECIPE, settings)
+    chosen = schedule(length, epoch, cfg.SOLVER.WARMUP_ITERS, "")
+    cfg.merge_from_list([part for choice in chosen for part in (choice.key, choice.value)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(length):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) > 0.9
+
+
+def test_a_run_shorter_than_an_epoch_is_saved_in_between() -> None:
+    """Of hours on a CPU, less than an epoch of COCO."""
+    values = {choice.key: choice.value for choice in schedule(3350, 59144, 0, "")}
+    assert values["SOLVER.CHECKPOINT_PERIOD"] == 279
 
 
 def test_a_run_of_one_step_has_no_decay() -> None:
