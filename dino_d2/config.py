@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,11 +188,19 @@ def load_config(config_file: str, overrides: Sequence[str] = (), defaults: Seque
             "you trust the weights",
             config_file,
         )
-    cfg.merge_from_list(list(overrides))
+    cfg.merge_from_list([part for item in _as_texts(overrides, flat(cfg)) for part in item])
     if default_device != cfg.MODEL.DEVICE and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = default_device
     return cfg
+
+
+def _as_texts(overrides: Sequence[Any], values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The overrides in pairs. What stands for a text and looks like a number, such as OUTPUT_DIR 2024, stays a text: it
+    is quoted, because it will be read as Python."""
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        is_number = isinstance(value, str) and re.fullmatch(r"[-+\d._e]+", value) is not None
+        yield key, repr(value) if is_number and isinstance(values.get(key), str) else value
 
 
 def default_device() -> str:

@@ -127,6 +127,12 @@ def test_a_key_without_a_value_is_named() -> None:
         load_config(RECIPE, ["SOLVER.BASE_LR", "1e-4", "SOLVER.MAX_ITER"])
 
 
+def test_a_text_may_look_like_a_number() -> None:
+    """Such as a folder named after its year."""
+    cfg = load_config("dino_r50_4scale_12ep", ["OUTPUT_DIR", "2024", "MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "7"])
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SOLVER.MAX_ITER) == ("2024", "", 7)
+
+
 @pytest.mark.parametrize("text", ["MODEL: [", "OUTPUT_DIR: !!python/object/apply:os.mkdir [ran]"])
 def test_files_that_are_not_mere_yaml_are_refused_and_run_nothing(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

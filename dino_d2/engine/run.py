@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -58,6 +59,7 @@ def train_or_evaluate(args: Namespace) -> dict | None:
             report_on_own_dataset(cfg, results)
         if cfg.TEST.REPORT:
             report_on_run(Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST)
+        verify_results(cfg, results)
     return results
 
 

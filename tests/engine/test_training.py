@@ -93,8 +93,10 @@ def test_train_save_resume_and_evaluate_from_the_command_line(four_pictures: tup
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 5
 
     weights = str(output / "model_final.pth")
-    evaluation = run_train_net("--eval-only", *values, "MODEL.WEIGHTS", weights)
+    expected = ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 50.0, 50.0]]")
+    evaluation = run_train_net("--eval-only", *values, "MODEL.WEIGHTS", weights, *expected)
     assert evaluation.returncode == 0, evaluation.stderr[-3000:]
+    assert "Results verification passed" in evaluation.stdout
     assert "AP,AP50,AP75" in evaluation.stdout
 
 
