@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from dino_d2.modeling.criterion import boxes_per_process
 from dino_d2.randomness import seed_from
 
 from .non_finite import is_finite, write_report
-from .optimizer import ClippedAdamW
+from .optimizer import ClippedAdamW, resume_optimizer
 
 STEPS = 1  # first key of the random numbers of training steps (DATA in dino_d2.data.loader for augmentation)
 ON_NON_FINITE = ("stop", "skip")
@@ -170,7 +170,9 @@ class StepTrainer(SimpleTrainer):
         return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        # As in detectron2, but the optimizer keeps the settings of the config.
+        TrainerBase.load_state_dict(self, state_dict)
+        resume_optimizer(self.optimizer, state_dict["optimizer"])
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
@@ -168,6 +169,11 @@ class DINOTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._trainer.seed = state_dict["seed"]
+        if isinstance(self.scheduler, LRMultiplier):  # other schedulers may depend on the learning rates before
+            groups, scheduler = self.optimizer.param_groups, self.scheduler
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, lr in zip(groups, scheduler.get_lr(), strict=True):
+                group["lr"] = lr
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
