@@ -1,4 +1,4 @@
-"""A training step: gradient accumulation, mixed precision, and handling of non-finite losses."""
+"""A training step: gradient accumulation, mixed precision, and handling of non-finite losses and gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StepSettings:
     parts: number of forward and backward passes per batch (gradient accumulation).
     autocast: float16 or bfloat16; None without mixed precision.
     on_non_finite: "stop", or "skip" the step.
-    output_dir: folder for reports on non-finite losses."""
+    output_dir: folder for reports on non-finite losses and gradients."""
 
     parts: int
     autocast: str | None
@@ -106,15 +106,16 @@ class StepTrainer(SimpleTrainer):
         losses = self._accumulate(batch)
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
-        # Clip before checking the losses, to read both with one transfer; non-finite losses skip the step.
+        # Clip before checking losses and norm, to read both with one transfer; if they are not finite there is no step.
         norm = self.optimizer.clip() if isinstance(self.optimizer, ClippedAdamW) else None
         metrics = self._read(losses, norm, data_time)
-        if math.isfinite(metrics.total_loss):
+        what = self._not_finite(metrics)
+        if what is None:
             metrics.write(get_event_storage(), self.iter)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            self._report(batch, losses)
+            self._report(what, batch, losses, metrics.grad_norm)
 
     def _seed(self) -> None:
         seed_from(self.seed, STEPS, comm.get_rank(), self.iter)
@@ -150,13 +151,24 @@ class StepTrainer(SimpleTrainer):
             data_time=max(read[len(losses) : len(losses) + processes]) if processes > 1 else data_time,
         )
 
-    def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
+    def _not_finite(self, metrics: Metrics) -> str | None:
+        """What prevents the step, the same in all processes."""
+        if not math.isfinite(metrics.total_loss):
+            return "loss"
+        # float16 gradients overflow now and then: the scaler skips these steps itself and lowers the scale.
+        if metrics.grad_norm is None or math.isfinite(metrics.grad_norm) or self.grad_scaler.is_enabled():
+            return None
+        return "gradient norm"
+
+    def _report(self, what: str, batch: list[dict], losses: dict[str, Tensor], norm: float | None) -> None:
         """Report on this process only: processes must not wait for one that fails."""
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self._seed()  # repeat the same random numbers
         with autocast(self.device.type, self.settings.autocast):
-            path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses)
-        message = f"the loss of iteration {self.iter} is not finite; see {path} for images, losses and the first module"
+            path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses, norm)
+        message = (
+            f"the {what} of iteration {self.iter} is not finite; see {path} for images, losses and the first module"
+        )
         advice = (
             "Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or resume from an earlier checkpoint (--resume-from)"
         )
