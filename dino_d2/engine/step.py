@@ -116,6 +116,8 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.update()
         else:
             self._report(what, batch, losses, metrics.grad_norm)
+            # Without a step the scaler would refuse the next gradients. The scale is kept: it was not at fault.
+            self.grad_scaler.update(self.grad_scaler.get_scale())
 
     def _seed(self) -> None:
         seed_from(self.seed, STEPS, comm.get_rank(), self.iter)

@@ -107,8 +107,10 @@ SKIP = ("SOLVER.MAX_ITER", "3", "SOLVER.ON_NON_FINITE", "skip", "DATASETS.TEST",
 HALF = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16")
 
 
-def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = DINOTrainer(config(data, tmp_path, *SKIP))
+@pytest.mark.parametrize("precision", [(), HALF], ids=["float32", "float16"])
+def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path, precision: tuple[str, ...]) -> None:
+    trainer = DINOTrainer(config(data, tmp_path, *SKIP, *precision))
+    scaler = trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=bool(precision))
     calls = []
 
     def poison_once(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -119,6 +121,7 @@ def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path)
     trainer.train()
     assert (tmp_path / "non_finite_0000001_0.json").exists()
     assert calls == [0, 1, 1, 2]  # once more for the report
+    assert scaler.get_scale() == (4 if precision else 1)  # the loss says nothing about it
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
