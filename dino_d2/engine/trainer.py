@@ -175,6 +175,21 @@ class DINOTrainer(DefaultTrainer):
             for group, lr in zip(groups, scheduler.get_lr(), strict=True):
                 group["lr"] = lr
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As in detectron2.
+
+        Raises:
+            ValueError: the batch cannot be scaled.
+        """
+        reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+        if reference < 0 or (reference and images % reference):
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {reference}; it must be the number of processes that the config was "
+                f"made for, and divide SOLVER.IMS_PER_BATCH, {images}, or be 0, which scales nothing"
+            )
+        return DefaultTrainer.auto_scale_workers(cfg, num_workers)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
         return build_optimizer(cfg, model)
