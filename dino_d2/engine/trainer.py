@@ -121,13 +121,20 @@ class DINOTrainer(DefaultTrainer):
         return results
 
     def resume_from(self, checkpoint: str) -> None:
-        """Resume from this checkpoint instead of the last one.
+        """Resume from this checkpoint instead of the last one; it becomes the last one, copied to `OUTPUT_DIR` if it is
+        elsewhere.
 
         Raises:
             ValueError: it holds only weights.
         """
         self.checkpointer.load(checkpoint)
         self.start_iter = self.iter + 1
+        # Else a run that is killed before its next checkpoint would go on with what was abandoned.
+        folder, name = os.path.split(checkpoint)
+        if os.path.realpath(folder) != os.path.realpath(self.cfg.OUTPUT_DIR):
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        elif comm.is_main_process():
+            self.checkpointer.tag_last_checkpoint(name)
 
     def train(self) -> dict[str, Any] | None:
         """Train until `SOLVER.MAX_ITER` or early stopping.

@@ -276,6 +276,23 @@ def test_going_on_from_weights_alone_is_refused(data: tuple[Path, Path], tmp_pat
         trainer_for(data, tmp_path / "second").resume_from(weights)
 
 
+def test_resumed_run_that_is_killed_goes_on_from_the_same_checkpoint(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """A run that is killed before its next checkpoint does not return to what was abandoned."""
+    trainer_for(data, tmp_path / "run", *LENGTH).train()
+    earlier = str(tmp_path / "run" / "model_0000001.pth")
+    for folder in ("run", "other"):
+        trainer_for(data, tmp_path / folder, *LENGTH).resume_from(earlier)
+        again = trainer_for(data, tmp_path / folder, *LENGTH)
+        again.resume_or_load(resume=True)
+        assert again.start_iter == 2
+        ours, theirs = (
+            torch.load(path, weights_only=True) for path in (again.checkpointer.get_checkpoint_file(), earlier)
+        )
+        assert list(differing(ours, theirs)) == []
+    assert (tmp_path / "run" / "model_0000003.pth").exists()  # nothing is removed
+    assert files_in(tmp_path / "other") == ["model_0000001.pth"]
+
+
 def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model_*.pth"))
 
