@@ -39,6 +39,8 @@ from .score_threshold import EvaluationOfThreshold
 from .step import StepSettings, StepTrainer
 from .writers import ProgressPrinter, WandbWriter
 
+LEAST = {"MAX_ITER": 1, "CHECKPOINT_PERIOD": 1, "CHECKPOINT_KEEP": 0, "EARLY_STOPPING": 0}  # values of SOLVER
+
 
 class DINOTrainer(DefaultTrainer):
     """`DefaultTrainer` for DINO.
@@ -53,6 +55,9 @@ class DINOTrainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # not set up yet
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        for key, least in LEAST.items():
+            if cfg.SOLVER[key] < least:
+                raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be at least {least}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
