@@ -167,11 +167,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         ValueError: the batch cannot be divided among the processes, the sampler cannot resume, the classes of a
             dataset and the config differ, or there is no training data.
     """
-    processes = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be divisible by the {processes} processes"
-        )
+    batch_size = share_of_batch(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
     _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, samplers)
     _check_choice("INPUT.ON_UNREADABLE", cfg.INPUT.ON_UNREADABLE, ("stop", "skip"))
@@ -200,13 +196,26 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Training
         records,
         mapper,
         indices,
-        cfg.SOLVER.IMS_PER_BATCH // processes,
+        batch_size,
         cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         cfg.DATALOADER.NUM_WORKERS,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         cfg.INPUT.ON_UNREADABLE == "skip",
         cfg.INPUT.MOSAIC,
     )
+
+
+def share_of_batch(images: int, processes: int) -> int:
+    """Number of images of each process in a batch of `SOLVER.IMS_PER_BATCH`.
+
+    Raises:
+        ValueError: it is not the same whole number, at least 1, for each.
+    """
+    if images < 1 or images % processes:
+        possible = max(-(-images // processes), 1) * processes
+        rule = f"the same number for each of the {processes} processes, such as {possible}"
+        raise ValueError(f"SOLVER.IMS_PER_BATCH is {images}; it must be {rule if processes > 1 else 'at least 1'}")
+    return images // processes
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]) -> DataLoader:

@@ -24,6 +24,7 @@ from dino_d2.config import load_config, overlay
 from dino_d2.data import CocoFiles, FoundDataset, find_dataset, load_config_for_files, register_datasets
 from dino_d2.data.datasets import class_names_of
 from dino_d2.data.inspection import report
+from dino_d2.data.loader import share_of_batch
 from dino_d2.data.mosaic import PARTS
 from dino_d2.modeling.build import build_denoising
 from dino_d2.modeling.denoising import NoDenoising
@@ -178,7 +179,8 @@ def _length(cfg: CfgNode, chosen: Sequence[Any], epochs: int, minutes: float | N
     keeps its length: the pace would be measured otherwise now."""
     cfg = cfg.clone()
     cfg.merge_from_list(list(chosen))
-    images, batch = _images(cfg), cfg.SOLVER.IMS_PER_BATCH
+    # As for one process: SOLVER.REFERENCE_WORLD_SIZE may still scale it.
+    images, batch = _images(cfg), share_of_batch(cfg.SOLVER.IMS_PER_BATCH, 1)
     epoch = math.ceil(images / batch)
     length, reason = epochs * epoch, f"{epochs} epochs of {epoch}: {images} images, {batch} per step"
     if minutes and begun:
@@ -247,7 +249,7 @@ def _batch(cfg: CfgNode, args: Namespace) -> list[Choice]:
     choices = batch_choices(cfg, batch)
     if "SOLVER.ACCUMULATION_STEPS" in args.opts[::2]:
         return choices
-    share = batch // processes
+    share = share_of_batch(batch, processes)
     trial = cfg.clone()
     trial.MODEL.TIMM.PRETRAINED = False
     size = largest_batch(trial, share, _most_objects(cfg))

@@ -1,4 +1,4 @@
-"""Report on a training step with an infinite or NaN loss."""
+"""Report on a training step with an infinite or NaN loss or gradient."""
 
 from __future__ import annotations
 
@@ -58,14 +58,21 @@ def first_non_finite_module(model: DINO, batch: list[dict]) -> str | None:
 
 
 def write_report(
-    folder: str, iteration: int, rank: int, model: DINO, batch: list[dict], losses: dict[str, Tensor]
+    folder: str,
+    iteration: int,
+    rank: int,
+    model: DINO,
+    batch: list[dict],
+    losses: dict[str, Tensor],
+    grad_norm: float | None,
 ) -> Path:
-    """Write `non_finite_ITERATION_RANK.json`: images, losses, first non-finite module and parameter."""
+    """Write `non_finite_ITERATION_RANK.json`: images, losses, gradient norm, first non-finite module and parameter."""
     parameter = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
     report = {
         "iteration": iteration,
         "images": [{"image_id": x.get("image_id"), "file_name": x.get("file_name")} for x in batch],
         "losses": {name: str(value.item()) for name, value in losses.items()},
+        "grad_norm": None if grad_norm is None else str(grad_norm),
         "first_parameter": parameter,
         "first_module": first_non_finite_module(model, batch),
     }

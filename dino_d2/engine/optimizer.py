@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -32,12 +35,59 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=s.WEIGHT_DECAY_BIAS,
         lr_factor_func=lr_factor,
     )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in params:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
     clip = s.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE != CLIP_WHOLE_MODEL:
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, s.BASE_LR)
     if clip.ENABLED:
         return ClippedAdamW(params, s.BASE_LR, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
     return torch.optim.AdamW(params, s.BASE_LR, fused=True)
+
+
+def resume_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load the state of every parameter and its current learning rate; log all other settings that differ and keep the
+    optimizer's own, which are the config's.
+
+    Args:
+        saved: a `state_dict`. With names of parameters it may group them differently, as other settings do.
+
+    Raises:
+        ValueError: it has other parameters, or without their names other groups.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    named = all("param_names" in group for group in [*groups, *saved["param_groups"]])
+    now, then = _places(groups, named), _places(saved["param_groups"], named)
+    if now.keys() != then.keys():
+        raise ValueError(
+            "The checkpoint's optimizer has other parameters or groups its parameters differently. Set those of "
+            "SOLVER.BACKBONE_MULTIPLIER, SOLVER.WEIGHT_DECAY_NORM, SOLVER.WEIGHT_DECAY_BIAS and SOLVER.BIAS_LR_FACTOR "
+            "that you changed as before"
+        )
+    changes = Counter(
+        (key, then[parameter][0][key], group[key])
+        for parameter, (group, _) in now.items()
+        for key in group.keys() & then[parameter][0].keys() - {"params", "param_names", "lr"}
+        if group[key] != then[parameter][0][key]
+    )
+    for (key, old, new), count in sorted(changes.items(), key=str):
+        logging.getLogger(__name__).info("%s of %d parameters was %s, is now %s", key, count, old, new)
+    for parameter, (group, _) in now.items():
+        group.setdefault("initial_lr", group["lr"])  # detectron2 makes some schedulers only when training starts
+        group["lr"] = then[parameter][0]["lr"]
+    numbers = {number: then[parameter][1] for parameter, (_, number) in now.items()}
+    state = {ours: saved["state"][theirs] for ours, theirs in numbers.items() if theirs in saved["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _places(groups: Sequence[dict], named: bool) -> dict[object, tuple[dict, int]]:
+    """Group and number of each parameter of a `state_dict`, by its name or else by its place in the groups."""
+    return {
+        group["param_names"][i] if named else (place, i): (group, number)
+        for place, group in enumerate(groups)
+        for i, number in enumerate(group["params"])
+    }
 
 
 class ClippedAdamW(torch.optim.AdamW):

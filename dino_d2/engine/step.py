@@ -1,4 +1,4 @@
-"""A training step: gradient accumulation, mixed precision, and handling of non-finite losses."""
+"""A training step: gradient accumulation, mixed precision, and handling of non-finite losses and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from dino_d2.modeling.criterion import boxes_per_process
 from dino_d2.randomness import seed_from
 
 from .non_finite import is_finite, write_report
-from .optimizer import ClippedAdamW
+from .optimizer import ClippedAdamW, resume_optimizer
 
 STEPS = 1  # first key of the random numbers of training steps (DATA in dino_d2.data.loader for augmentation)
 ON_NON_FINITE = ("stop", "skip")
@@ -36,7 +36,7 @@ class StepSettings:
     parts: number of forward and backward passes per batch (gradient accumulation).
     autocast: float16 or bfloat16; None without mixed precision.
     on_non_finite: "stop", or "skip" the step.
-    output_dir: folder for reports on non-finite losses."""
+    output_dir: folder for reports on non-finite losses and gradients."""
 
     parts: int
     autocast: str | None
@@ -106,15 +106,18 @@ class StepTrainer(SimpleTrainer):
         losses = self._accumulate(batch)
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
-        # Clip before checking the losses, to read both with one transfer; non-finite losses skip the step.
+        # Clip before checking losses and norm, to read both with one transfer; if they are not finite there is no step.
         norm = self.optimizer.clip() if isinstance(self.optimizer, ClippedAdamW) else None
         metrics = self._read(losses, norm, data_time)
-        if math.isfinite(metrics.total_loss):
+        what = self._not_finite(metrics)
+        if what is None:
             metrics.write(get_event_storage(), self.iter)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            self._report(batch, losses)
+            self._report(what, batch, losses, metrics.grad_norm)
+            # Without a step the scaler would refuse the next gradients. The scale is kept: it was not at fault.
+            self.grad_scaler.update(self.grad_scaler.get_scale())
 
     def _seed(self) -> None:
         seed_from(self.seed, STEPS, comm.get_rank(), self.iter)
@@ -150,13 +153,24 @@ class StepTrainer(SimpleTrainer):
             data_time=max(read[len(losses) : len(losses) + processes]) if processes > 1 else data_time,
         )
 
-    def _report(self, batch: list[dict], losses: dict[str, Tensor]) -> None:
+    def _not_finite(self, metrics: Metrics) -> str | None:
+        """What prevents the step, the same in all processes."""
+        if not math.isfinite(metrics.total_loss):
+            return "loss"
+        # float16 gradients overflow now and then: the scaler skips these steps itself and lowers the scale.
+        if metrics.grad_norm is None or math.isfinite(metrics.grad_norm) or self.grad_scaler.is_enabled():
+            return None
+        return "gradient norm"
+
+    def _report(self, what: str, batch: list[dict], losses: dict[str, Tensor], norm: float | None) -> None:
         """Report on this process only: processes must not wait for one that fails."""
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self._seed()  # repeat the same random numbers
         with autocast(self.device.type, self.settings.autocast):
-            path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses)
-        message = f"the loss of iteration {self.iter} is not finite; see {path} for images, losses and the first module"
+            path = write_report(self.settings.output_dir, self.iter, comm.get_rank(), model, batch, losses, norm)
+        message = (
+            f"the {what} of iteration {self.iter} is not finite; see {path} for images, losses and the first module"
+        )
         advice = (
             "Lower SOLVER.BASE_LR, check SOLVER.CLIP_GRADIENTS, or resume from an earlier checkpoint (--resume-from)"
         )
@@ -170,7 +184,9 @@ class StepTrainer(SimpleTrainer):
         return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        # As in detectron2, but the optimizer keeps the settings of the config.
+        TrainerBase.load_state_dict(self, state_dict)
+        resume_optimizer(self.optimizer, state_dict["optimizer"])
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
@@ -38,6 +39,8 @@ from .score_threshold import EvaluationOfThreshold
 from .step import StepSettings, StepTrainer
 from .writers import ProgressPrinter, WandbWriter
 
+LEAST = {"MAX_ITER": 1, "CHECKPOINT_PERIOD": 1, "CHECKPOINT_KEEP": 0, "EARLY_STOPPING": 0}  # values of SOLVER
+
 
 class DINOTrainer(DefaultTrainer):
     """`DefaultTrainer` for DINO.
@@ -52,6 +55,9 @@ class DINOTrainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # not set up yet
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        for key, least in LEAST.items():
+            if cfg.SOLVER[key] < least:
+                raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be at least {least}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -120,13 +126,20 @@ class DINOTrainer(DefaultTrainer):
         return results
 
     def resume_from(self, checkpoint: str) -> None:
-        """Resume from this checkpoint instead of the last one.
+        """Resume from this checkpoint instead of the last one; it becomes the last one, copied to `OUTPUT_DIR` if it is
+        elsewhere.
 
         Raises:
             ValueError: it holds only weights.
         """
         self.checkpointer.load(checkpoint)
         self.start_iter = self.iter + 1
+        # Else a run that is killed before its next checkpoint would go on with what was abandoned.
+        folder, name = os.path.split(checkpoint)
+        if os.path.realpath(folder) != os.path.realpath(self.cfg.OUTPUT_DIR):
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        elif comm.is_main_process():
+            self.checkpointer.tag_last_checkpoint(name)
 
     def train(self) -> dict[str, Any] | None:
         """Train until `SOLVER.MAX_ITER` or early stopping.
@@ -168,6 +181,26 @@ class DINOTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._trainer.seed = state_dict["seed"]
+        if isinstance(self.scheduler, LRMultiplier):  # other schedulers may depend on the learning rates before
+            groups, scheduler = self.optimizer.param_groups, self.scheduler
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, lr in zip(groups, scheduler.get_lr(), strict=True):
+                group["lr"] = lr
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As in detectron2.
+
+        Raises:
+            ValueError: the batch cannot be scaled.
+        """
+        reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+        if reference < 0 or (reference and images % reference):
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {reference}; it must be the number of processes that the config was "
+                f"made for, and divide SOLVER.IMS_PER_BATCH, {images}, or be 0, which scales nothing"
+            )
+        return DefaultTrainer.auto_scale_workers(cfg, num_workers)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> optim.Optimizer:

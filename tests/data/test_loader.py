@@ -17,6 +17,7 @@ from PIL import Image
 
 from dino_d2 import load_config
 from dino_d2.data import ImageMapper, TrainingLoader, build_train_augmentation, build_train_loader, register_datasets
+from dino_d2.data.loader import share_of_batch
 from dino_d2.engine import DINOTrainer
 from tests.synthetic import config_values, write_rectangles
 
@@ -132,11 +133,26 @@ def test_missing_pictures_are_skipped_too(tmp_path: Path) -> None:
         (["INPUT.ON_UNREADABLE", "ignore"], "INPUT.ON_UNREADABLE is 'ignore'; it must be stop or skip"),
         (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], "must be TrainingSampler or RepeatFactor"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["SOLVER.IMS_PER_BATCH", "0"], r"SOLVER\.IMS_PER_BATCH is 0; it must be at least 1$"),
+        (["SOLVER.IMS_PER_BATCH", "-2"], r"SOLVER\.IMS_PER_BATCH is -2; it must be at least 1$"),
     ],
 )
 def test_what_cannot_be_done_is_refused(data: tuple[Path, Path], override: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loader(config(data, *override))
+
+
+@pytest.mark.parametrize("batch", [0, 2, 6])
+def test_batch_that_cannot_be_divided_among_the_processes_is_refused(batch: int) -> None:
+    with pytest.raises(ValueError, match=rf"IMS_PER_BATCH is {batch}; .* each of the 4 processes, such as [48]$"):
+        share_of_batch(batch, 4)
+    assert share_of_batch(8, 4) == 2
+
+
+@pytest.mark.parametrize("reference", ["8", "-1"])
+def test_batch_that_cannot_be_scaled_to_the_processes_is_refused(data: tuple[Path, Path], reference: str) -> None:
+    with pytest.raises(ValueError, match=rf"REFERENCE_WORLD_SIZE is {reference}; .* divide SOLVER\.IMS_PER_BATCH, 2"):
+        DINOTrainer(config(data, "SOLVER.REFERENCE_WORLD_SIZE", reference))
 
 
 def test_trainer_with_a_mapper_of_the_users_own(tmp_path: Path) -> None:

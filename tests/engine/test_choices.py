@@ -444,6 +444,13 @@ def test_options_that_make_no_sense_are_one_line(
     assert message in line
 
 
+def test_batch_without_images_is_refused(data: Path) -> None:
+    files = ("--train-json", data / "train.json", "--train-images", data / "train", "--epochs", 3)
+    for source in (files, ("--data", data)):
+        with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH is 0; it must be at least 1$"):
+            chosen(*source, "--config-file", RECIPE, "SOLVER.IMS_PER_BATCH", "0")
+
+
 def test_epochs_and_batch_alone_change_nothing_else(data: Path) -> None:
     files = ("--train-json", data / "train.json", "--train-images", data / "train")
     run = chosen(*files, "--config-file", RECIPE, "--epochs", 3, "--batch-size", 5)

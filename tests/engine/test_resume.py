@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -151,6 +152,66 @@ def trainer_for(data: tuple[Path, Path], output: Path, *overrides: str) -> DINOT
     return DINOTrainer(cfg)
 
 
+def groups_by_name(trainer: DINOTrainer) -> dict[str, dict]:
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    return {names[p]: group for group in trainer.optimizer.param_groups for p in group["params"]}
+
+
+def moments_by_name(trainer: DINOTrainer) -> dict[str, dict]:
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    return {names[p]: state for p, state in trainer.optimizer.state.items()}
+
+
+LENGTH = ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(1,)", "SOLVER.CHECKPOINT_PERIOD", "2", "DATASETS.TEST", "()")
+
+
+def test_resumed_run_has_the_learning_rate_and_weight_decay_of_its_config(
+    data: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights and norms decay alike in the recipe and no longer here, so the optimizer groups its parameters anew."""
+    before = trainer_for(data, tmp_path, *LENGTH, "SOLVER.MAX_ITER", "2")
+    before.train()
+    changed = ("SOLVER.BASE_LR", "0.01", "SOLVER.WEIGHT_DECAY", "0.02", "SOLVER.BACKBONE_MULTIPLIER", "0.5")
+    again = trainer_for(data, tmp_path, *LENGTH, *changed)
+    logging.getLogger("dino_d2").propagate = True
+    again.resume_or_load(resume=True)
+
+    groups = groups_by_name(again)
+    weight, norm = groups["decoder.layers.0.ffn.linear1.weight"], groups["decoder.norm.weight"]
+    assert (weight["initial_lr"], weight["weight_decay"]) == (0.01, 0.02)
+    assert weight["lr"] == pytest.approx(0.001)  # after the step of the schedule
+    assert norm["weight_decay"] == 1e-4
+    backbone = next(group for name, group in groups.items() if name.startswith("backbone."))
+    assert (backbone["initial_lr"], backbone["lr"]) == (0.005, pytest.approx(0.0005))
+    assert again.scheduler.base_lrs == [group["initial_lr"] for group in again.optimizer.param_groups]
+    assert re.search(r"weight_decay of \d+ parameters was 0\.0001, is now 0\.02", caplog.text)
+    assert list(differing(moments_by_name(again), moments_by_name(before))) == []
+
+    again.train()
+    assert weight["lr"] == pytest.approx(0.001)
+    assert groups_by_name(again)["decoder.norm.weight"]["weight_decay"] == 1e-4
+
+
+def test_checkpoint_without_parameter_names_is_resumed_with_the_same_groups(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As they were written before."""
+    before = trainer_for(data, tmp_path, *LENGTH, "SOLVER.MAX_ITER", "2")
+    before.train()
+    path = tmp_path / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    for group in content["trainer"]["_trainer"]["optimizer"]["param_groups"]:
+        del group["param_names"]
+    torch.save(content, path)
+    again = trainer_for(data, tmp_path, *LENGTH, "SOLVER.BASE_LR", "0.01")
+    again.resume_or_load(resume=True)
+    assert [group["lr"] for group in again.optimizer.param_groups] == [pytest.approx(0.001)]
+    assert list(differing(moments_by_name(again), moments_by_name(before))) == []
+    other = trainer_for(data, tmp_path, *LENGTH, "SOLVER.BACKBONE_MULTIPLIER", "0.5")
+    with pytest.raises(ValueError, match=r"groups its parameters differently.*SOLVER\.BACKBONE_MULTIPLIER"):
+        other.resume_or_load(resume=True)
+
+
 def test_full_disk_leaves_what_was_there(
     data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +274,23 @@ def test_going_on_from_weights_alone_is_refused(data: tuple[Path, Path], tmp_pat
     weights = str(tmp_path / "first" / "model_final_ema.pth")
     with pytest.raises(ValueError, match=rf"{weights} holds only weights.*MODEL\.WEIGHTS {weights}"):
         trainer_for(data, tmp_path / "second").resume_from(weights)
+
+
+def test_resumed_run_that_is_killed_goes_on_from_the_same_checkpoint(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """A run that is killed before its next checkpoint does not return to what was abandoned."""
+    trainer_for(data, tmp_path / "run", *LENGTH).train()
+    earlier = str(tmp_path / "run" / "model_0000001.pth")
+    for folder in ("run", "other"):
+        trainer_for(data, tmp_path / folder, *LENGTH).resume_from(earlier)
+        again = trainer_for(data, tmp_path / folder, *LENGTH)
+        again.resume_or_load(resume=True)
+        assert again.start_iter == 2
+        ours, theirs = (
+            torch.load(path, weights_only=True) for path in (again.checkpointer.get_checkpoint_file(), earlier)
+        )
+        assert list(differing(ours, theirs)) == []
+    assert (tmp_path / "run" / "model_0000003.pth").exists()  # nothing is removed
+    assert files_in(tmp_path / "other") == ["model_0000001.pth"]
 
 
 def files_in(folder: Path) -> list[str]:

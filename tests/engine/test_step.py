@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -102,10 +103,14 @@ def test_non_finite_loss_is_reported_and_stops(data: tuple[Path, Path], tmp_path
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = DINOTrainer(
-        config(data, tmp_path, "SOLVER.MAX_ITER", "3", "SOLVER.ON_NON_FINITE", "skip", "DATASETS.TEST", "()")
-    )
+SKIP = ("SOLVER.MAX_ITER", "3", "SOLVER.ON_NON_FINITE", "skip", "DATASETS.TEST", "()")
+HALF = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16")
+
+
+@pytest.mark.parametrize("precision", [(), HALF], ids=["float32", "float16"])
+def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path, precision: tuple[str, ...]) -> None:
+    trainer = DINOTrainer(config(data, tmp_path, *SKIP, *precision))
+    scaler = trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=bool(precision))
     calls = []
 
     def poison_once(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -116,12 +121,40 @@ def test_non_finite_loss_can_be_skipped(data: tuple[Path, Path], tmp_path: Path)
     trainer.train()
     assert (tmp_path / "non_finite_0000001_0.json").exists()
     assert calls == [0, 1, 1, 2]  # once more for the report
+    assert scaler.get_scale() == (4 if precision else 1)  # the loss says nothing about it
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_non_finite_gradient_of_a_finite_loss_is_reported_and_stops(
+    data: tuple[Path, Path], tmp_path: Path, bad: str
+) -> None:
+    trainer = DINOTrainer(config(data, tmp_path, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
+    trainer.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float(bad))
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"gradient norm of iteration 0 is not finite.*SOLVER\.BASE_LR"):
+        trainer.train()
+    report = json.loads((tmp_path / "non_finite_0000000_0.json").read_text())
+    assert report["grad_norm"] == bad
+    assert math.isfinite(float(report["losses"]["loss_ce"]))
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_non_finite_gradient_can_be_skipped(
+    data: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = DINOTrainer(config(data, tmp_path, *SKIP, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"))
+    weight = trainer.model.decoder.norm.weight
+    weight.register_hook(lambda gradient: gradient * (float("nan") if trainer.iter == 1 else 1))
+    logging.getLogger("dino_d2").propagate = True
+    trainer.train()
+    assert "the gradient norm of iteration 1 is not finite" in caplog.text
+    assert not (tmp_path / "non_finite_0000000_0.json").exists()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_float16_step_that_overflows_is_left_out_of_the_gradients_norm(data: tuple[Path, Path], tmp_path: Path) -> None:
-    half = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16")
-    trainer = DINOTrainer(config(data, tmp_path, "SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()", *half))
+    trainer = DINOTrainer(config(data, tmp_path, "SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()", *HALF))
     trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # the usual 65536 overflows at first
     weight = trainer.model.decoder.norm.weight
     weight.register_hook(lambda gradient: gradient * (float("inf") if trainer.iter == 1 else 1))
@@ -148,6 +181,10 @@ def test_float16_step_that_overflows_is_left_out_of_the_gradients_norm(data: tup
         ("SOLVER.ACCUMULATION_STEPS", "0", "must be at least 1"),
         ("SOLVER.ON_NON_FINITE", "ignore", "must be stop or skip"),
         ("SOLVER.AMP.DTYPE", "float8", "must be one of float16, bfloat16"),
+        ("SOLVER.MAX_ITER", "0", "must be at least 1"),
+        ("SOLVER.CHECKPOINT_PERIOD", "0", "must be at least 1"),
+        ("SOLVER.CHECKPOINT_KEEP", "-1", "must be at least 0"),
+        ("SOLVER.EARLY_STOPPING", "-1", "must be at least 0"),
     ],
 )
 def test_wrong_setting_is_named(data: tuple[Path, Path], tmp_path: Path, key: str, value: str, complaint: str) -> None:
