@@ -20,6 +20,8 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dino_d2.data.annotations import can_be_evaluated, completed
+
 from .f1 import best_f1, matches_of_hotcoco, matches_of_pycocotools
 from .settings import APSettings, hotcoco_is_installed
 
@@ -66,6 +68,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             max_dets_per_image=self._settings.max_dets,
             use_fast_impl=False,  # detectron2's C++ version, unofficial and missing in most builds
         )
+        if complete_annotations(self._coco_api):
+            logger.info(
+                "Annotations of %s lack area or iscrowd: the area of the box is used, and they are no crowds",
+                dataset_name,
+            )
         if number_annotations(self._coco_api):
             logger.info(
                 "Annotation ids of %s are not different positive integers: its objects are numbered anew", dataset_name
@@ -142,11 +149,23 @@ def number_annotations(coco: COCO) -> bool:
     ids = {annotation["id"] for annotation in annotations}
     if len(ids) == len(annotations) and all(isinstance(number, int) and 0 < number < 2**53 for number in ids):
         return False
-    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
-    coco.dataset = coco.dataset | {"annotations": numbered}
+    _replace_annotations(coco, [entry | {"id": number} for number, entry in enumerate(annotations, start=1)])
+    return True
+
+
+def complete_annotations(coco: COCO) -> bool:
+    """Add the area and iscrowd that pycocotools needs where they are missing, and tell whether that was necessary."""
+    annotations = coco.dataset.get("annotations", [])
+    if all(map(can_be_evaluated, annotations)):
+        return False
+    _replace_annotations(coco, [completed(entry) for entry in annotations])
+    return True
+
+
+def _replace_annotations(coco: COCO, annotations: list[dict[str, Any]]) -> None:
+    coco.dataset = coco.dataset | {"annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    return True
 
 
 def evaluate_boxes(

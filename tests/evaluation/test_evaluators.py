@@ -132,6 +132,30 @@ def test_annotation_ids_do_not_matter(
     assert found == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize(
+    "lacking",
+    [{"area": None, "iscrowd": None}, {"area": float("nan")}, {"area": "1"}, {}],
+    ids=["null", "NaN", "text", "missing"],
+)
+def test_missing_area_is_that_of_the_box_and_without_iscrowd_nothing_is_a_crowd(
+    lacking: dict[str, Any], backend: str, register: Register, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = generate(5, 2, 3, 10)
+    for annotation in made.dataset["annotations"]:
+        annotation |= {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
+    name = register(made)
+    expected = detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"]
+    for annotation in made.dataset["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+        annotation |= lacking
+    (tmp_path / "annotations.json").write_text(json.dumps(made.dataset))
+    caplog.set_level(logging.INFO)
+    found = detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"]
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert f"Annotations of {name} lack area or iscrowd" in caplog.text
+
+
 @pytest.mark.parametrize("backend", ["auto", "hotcoco"])
 def test_pycocotools_computes_what_would_not_be_equal(
     backend: str, register: Register, ran: list[str], caplog: pytest.LogCaptureFixture
