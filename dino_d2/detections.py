@@ -327,10 +327,12 @@ def draw_boxes(
         class_ids: determine the colours.
         texts: labels of the boxes.
     """
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
+
+    from .fonts import load_font
 
     longest = max(picture.size)
-    line, font = max(2, longest // 400), ImageFont.load_default(max(12, longest // 65))
+    line, font = max(2, longest // 400), load_font(max(12, longest // 65), texts)
     pen = ImageDraw.Draw(picture)
     for box, class_id, text in zip(boxes, class_ids, texts, strict=True):
         colour = COLOURS[class_id % len(COLOURS)]

@@ -11,9 +11,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.visualizer import Visualizer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from dino_d2.fonts import load_font
 from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dino_d2.structures import Targets
 
@@ -109,7 +110,7 @@ def _arrange(samples: Sequence[tuple[str, Image.Image, Image.Image]]) -> Image.I
     heights = [max(picture.height for _, picture, _ in row) + CAPTION + GAP for row in rows]
     cell = 2 * (PANEL + GAP)
     sheet = Image.new("RGB", (COLUMNS * cell + GAP, TITLE + sum(heights)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    draw, font = ImageDraw.Draw(sheet), load_font(15, [caption for caption, _, _ in samples])
 
     x = GAP
     for text, colour in EXPLANATION:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tabulate import tabulate
 
 from dino_d2.data import CocoFiles, class_names, read_image, stream_results
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
 from dino_d2.evaluation.coco import DETECTIONS
+from dino_d2.fonts import load_font
 
 from .dataset import corners, part_of, read_found, read_truth
 from .evaluated import files_of
@@ -169,7 +170,7 @@ def draw(image: ScoredImage, names: Sequence[str]) -> Image.Image:
     ]
     width = max(picture.width, NARROWEST)
     sheet = Image.new("RGB", (2 * width + 3 * GAP, TITLE + picture.height + GAP), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    pen, font = ImageDraw.Draw(sheet), load_font(20, [title for title, _, _ in panels])
     for place, (title, objects, texts) in enumerate(panels):
         left = GAP + place * (width + GAP)
         pen.text((left, GAP), title, fill=INK, font=font)
