@@ -323,7 +323,7 @@ def draw_boxes(
     """Draw on the RGB image in place and return it.
 
     Args:
-        boxes: x1, y1, x2, y2 in pixels; later ones are drawn on top.
+        boxes: x1, y1, x2, y2 in pixels, corners in any order; later ones are drawn on top.
         class_ids: determine the colours.
         texts: labels of the boxes.
     """
@@ -336,11 +336,13 @@ def draw_boxes(
     pen = ImageDraw.Draw(picture)
     for box, class_id, text in zip(boxes, class_ids, texts, strict=True):
         colour = COLOURS[class_id % len(COLOURS)]
-        pen.rectangle(tuple(box), outline=colour, width=line)
+        x1, x2 = sorted(box[::2])  # annotations may have negative sides
+        y1, y2 = sorted(box[1::2])
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         left, _, right, bottom = pen.textbbox((0, 0), text, font=font)
-        x = min(max(box[0], 0), max(picture.width - right - 2 * line, 0))
-        y = box[1] - bottom - line
-        y = y if y >= 0 else min(max(box[1], 0), picture.height)
+        x = min(max(x1, 0), max(picture.width - right - 2 * line, 0))
+        y = y1 - bottom - line
+        y = y if y >= 0 else min(max(y1, 0), picture.height)
         pen.rectangle((x, y, x + right - left + 2 * line, y + bottom + line), fill=colour)
         pen.text((x + line, y), text, fill=(0, 0, 0), font=font)
     return picture
