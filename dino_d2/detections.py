@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -87,12 +88,15 @@ class Detections:
         return self[self.scores > score]
 
     def of(self, *names: str) -> Detections:
-        """Detections of these classes.
+        """Detections of these classes: "class 3" if the model has no class names.
 
         Raises:
             ValueError: an unknown class.
         """
-        check_classes(names, self.class_names or [self._name(number) for number in set(self.classes.tolist())])
+        if self.class_names:
+            check_classes(names, self.class_names)
+        elif wrong := [name for name in names if not re.fullmatch(r"class \d+", name)]:
+            raise ValueError(f"unknown class {wrong[0]}; without names the classes are class 0, class 1, …")
         return self[np.array([name in names for name in self.names], bool)]
 
     def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:

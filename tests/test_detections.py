@@ -63,6 +63,9 @@ def test_filters_by_score_and_class() -> None:
 def test_classes_without_names_have_numbers() -> None:
     assert found(names=()).names == ["class 0", "class 1", "class 0"]
     assert len(found(names=()).of("class 0")) == 2
+    assert len(found(names=()).of("class 2")) == 0  # it may be in other images
+    with pytest.raises(ValueError, match="unknown class cat; without names the classes are class 0"):
+        found(names=()).of("cat")
 
 
 def test_picture_shows_boxes_and_is_left_as_it_was() -> None:
