@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,27 @@ def detect(detector: Detector, path: str, tile: int) -> Picture:
 def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The selected detections of all images as a dataset in COCO format, with scores."""
     images, annotations = [], []
-    for number, picture in enumerate(session.pictures.values(), start=1):
+    pictures = list(session.pictures.values())
+    names = different_names([picture.name for picture in pictures])
+    for number, (picture, name) in enumerate(zip(pictures, names, strict=True), start=1):
         height, width = picture.found.image_size
-        images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
         for result in session.select(picture).to_coco(number):
             area = result["bbox"][2] * result["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **result, "area": area, "iscrowd": 0})
     numbered = zip(number_categories(class_names), class_names, strict=True)
     categories = [{"id": number, "name": name} for number, name in numbered]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def different_names(names: Sequence[str]) -> list[str]:
+    """File names that repeat an earlier one get a number, as browsers do: photo.jpg, photo (2).jpg."""
+    different: list[str] = []
+    for name in names:
+        path = Path(name)
+        numbered = (f"{path.stem} ({number}){path.suffix}" for number in count(2))
+        different.append(name if name not in different else next(x for x in numbered if x not in [*names, *different]))
+    return different
 
 
 def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:

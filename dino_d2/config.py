@@ -146,7 +146,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16
     cfg.TEST.QUANTIZE = "none"  # none | int8: products of encoder and decoder in 8-bit integers, on a CPU
     cfg.TEST.COCO_BACKEND = "auto"  # auto | pycocotools | hotcoco: computes COCO AP; auto: faster if equal
-    cfg.TEST.MAX_DETS_PER_IMAGE = 100  # per image and class, counted in AP; other values deviate from COCO
+    cfg.TEST.MAX_DETS_PER_IMAGE = 100  # per image and class, counted in AP, 10 at least; other values deviate from COCO
     cfg.TEST.REPORT = False  # after the last evaluation make OUTPUT_DIR/report, a page that shows what goes wrong
     cfg.TEST.QUERY_METRICS = False  # also report anchor distances, duplicates and the AP of every decoder layer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -87,12 +88,15 @@ class Detections:
         return self[self.scores > score]
 
     def of(self, *names: str) -> Detections:
-        """Detections of these classes.
+        """Detections of these classes: "class 3" if the model has no class names.
 
         Raises:
             ValueError: an unknown class.
         """
-        check_classes(names, self.class_names or [self._name(number) for number in set(self.classes.tolist())])
+        if self.class_names:
+            check_classes(names, self.class_names)
+        elif wrong := [name for name in names if not re.fullmatch(r"class \d+", name)]:
+            raise ValueError(f"unknown class {wrong[0]}; without names the classes are class 0, class 1, …")
         return self[np.array([name in names for name in self.names], bool)]
 
     def draw(self, image: str | PathLike | Image | np.ndarray | None = None) -> Image:
@@ -323,22 +327,26 @@ def draw_boxes(
     """Draw on the RGB image in place and return it.
 
     Args:
-        boxes: x1, y1, x2, y2 in pixels; later ones are drawn on top.
+        boxes: x1, y1, x2, y2 in pixels, corners in any order; later ones are drawn on top.
         class_ids: determine the colours.
         texts: labels of the boxes.
     """
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
+
+    from .fonts import load_font
 
     longest = max(picture.size)
-    line, font = max(2, longest // 400), ImageFont.load_default(max(12, longest // 65))
+    line, font = max(2, longest // 400), load_font(max(12, longest // 65), texts)
     pen = ImageDraw.Draw(picture)
     for box, class_id, text in zip(boxes, class_ids, texts, strict=True):
         colour = COLOURS[class_id % len(COLOURS)]
-        pen.rectangle(tuple(box), outline=colour, width=line)
+        x1, x2 = sorted(box[::2])  # annotations may have negative sides
+        y1, y2 = sorted(box[1::2])
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         left, _, right, bottom = pen.textbbox((0, 0), text, font=font)
-        x = min(max(box[0], 0), max(picture.width - right - 2 * line, 0))
-        y = box[1] - bottom - line
-        y = y if y >= 0 else min(max(box[1], 0), picture.height)
+        x = min(max(x1, 0), max(picture.width - right - 2 * line, 0))
+        y = y1 - bottom - line
+        y = y if y >= 0 else min(max(y1, 0), picture.height)
         pen.rectangle((x, y, x + right - left + 2 * line, y + bottom + line), fill=colour)
         pen.text((x + line, y), text, fill=(0, 0, 0), font=font)
     return picture

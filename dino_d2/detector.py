@@ -235,7 +235,14 @@ class Detector:
         }
 
     def _predict_tiles(self, image: np.ndarray, tile: int) -> Instances:
-        return predict_in_tiles(lambda part: self._predict([part])[0], image, tile, int(tile * OVERLAP))
+        settings = self.model.inference
+
+        def drop_duplicates(found: Instances) -> Instances:
+            return found[settings.without_duplicates(found)] if settings.drops_duplicates else found
+
+        return predict_in_tiles(
+            lambda part: self._predict([part])[0], image, tile, int(tile * OVERLAP), drop_duplicates
+        )
 
     def _as_detections(self, instances: Instances, size: tuple[int, int], source: str | np.ndarray) -> Detections:
         return Detections(

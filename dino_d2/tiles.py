@@ -23,18 +23,24 @@ def spread(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def predict_in_tiles(
-    predict: Callable[[np.ndarray], Instances], image: np.ndarray, size: int, overlap: int
+    predict: Callable[[np.ndarray], Instances],
+    image: np.ndarray,
+    size: int,
+    overlap: int,
+    drop_duplicates: Callable[[Instances], Instances] = lambda found: found,
 ) -> Instances:
     """Run `predict` on overlapping tiles; keep each detection only in the tile whose core contains its centre.
 
     Cores divide the image in the middle of the overlaps, so that, if the overlap is wider than an object, no object is
-    cut. An object is kept twice only where two tiles place its centre on either side of the line between their cores.
+    cut. Two tiles may place an object's centre on either side of the line between their cores and find it twice:
+    `drop_duplicates` is for these.
 
     Args:
         predict: (h, w, 3) image -> Instances with `pred_boxes`, `scores`, `pred_classes`.
         image: (H, W, 3).
         size: longest side of a tile in pixels.
         overlap: minimum overlap of neighbouring tiles in pixels.
+        drop_duplicates: applied to the detections of several tiles together.
 
     Returns:
         Instances of the whole image, highest score first.
@@ -52,7 +58,7 @@ def predict_in_tiles(
             whole = Instances((height, width), **instances.get_fields())
             whole.pred_boxes = Boxes(boxes)
             found.append(whole[keep])
-    result = Instances.cat(found)
+    result = found[0] if len(found) == 1 else drop_duplicates(Instances.cat(found))
     return result[result.scores.argsort(descending=True)]
 
 

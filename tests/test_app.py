@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -346,6 +347,18 @@ def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: l
     assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
     blue = detector(photos[1], threshold=0.05).of("blue")
     assert [entry["category_id"] for entry in coco["annotations"]] == [2] * len(blue)
+
+
+def test_pictures_of_one_name_are_different_files_in_coco(
+    detector: WatchedDetector, photos: list[Path], tmp_path: Path
+) -> None:
+    pictures = {}
+    for folder, name in (("a", "1.png"), ("b", "1.png"), ("c", "1.png"), ("d", "1 (2).png")):
+        path = tmp_path / folder / name
+        path.parent.mkdir()
+        pictures[str(path)] = detect(detector, str(shutil.copy(photos[0], path)), tile=0)
+    images = to_coco(Session(pictures), detector.labels)["images"]
+    assert [image["file_name"] for image in images] == ["1.png", "1 (3).png", "1 (4).png", "1 (2).png"]
 
 
 def test_large_and_small_pictures_are_drawn_on_in_sizes_for_the_eye(detector: WatchedDetector, tmp_path: Path) -> None:

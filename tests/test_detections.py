@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dino_d2 import Detections
+from dino_d2 import Detections, fonts
 from dino_d2.detections import COCO_IDS, COLOURS
+from dino_d2.fonts import load_font
 
 BOXES = [[10, 20, 30, 50], [0, 0, 60, 40], [5, 5, 9, 9]]
 
@@ -61,6 +63,9 @@ def test_filters_by_score_and_class() -> None:
 def test_classes_without_names_have_numbers() -> None:
     assert found(names=()).names == ["class 0", "class 1", "class 0"]
     assert len(found(names=()).of("class 0")) == 2
+    assert len(found(names=()).of("class 2")) == 0  # it may be in other images
+    with pytest.raises(ValueError, match="unknown class cat; without names the classes are class 0"):
+        found(names=()).of("cat")
 
 
 def test_picture_shows_boxes_and_is_left_as_it_was() -> None:
@@ -79,6 +84,27 @@ def test_labels_at_every_edge_are_drawn() -> None:
     edges = np.array([[0, 0, 80, 60], [70, 0, 80, 5], [-5, -5, 2, 2], [75, 55, 90, 70]], np.float32)
     detections = Detections(edges, np.ones(4, np.float32), np.arange(4), (), (60, 80), np.zeros((60, 80, 3), np.uint8))
     assert np.asarray(detections.draw()).any()
+
+
+def drawn_as(name: str) -> bytes:
+    return found(np.zeros((60, 80, 3), np.uint8), names=(name,) * 3).draw().tobytes()
+
+
+@pytest.mark.parametrize("letters", ["äéñş", "Ωλ", "Жц"])
+def test_letters_are_told_apart(letters: str) -> None:
+    assert len({drawn_as(letter) for letter in letters}) == len(letters)
+
+
+def test_the_font_that_has_most_letters_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "font_names", lambda: ["cmr10", "DejaVu Sans", "DejaVu Serif"])
+    assert load_font(12, ["cat"]).getname()[0] == "cmr10"
+    assert load_font(12, ["cat", "Жц"]).getname()[0] == "DejaVu Sans"
+
+
+def test_names_are_drawn_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only OnnxPredictor is installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert drawn_as("cat") != drawn_as("dog")
 
 
 def test_picture_and_list_are_saved(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,6 +137,28 @@ def test_tiles_look_at_all_of_the_picture(detector: Detector, picture: np.ndarra
     tiled = detector(picture, threshold=0, tile=60)
     assert len(tiled) > 0
     assert not same(tiled, detector(picture, threshold=0))
+
+
+@pytest.mark.parametrize("voting", [False, True])
+def test_the_threshold_for_duplicates_holds_across_tiles(
+    folder: Path, picture: np.ndarray, voting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles that share columns 51 to 69 find an object beside the line between them, each on its own side."""
+    overrides = ["MODEL.DINO.NMS_THRESHOLD", 0.6, "MODEL.DINO.BOX_VOTING", voting]
+    for values, count in (([], 2), (overrides, 1)):
+        detector = Detector.from_pretrained(folder, device="cpu", overrides=values)
+
+        def on_its_own_side(parts: list[np.ndarray]) -> list[Instances]:
+            first = np.array_equal(parts[0], picture[:75, :69])
+            found = Instances(parts[0].shape[:2], scores=torch.tensor([0.9 if first else 0.8]))
+            x = 59 if first else 61 - 51  # of its centre
+            found.pred_boxes = Boxes(torch.tensor([[x - 10.0, 20, x + 10, 40]]))
+            found.pred_classes = torch.tensor([3])
+            return [found]
+
+        monkeypatch.setattr(detector, "_predict", on_its_own_side)
+        found = detector(picture[:75], threshold=0, tile=75)
+        assert found.scores.tolist() == pytest.approx([0.9, 0.8][:count])
 
 
 def test_frames_of_a_video_are_read_as_they_are_needed(detector: Detector, tmp_path: Path) -> None:

@@ -23,6 +23,32 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return transform
 
 
+class RandomRotation(T.RandomRotation):
+    """detectron2's, but images of one channel keep its axis."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.RotationTransform):
+            return Rotation(transform.h, transform.w, transform.angle, transform.expand, interp=transform.interp)
+        return transform
+
+
+class Rotation(T.RotationTransform):
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        rotated = super().apply_image(img, interp)
+        return rotated.reshape(*rotated.shape[:2], *img.shape[2:])
+
+
+class RandomSaturationOfBGR(T.RandomSaturation):
+    """detectron2's, which takes all images for RGB."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return super().get_transform(image[..., ::-1])
+
+
+SATURATION = {"RGB": [T.RandomSaturation], "BGR": [RandomSaturationOfBGR]}  # by INPUT.FORMAT; grey has none
+
+
 class ResizingAugmentation(T.AugmentationList):
     """Augmentations that resize every image; `ImageMapper` reads large ones smaller.
 
@@ -48,7 +74,7 @@ def build_train_augmentation(cfg: CfgNode) -> ResizingAugmentation:
     if i.VERTICAL_FLIP:
         steps.append(T.RandomFlip(horizontal=False, vertical=True))
     if i.QUARTER_TURN:
-        steps.append(T.RandomRotation([0, 90], sample_style="choice"))
+        steps.append(RandomRotation([0, 90], sample_style="choice"))
     if i.CROP.ENABLED:
         crop: list[T.Augmentation] = [T.RandomCrop(i.CROP.TYPE, i.CROP.SIZE)]
         if i.CROP.RESIZE_FIRST:
@@ -57,7 +83,7 @@ def build_train_augmentation(cfg: CfgNode) -> ResizingAugmentation:
     steps.append(ResizeShortestEdge(i.MIN_SIZE_TRAIN, i.MAX_SIZE_TRAIN, i.MIN_SIZE_TRAIN_SAMPLING))
     if i.COLOR_JITTER > 0:  # last, when images are smallest
         low, high = 1 - i.COLOR_JITTER, 1 + i.COLOR_JITTER
-        steps += [T.RandomBrightness(low, high), T.RandomContrast(low, high), T.RandomSaturation(low, high)]
+        steps += [jitter(low, high) for jitter in (T.RandomBrightness, T.RandomContrast, *SATURATION.get(i.FORMAT, []))]
     return ResizingAugmentation(steps, _shorter_side(cfg))
 
 

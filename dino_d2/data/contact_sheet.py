@@ -11,9 +11,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.visualizer import Visualizer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from dino_d2.fonts import load_font, plain_text
 from dino_d2.geometry import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dino_d2.structures import Targets
 
@@ -34,6 +35,7 @@ EXPLANATION = (
 )
 
 
+@plain_text()
 def draw_contact_sheet(cfg: CfgNode, denoising: nn.Module, count: int) -> Image.Image:
     """Draw up to `count` samples of `DATASETS.TRAIN` as training sees them, of images with objects.
 
@@ -64,7 +66,8 @@ def _draw_sample(
     pixels = convert_image_to_rgb(sample["image"].permute(1, 2, 0), image_format)
     picture = Image.fromarray(pixels)
     scale = PANEL / max(width, height)
-    picture = np.asarray(picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
+    size = [max(round(side * scale), 1) for side in picture.size]
+    picture = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
     with_objects = _Panel(picture)
     with_objects.add(targets.boxes, OBJECT, labels=[names[label] for label in targets.labels.tolist()])
@@ -109,7 +112,7 @@ def _arrange(samples: Sequence[tuple[str, Image.Image, Image.Image]]) -> Image.I
     heights = [max(picture.height for _, picture, _ in row) + CAPTION + GAP for row in rows]
     cell = 2 * (PANEL + GAP)
     sheet = Image.new("RGB", (COLUMNS * cell + GAP, TITLE + sum(heights)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    draw, font = ImageDraw.Draw(sheet), load_font(15, [caption for caption, _, _ in samples])
 
     x = GAP
     for text, colour in EXPLANATION:

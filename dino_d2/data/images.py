@@ -62,7 +62,7 @@ def read_reduced(
         shorter_side: that is enough, in pixels; None: the whole size.
 
     Returns:
-        the pixels, (h, w, 3) uint8, and the height and width of the whole image.
+        the pixels as `read_image` gives them, and the height and width of the whole image.
 
     Raises:
         see `read_image`.

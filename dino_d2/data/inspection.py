@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from dino_d2.modeling.denoising import PlainDenoising
 
+from .annotations import can_be_evaluated, is_box
 from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
 from .images import read_reduced
@@ -97,8 +98,8 @@ UNKNOWN_IMAGE = _warning(
 NO_POLYGON = _warning(
     "objects without a valid polygon", 'ignored, including their boxes: remove "segmentation", or give it three points'
 )
-NOT_FOR_EVALUATION = _warning(
-    "annotations without a number as area or iscrowd", "not needed to train, but evaluation on this file would fail"
+INCOMPLETE = _info(
+    "annotations without a number as area or iscrowd", "evaluation takes the area of the box, and no crowd, instead"
 )
 CROWD = _info("crowds (iscrowd)", "not trained on; evaluation ignores detections in them")
 
@@ -256,7 +257,7 @@ def _valid_objects(
             cases[NO_POLYGON].append(name)
         else:
             if not can_be_evaluated(entry):
-                cases[NOT_FOR_EVALUATION].append(name)
+                cases[INCOMPLETE].append(name)
             if entry.get("iscrowd", 0) != 0:
                 cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
             else:
@@ -356,17 +357,3 @@ def _is_id(value: object) -> bool:
 
 def _is_length(value: object) -> bool:
     return type(value) is int and value > 0
-
-
-def is_box(value: object) -> bool:
-    """Whether it is four finite numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite_number, value))
-
-
-def can_be_evaluated(entry: Entry) -> bool:
-    """Whether an annotation has the numbers that pycocotools needs."""
-    return all(_is_finite_number(entry.get(key)) for key in ("area", "iscrowd"))
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

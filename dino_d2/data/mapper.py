@@ -70,8 +70,8 @@ class ImageMapper(DatasetMapper):
         return pixels
 
     def read(self, record: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
-        """The image of a record before any augmentation, (h, w, 3) uint8 in `INPUT.FORMAT`, and height and width that
-        it has in the file.
+        """The image of a record before any augmentation, (h, w, channels) uint8 in `INPUT.FORMAT`, and height and width
+        that it has in the file.
 
         In training, large photographs are read smaller if the augmentations make them smaller anyway.
         """

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
 
 Size = tuple[int, int]  # height, width
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the mosaic
@@ -34,18 +34,19 @@ def mosaic(images: Sequence[np.ndarray], annotations: Sequence[Sequence[dict]]) 
     """Join images and their objects.
 
     Args:
-        images: two or four, each (H, W, 3) uint8.
+        images: two or four, each (H, W, channels) uint8.
         annotations: of each image, in detectron2's format; not modified.
 
     Returns:
-        the mosaic, (H, W, 3) uint8, with as many pixels as the largest image; and its annotations with boxes as x1, y1,
-        x2, y2.
+        the mosaic, (H, W, channels) uint8, with as many pixels as the largest image; and its annotations with boxes as
+        x1, y1, x2, y2.
     """
     places = layout([image.shape[:2] for image in images])
-    joined = np.empty((places[-1][3], places[-1][2], 3), np.uint8)
+    joined = np.empty((places[-1][3], places[-1][2], *images[0].shape[2:]), np.uint8)
     found: list[dict[str, Any]] = []
     for image, (x1, y1, x2, y2), of_image in zip(images, places, annotations, strict=True):
-        joined[y1:y2, x1:x2] = np.asarray(Image.fromarray(image).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR))
+        resize = T.ResizeTransform(*image.shape[:2], y2 - y1, x2 - x1)
+        joined[y1:y2, x1:x2] = resize.apply_image(image)
         scale = np.array([x2 - x1, y2 - y1] * 2) / (image.shape[1::-1] * 2)
         for annotation in of_image:
             box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)

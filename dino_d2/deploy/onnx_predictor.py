@@ -12,6 +12,7 @@ import onnxruntime
 
 from dino_d2.detections import DEFAULT_THRESHOLD, Detections
 
+OUTPUTS = ("boxes", "scores", "classes")  # of the session, those of them that are used
 METADATA_KEY = "dino_d2"  # key of the JSON in the file's metadata
 PRECISION_BITS = 22  # of the weights for resizing 8-bit pixels, as in Pillow
 
@@ -69,16 +70,23 @@ class OnnxPredictor:
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Predict several images of any sizes at once, padded to the largest."""
-        found = self.session.run(["boxes", "scores", "classes"], self.prepare(images))
-        return [self._detections(image, *arrays) for image, *arrays in zip(images, *found, strict=True)]
+        """Predict several images of any sizes.
+
+        Only images that are resized to the same size run at once: padding would change the detections.
+        """
+        _check(images)
+        sizes = [self._size(*image.shape[:2]) for image in images]
+        found: dict[int, Detections] = {}
+        for size in dict.fromkeys(sizes):
+            indices = [index for index, other in enumerate(sizes) if other == size]
+            arrays = self.session.run(OUTPUTS, self.prepare([images[index] for index in indices]))
+            for index, *of_image in zip(indices, *arrays, strict=True):
+                found[index] = self._detections(images[index], *of_image)
+        return [found[index] for index in range(len(images))]
 
     def prepare(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Make the session's inputs from images as in `__call__`: resize, reorder channels and pad."""
-        if not len(images):
-            raise ValueError("no images given")
-        for image in images:
-            _check(image)
+        _check(images)
         resized = [resize(image, *self._size(*image.shape[:2])) for image in images]
         sizes = np.array([image.shape[:2] for image in resized], np.int64)
         pixels = np.zeros((len(images), 3, *sizes.max(axis=0)), np.uint8)
@@ -151,9 +159,12 @@ def _resize_lines(image: np.ndarray, size: int) -> np.ndarray:
     return np.clip(result >> PRECISION_BITS, 0, 255).astype(np.uint8)
 
 
-def _check(image: np.ndarray) -> None:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"an image must be a uint8 array (height, width, 3) in BGR order, got {described}")
-    if not image.size:
-        raise ValueError(f"the image is empty: {image.shape}")
+def _check(images: Sequence[np.ndarray]) -> None:
+    if not len(images):
+        raise ValueError("no images given")
+    for image in images:
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"an image must be a uint8 array (height, width, 3) in BGR order, got {described}")
+        if not image.size:
+            raise ValueError(f"the image is empty: {image.shape}")

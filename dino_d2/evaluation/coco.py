@@ -20,8 +20,10 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dino_d2.data.annotations import can_be_evaluated, completed
+
 from .f1 import best_f1, matches_of_hotcoco, matches_of_pycocotools
-from .settings import APSettings, hotcoco_is_installed
+from .settings import FEWEST_DETS, APSettings, hotcoco_is_installed
 
 if TYPE_CHECKING:
     import hotcoco
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 DETECTIONS = "coco_instances_results.json"  # as detectron2's evaluator names the file
 ANNOTATION_FIELDS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}
-COUNTS = (1, 10)  # further detection limits at which COCO reports recall, besides APSettings.max_dets
+COUNTS = (1, FEWEST_DETS)  # further detection limits at which COCO reports recall, besides APSettings.max_dets
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
@@ -66,6 +68,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             max_dets_per_image=self._settings.max_dets,
             use_fast_impl=False,  # detectron2's C++ version, unofficial and missing in most builds
         )
+        if complete_annotations(self._coco_api):
+            logger.info(
+                "Annotations of %s lack area or iscrowd: the area of the box is used, and they are no crowds",
+                dataset_name,
+            )
         if number_annotations(self._coco_api):
             logger.info(
                 "Annotation ids of %s are not different positive integers: its objects are numbered anew", dataset_name
@@ -115,7 +122,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             return "hotcoco is used only for boxes"
         if not hotcoco_is_installed():
             return "hotcoco (faster) is not installed"
-        return difference(self._coco_api.dataset, detections, self._settings.max_dets)
+        return difference(self._coco_api.dataset, detections)
 
     def _to_dataset_categories(self, detections: Iterable[dict[str, Any]]) -> None:
         """Convert classes counted from 0 to category ids of the annotation file, in place."""
@@ -142,11 +149,23 @@ def number_annotations(coco: COCO) -> bool:
     ids = {annotation["id"] for annotation in annotations}
     if len(ids) == len(annotations) and all(isinstance(number, int) and 0 < number < 2**53 for number in ids):
         return False
-    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
-    coco.dataset = coco.dataset | {"annotations": numbered}
+    _replace_annotations(coco, [entry | {"id": number} for number, entry in enumerate(annotations, start=1)])
+    return True
+
+
+def complete_annotations(coco: COCO) -> bool:
+    """Add the area and iscrowd that pycocotools needs where they are missing, and tell whether that was necessary."""
+    annotations = coco.dataset.get("annotations", [])
+    if all(map(can_be_evaluated, annotations)):
+        return False
+    _replace_annotations(coco, [completed(entry) for entry in annotations])
+    return True
+
+
+def _replace_annotations(coco: COCO, annotations: list[dict[str, Any]]) -> None:
+    coco.dataset = coco.dataset | {"annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    return True
 
 
 def evaluate_boxes(
@@ -157,7 +176,7 @@ def evaluate_boxes(
     Args:
         dataset: in COCO format, without a :func:`difference`.
         detections: at least one, in COCO's results format.
-        max_dets: maximum number of detections per image and class.
+        max_dets: maximum number of detections per image and class, at least 10.
         img_ids: images to evaluate; None: all.
     """
     import hotcoco  # imported late: not needed without evaluation
@@ -210,11 +229,9 @@ def summary_of(matched: hotcoco.COCOeval, max_dets: int) -> COCOevalMaxDets:
     return summary
 
 
-def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]], max_dets: int) -> str:
+def difference(dataset: dict[str, Any], detections: Sequence[dict[str, Any]]) -> str:
     """Why hotcoco's results would differ from pycocotools'; empty if they are exactly equal."""
     annotations = dataset["annotations"]
-    if max_dets < max(COUNTS):
-        return f"hotcoco differs with a limit below {max(COUNTS)} detections"
     if any(not x.keys() >= ANNOTATION_FIELDS for x in annotations):
         return f"annotations lack one of {', '.join(sorted(ANNOTATION_FIELDS))}"
     image_ids = {image["id"] for image in dataset["images"]}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dino_d2.fonts import load_font
 
 from .corruptions import CORRUPTIONS, corrupt
 
@@ -24,7 +26,7 @@ def draw_corruptions(image: np.ndarray, strength: int) -> Image.Image:
     rows = -(-len(pictures) // COLUMNS)
     cell = (max(width, PANEL // 2) + GAP, height + CAPTION + GAP)
     sheet = Image.new("RGB", (COLUMNS * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    pen, font = ImageDraw.Draw(sheet), load_font(15, pictures)
     for number, (name, pixels) in enumerate(pictures.items()):
         left, top = GAP + number % COLUMNS * cell[0], GAP + number // COLUMNS * cell[1]
         pen.text((left, top), name.replace("_", " "), fill=INK, font=font)

@@ -21,6 +21,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb, convert_PIL_to_numpy
 from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 from torch import nn
@@ -117,9 +118,10 @@ class CorruptedImages(ImageMapper):
         pixels, size = super().read(record)
         if not self.cell.corruption:
             return pixels, size
-        order = slice(None, None, -1 if self.image_format == "BGR" else 1)
+        rgb = convert_image_to_rgb(pixels, self.image_format)
         seed = zlib.crc32(str(record["image_id"]).encode())
-        return corrupt(pixels[..., order], self.cell.corruption, self.cell.strength, seed)[..., order], size
+        corrupted = Image.fromarray(corrupt(rgb, self.cell.corruption, self.cell.strength, seed))
+        return convert_PIL_to_numpy(corrupted, self.image_format), size
 
 
 def resized(cfg: CfgNode, size: float) -> CfgNode:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 
 BACKENDS = ("auto", "pycocotools", "hotcoco")
+FEWEST_DETS = 10  # that can be the limit: COCO also reports recall at 10, and pycocotools would count as many
 
 
 def hotcoco_is_installed() -> bool:
@@ -31,7 +32,7 @@ class APSettings:
     max_dets: highest-scoring detections per image and class that count; 100 in COCO.
 
     Raises:
-        ValueError: an unknown backend, or max_dets below 1.
+        ValueError: an unknown backend, or max_dets below 10.
         ImportError: hotcoco is selected but not installed.
     """
 
@@ -45,7 +46,7 @@ class APSettings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"TEST.COCO_BACKEND is {self.backend!r}; it must be one of {', '.join(BACKENDS)}")
-        if self.max_dets < 1:
-            raise ValueError(f"TEST.MAX_DETS_PER_IMAGE is {self.max_dets}; it must be at least 1")
+        if self.max_dets < FEWEST_DETS:
+            raise ValueError(f"TEST.MAX_DETS_PER_IMAGE is {self.max_dets}; it must be at least {FEWEST_DETS}")
         if self.backend == "hotcoco":
             require_hotcoco("TEST.COCO_BACKEND hotcoco")

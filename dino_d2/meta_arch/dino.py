@@ -68,6 +68,11 @@ class InferenceSettings:
         """How many of the best (query, class) pairs of an image are looked at."""
         return CANDIDATES * self.max_detections if self.drops_duplicates else self.max_detections
 
+    def without_duplicates(self, found: Instances) -> Tensor:
+        """Indices of the detections that overlap no better one of their class too much, highest score first."""
+        # detectron2 makes the boxes float32, and torchvision wants one dtype
+        return batched_nms(found.pred_boxes.tensor, found.scores.float(), found.pred_classes, self.nms_threshold)
+
     @classmethod
     def of_config(cls, cfg: CfgNode) -> InferenceSettings:
         return cls(
@@ -313,8 +318,7 @@ class DINO(nn.Module):
             instances.scores = scores
             instances.pred_classes = classes
             if self.inference.drops_duplicates:
-                # detectron2 makes the boxes float32, and torchvision wants one dtype
-                kept = batched_nms(boxes, scores.float(), classes, self.inference.nms_threshold)
+                kept = self.inference.without_duplicates(instances)
                 if self.inference.box_voting:
                     voted = vote(boxes[None], scores[None], classes[None], self.inference.nms_threshold)
                     instances.pred_boxes = Boxes(voted[0])

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dino_d2.engine.writers import loss_group
+from dino_d2.fonts import plain_text
 
 Curve = dict[int, float]  # iteration -> value
 PANELS = {  # curve -> title
@@ -66,6 +67,7 @@ def read_curves(run: Path, dataset: str = "") -> dict[str, Curve]:
     return dict(curves)
 
 
+@plain_text()
 def draw(runs: dict[str, dict[str, Curve]], path: Path) -> None:
     """Plot the curves of each run, by its name, to an image file."""
     panels = [panel for panel in PANELS if any(panel in curves for curves in runs.values())]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dino_d2.data import CocoFiles, read_coco
+from dino_d2.data.annotations import can_be_evaluated, completed
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,10 @@ def _truth(content: dict[str, list[dict[str, Any]]]) -> Truth:
     labels = _indices((x["category_id"] for x in given), category_ids)
     chosen = np.flatnonzero((places >= 0) & (labels >= 0))
     chosen = chosen[np.argsort(places[chosen], kind="stable")]
-    kept = [given[index] for index in chosen]
+    kept = [completed(given[index]) for index in chosen]
     xywh = _boxes(kept)
-    area = np.array([x.get("area", x["bbox"][2] * x["bbox"][3]) for x in kept], np.float64)
-    if not (np.isfinite(xywh).all() and np.isfinite(area).all()):
-        raise ValueError("a box or area is infinite or NaN")
+    if not np.isfinite(xywh).all():
+        raise ValueError("a box is infinite or NaN")
     sizes = np.array([[images[x]["width"], images[x]["height"]] for x in ids], np.int64).reshape(-1, 2)
     return Truth(
         ids=ids,
@@ -166,8 +166,8 @@ def _truth(content: dict[str, list[dict[str, Any]]]) -> Truth:
         image=places[chosen],
         label=labels[chosen],
         xywh=xywh,
-        area=area,
-        crowd=np.array([bool(x.get("iscrowd", 0)) for x in kept], bool),
+        area=np.array([x["area"] for x in kept], np.float64),
+        crowd=np.array([x["iscrowd"] for x in kept], bool),
         notes=_notes(given, len(kept)),
     )
 
@@ -176,8 +176,8 @@ def _notes(given: Sequence[dict[str, Any]], kept: int) -> list[str]:
     notes = []
     if kept < len(given):
         notes.append(f"{len(given) - kept} annotations of unknown images or categories do not count.")
-    if any("area" not in x for x in given):
-        notes.append("Some annotations have no area; that of the box is used.")
+    if not all(map(can_be_evaluated, given)):
+        notes.append("Some annotations have no area or iscrowd; the area of the box is used, and they are no crowds.")
     ids = [x.get("id") for x in given]
     if 0 in ids or None in ids or len(set(ids)) < len(ids):
         notes.append(

@@ -12,14 +12,13 @@ import numpy as np
 from dino_d2.detections import DEFAULT_THRESHOLD
 from dino_d2.evaluation.f1 import Matches as ScoredMatches
 from dino_d2.evaluation.f1 import best_f1
+from dino_d2.evaluation.settings import FEWEST_DETS
 
 from . import ap
 from .dataset import Found, Truth, read_found
 from .errors import Judgement, judge
 from .intervals import Samples, interval, ratio, resample
 from .matches import IGNORED, RIGHT, Matches, match, overlapping
-
-FEWEST_DETS = 10  # hotcoco's limit
 
 
 @dataclass(frozen=True)

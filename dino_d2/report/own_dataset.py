@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tabulate import tabulate
 
 from dino_d2.data import CocoFiles, class_names, read_image, stream_results
 from dino_d2.detections import DEFAULT_THRESHOLD, draw_boxes
 from dino_d2.engine.run_folder import EVALUATION
 from dino_d2.evaluation.coco import DETECTIONS
+from dino_d2.fonts import load_font
 
 from .dataset import corners, part_of, read_found, read_truth
 from .evaluated import files_of
@@ -77,15 +78,24 @@ def own_dataset(cfg: CfgNode) -> str:
 def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
     """Log AP per class, draw the best and worst images to `OUTPUT_DIR/examples`, and log the next command.
 
+    What cannot be reported is logged: a training of hours does not end in an error.
+
     Args:
         results: of the last evaluation, which wrote its detections to `OUTPUT_DIR/inference`.
     """
     name = own_dataset(cfg)
-    files = files_of(cfg, name)
     metrics = results.get("bbox") or results.get(name, {}).get("bbox")
     detections = Path(cfg.OUTPUT_DIR, EVALUATION, name, DETECTIONS)
     if not metrics or not detections.is_file():  # no detections, or no ground truth
         return
+    try:
+        _report(cfg, files_of(cfg, name), metrics, detections)
+    except (OSError, ValueError) as error:
+        logger.warning("No AP by class or no examples of %s: %s", name, error)
+    logger.info("Next: dino-d2 predict --weights %s --input PHOTO --output found", shlex.quote(cfg.OUTPUT_DIR))
+
+
+def _report(cfg: CfgNode, files: CocoFiles, metrics: dict[str, float], detections: Path) -> None:
     threshold = metrics.get("score_threshold", math.nan)
     threshold = DEFAULT_THRESHOLD if math.isnan(threshold) else threshold
     images = score_images(files, stream_results(detections), threshold, cfg.TEST.MAX_DETS_PER_IMAGE)
@@ -99,7 +109,6 @@ def report_on_own_dataset(cfg: CfgNode, results: dict[str, Any]) -> None:
         for number, image in enumerate(chosen, start=1):
             draw(image, names).save(folder / f"{what}_{number}.png")
     logger.info("Best and worst images, ground truth beside detections above %.3f: %s", threshold, folder)
-    logger.info("Next: dino-d2 predict --weights %s --input PHOTO --output found", shlex.quote(cfg.OUTPUT_DIR))
 
 
 def ap_table(metrics: dict[str, float], names: Sequence[str], counts: dict[int, int]) -> str:
@@ -169,7 +178,7 @@ def draw(image: ScoredImage, names: Sequence[str]) -> Image.Image:
     ]
     width = max(picture.width, NARROWEST)
     sheet = Image.new("RGB", (2 * width + 3 * GAP, TITLE + picture.height + GAP), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    pen, font = ImageDraw.Draw(sheet), load_font(20, [title for title, _, _ in panels])
     for place, (title, objects, texts) in enumerate(panels):
         left = GAP + place * (width + GAP)
         pen.text((left, GAP), title, fill=INK, font=font)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dino_d2.fonts import plain_text
 
 from . import curves as training_curves
 from .errors import BACKGROUND
@@ -21,8 +20,6 @@ from .errors import BACKGROUND
 MOST_CLASSES = 40  # in the confusion matrix and in plots of classes
 ERRORS = ("classification", "localization", "both", "duplicate", "background", "missed")  # of TIDE
 TRUTH, FOUND, GREY = "#0072B2", "#D55E00", "#777777"  # told apart with any kind of colour vision
-# For letters that matplotlib's own font lacks; those that are installed are used.
-MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari")
 DPI = 150
 PLOTS = (  # of a report or a comparison
     *("ap_by_class", "precision_recall", "f1", "errors", "confusion", "calibration", "layers", "slices"),
@@ -46,7 +43,7 @@ def draw_report(
     measured = [x for x in numbers["classes"] if x["AP"] is not None]
     curved = [x for x in measured if x["pr"]]
     layers, tested = layer_ap(numbers), robustness or {}
-    with _plain_text():
+    with plain_text():
         _save(folder / "ap_by_class.png", _ap_by_class(measured) if measured else None)
         _save(folder / "precision_recall.png", _precision_recall(curved) if curved else None)
         _save(folder / "f1.png", _f1(numbers) if numbers["f1"] else None)
@@ -69,7 +66,7 @@ def draw_comparison(
     _clear(folder)
     metrics = [{"name": name} | values for name, values in numbers["metrics"].items()]
     largest = sorted(numbers["classes"], key=lambda x: -abs(x["difference"] or 0))[:MOST_CLASSES]
-    with _plain_text():
+    with plain_text():
         for name, rows in (("differences", metrics), ("differences_by_class", largest)):
             rows = [row for row in rows if row["difference"] is not None]
             _save(folder / f"{name}.png", _differences(rows, numbers["names"]) if rows else None)
@@ -118,16 +115,6 @@ def confusion_shares(numbers: Report, classes: Sequence[int]) -> np.ndarray:
         if truth in places and found in places:
             shares[places[truth], places[found]] = 100 * objects / max(totals[truth], 1)
     return shares
-
-
-@contextmanager
-def _plain_text() -> Iterator[None]:
-    """Class names may contain "$", and letters for which there is no font here."""
-    installed = set(font_manager.get_font_names())
-    fonts = ["DejaVu Sans", *(name for name in MORE_FONTS if name in installed)]
-    with rc_context({"text.parse_math": False, "font.family": fonts}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
 
 
 def _clear(folder: Path) -> None:

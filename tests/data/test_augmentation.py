@@ -50,6 +50,35 @@ def test_line_of_pixels_does_not_become_a_giant_before_it_is_cropped(
     assert seen == [(10, 10_000, 3)] * 2
 
 
+def test_grey_images_keep_their_axis(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.INPUT.FORMAT = "L"
+    tiny_cfg.INPUT.VERTICAL_FLIP = tiny_cfg.INPUT.QUARTER_TURN = True
+    tiny_cfg.INPUT.COLOR_JITTER = 0.4
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.CROP.ENABLED = [48], False
+    augmentation = build_train_augmentation(tiny_cfg)
+    found = set()
+    for _ in range(10):
+        picture = T.AugInput(np.full((48, 64, 1), 100, np.uint8))
+        augmentation(picture)
+        found.add(picture.image.shape)
+    assert found == {(48, 64, 1), (64, 48, 1)}
+
+
+def test_colour_jitter_is_the_same_in_both_channel_orders(tiny_cfg: CfgNode) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    tiny_cfg.INPUT.COLOR_JITTER, tiny_cfg.INPUT.RANDOM_FLIP = 0.4, "none"
+    tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.CROP.ENABLED = [48], False
+    found = {}
+    for image_format, order in (("RGB", 1), ("BGR", -1)):
+        tiny_cfg.INPUT.FORMAT = image_format
+        picture = T.AugInput(pixels[..., ::order].copy())
+        np.random.seed(0)
+        build_train_augmentation(tiny_cfg)(picture)
+        found[image_format] = picture.image[..., ::order]
+    np.testing.assert_array_equal(found["BGR"], found["RGB"])
+    assert not np.array_equal(found["RGB"], pixels)
+
+
 def test_mapper_of_detectron2_uses_it_and_boxes_follow_the_picture(tiny_cfg: CfgNode, tmp_path) -> None:
     """A white square on black: wherever it ends up, its box is there."""
     picture = np.zeros((200, 300, 3), np.uint8)

@@ -119,6 +119,11 @@ def test_without_mosaics_a_mapper_gets_one_record(tmp_path: Path) -> None:
     assert len(next(iter(loader))[0]["annotations"]) > 0
 
 
+def test_grey_images_are_joined(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "INPUT.MOSAIC", "1.0", "INPUT.FORMAT", "L")
+    assert {tuple(sample["image"].shape) for sample in next(iter(make_loader(cfg)))} <= {(1, 64, 64), (1, 64, 127)}
+
+
 def test_a_mapper_that_takes_one_record_is_refused(tmp_path: Path) -> None:
     cfg = config(tmp_path, "INPUT.MOSAIC", "0.5")
     with pytest.raises(ValueError, match=r"INPUT\.MOSAIC is 0\.5, but <.* takes one record only"):

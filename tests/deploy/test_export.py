@@ -103,16 +103,26 @@ def test_duplicates_are_treated_as_by_the_model(
     assert classes[0][kept].tolist() == expected.pred_classes.tolist()
 
 
-def test_a_batch_of_several_sizes(small_model: DINO, onnx_file: Path) -> None:
+def test_a_padded_batch(small_model: DINO, onnx_file: Path) -> None:
     predictor = OnnxPredictor(onnx_file)
     images = [photo(120, 90), photo(70, 150)]
     inputs = [torch.from_numpy(array) for array in predictor.prepare(images).values()]
     with torch.no_grad():
         boxes, scores, *_ = ExportableDINO(small_model, ms_deform_attn_fused)(*inputs)
-    for i, found in enumerate(predictor.predict_batch(images)):
-        np.testing.assert_allclose(found.scores, scores[i][scores[i] > 0], atol=1e-4)
-        np.testing.assert_allclose(found.boxes, boxes[i][scores[i] > 0], atol=0.05)
-        assert (found.boxes <= [*images[i].shape[1::-1]] * 2).all()
+    found = predictor.session.run(["boxes", "scores"], predictor.prepare(images))
+    np.testing.assert_allclose(found[0], boxes, atol=0.05)
+    np.testing.assert_allclose(found[1], scores, atol=1e-4)
+    assert (found[0] <= [[[*image.shape[1::-1]] * 2] for image in images]).all()
+
+
+def test_images_of_several_sizes_are_found_as_alone(onnx_file: Path) -> None:
+    predictor = OnnxPredictor(onnx_file)
+    images = [photo(120, 90), photo(70, 150), photo(120, 90)[::-1].copy(), photo(60, 45)]  # three of 160 x 120
+    for image, found in zip(images, predictor.predict_batch(images), strict=True):
+        alone = predictor(image)
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-2)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+        assert found.image_size == image.shape[:2]
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7])

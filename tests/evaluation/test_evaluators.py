@@ -132,19 +132,44 @@ def test_annotation_ids_do_not_matter(
     assert found == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize(
+    "lacking",
+    [{"area": None, "iscrowd": None}, {"area": float("nan")}, {"area": "1"}, {}],
+    ids=["null", "NaN", "text", "missing"],
+)
+def test_missing_area_is_that_of_the_box_and_without_iscrowd_nothing_is_a_crowd(
+    lacking: dict[str, Any], backend: str, register: Register, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = generate(5, 2, 3, 10)
+    for annotation in made.dataset["annotations"]:
+        annotation |= {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
+    name = register(made)
+    expected = detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"]
+    for annotation in made.dataset["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+        annotation |= lacking
+    (tmp_path / "annotations.json").write_text(json.dumps(made.dataset))
+    caplog.set_level(logging.INFO)
+    found = detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"]
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert f"Annotations of {name} lack area or iscrowd" in caplog.text
+
+
 @pytest.mark.parametrize("backend", ["auto", "hotcoco"])
 def test_pycocotools_computes_what_would_not_be_equal(
     backend: str, register: Register, ran: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = generate(5, 2, 3, 10)
+    made.detections[3]["bbox"] = [float("nan")] * 4
     name = register(made)
-    theirs = detect(evaluation.COCOEvaluator(name, max_dets_per_image=5), made)["bbox"]
+    theirs = detect(evaluation.COCOEvaluator(name), made)["bbox"]
     ran.clear()
     caplog.set_level(logging.INFO)
-    ours = detect(COCOEvaluator(name, APSettings(backend, 5)), made)["bbox"]
+    ours = detect(COCOEvaluator(name, APSettings(backend)), made)["bbox"]
     assert without_f1(ours) == pytest.approx(theirs, nan_ok=True)
     assert ran == ["pycocotools"]
-    assert "hotcoco differs with a limit below 10 detections" in caplog.text
+    assert "annotations or detections are infinite or NaN" in caplog.text
 
 
 def test_masks_are_left_to_pycocotools(register: Register, ran: list[str]) -> None:
@@ -187,8 +212,9 @@ def test_class_that_the_data_set_does_not_have_is_refused(register: Register) ->
 def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"TEST\.COCO_BACKEND is 'fast'; it must be one of auto, pycocotools, hotcoco"):
         APSettings("fast")
-    with pytest.raises(ValueError, match=r"TEST\.MAX_DETS_PER_IMAGE is 0"):
-        APSettings(max_dets=0)
+    with pytest.raises(ValueError, match=r"TEST\.MAX_DETS_PER_IMAGE is 9; it must be at least 10"):
+        APSettings(max_dets=9)  # pycocotools would count 10
+    APSettings(max_dets=10)
     monkeypatch.setattr(settings, "hotcoco_is_installed", lambda: False)
     with pytest.raises(ImportError, match=r"TEST\.COCO_BACKEND hotcoco needs hotcoco.*pip install"):
         APSettings("hotcoco")

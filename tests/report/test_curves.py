@@ -49,6 +49,11 @@ def test_picture_grows_with_the_panels_and_runs_may_differ(run: Path, tmp_path: 
     assert Image.open(tmp_path / "one.png").height > 1.5 * Image.open(tmp_path / "two.png").height
 
 
+def test_formulas_as_names_are_drawn_as_they_are(run: Path, tmp_path: Path) -> None:
+    draw({"$100_$50": read_curves(run)}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").is_file()
+
+
 def test_curves_of_several_runs_are_drawn_from_the_command_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -408,7 +408,19 @@ def test_bad_detections_are_refused(change: dict, message: str, tmp_path: Path) 
         report_numbers(made.write(tmp_path), made.detections, {}, "", QUICK)
 
 
-@pytest.mark.parametrize(("key", "value"), [("area", None), ("bbox", [0, 0, float("nan"), 1]), ("bbox", None)])
+@pytest.mark.parametrize("lacking", [{"area": None, "iscrowd": None}, {}], ids=["null", "missing"])
+def test_missing_area_is_that_of_the_box(lacking: dict[str, None], tmp_path: Path) -> None:
+    made = perfect()
+    whole = report_numbers(made.write(tmp_path), made.detections, {}, "", QUICK)
+    for annotation in made.dataset["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+        annotation |= lacking
+    numbers = report_numbers(made.write(tmp_path), made.detections, {}, "", QUICK)
+    assert numbers["metrics"] == whole["metrics"]
+    assert any("no area or iscrowd" in sentence for sentence in numbers["left_out"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("bbox", [0, 0, float("nan"), 1]), ("bbox", None)])
 def test_bad_objects_are_refused(key: str, value: Any, tmp_path: Path) -> None:
     made = perfect()
     made.dataset["annotations"][2][key] = value

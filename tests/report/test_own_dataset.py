@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dino_d2 import load_config
 from dino_d2.data import CocoFiles
-from dino_d2.report.own_dataset import ap_table, best_and_worst, draw, score_images
+from dino_d2.report.own_dataset import ap_table, best_and_worst, draw, report_on_own_dataset, score_images
 
 NAMES = ["cat", "dog"]
 HERE, THERE = [10, 10, 20, 20], [50, 40, 30, 30]  # x, y, width, height
@@ -90,6 +92,30 @@ def test_truth_is_drawn_beside_what_was_found(tmp_path: Path) -> None:
     left, right = picture[60:, : picture.shape[1] // 2], picture[60:, picture.shape[1] // 2 :]
     coloured = [np.argwhere(np.ptp(half, axis=-1) > 60) / 8 for half in (left, right)]  # 100 pixels are drawn as 800
     assert coloured[0][:, 1].max() < 35 < 50 < coloured[1][:, 1].max()
+
+
+def report(folder: Path, truth: list[list[tuple]], detections: list[dict]) -> Path:
+    """Of a run in that folder; returns its examples."""
+    files = dataset(folder, truth)
+    cfg = load_config("dino_r50_4scale_12ep", ["OUTPUT_DIR", str(folder), "MODEL.DINO.CLASS_NAMES", NAMES])
+    cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TEST = [["own", str(files.annotations), str(files.images)]], ("own",)
+    file = folder / "inference" / "own" / "coco_instances_results.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(detections))
+    report_on_own_dataset(cfg, {"bbox": {"AP": 50.0, "AP-cat": 50.0, "AP-dog": float("nan")}})
+    return folder / "examples"
+
+
+def test_boxes_of_negative_sides_are_drawn(tmp_path: Path) -> None:
+    examples = report(tmp_path, [[(3, [30, 40, -20, -10])]], [found(1, 3, HERE)])
+    assert [path.name for path in examples.iterdir()] == ["best_1.png"]
+
+
+def test_what_cannot_be_drawn_is_logged_and_the_rest_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    report(tmp_path, [[(3, HERE)]], [found(1, 3, HERE, score=1.5)])
+    assert "of own: Scores of detections must be in [0, 1]" in caplog.text
+    assert f"Next: dino-d2 predict --weights {tmp_path}" in caplog.text
 
 
 def test_table_has_a_row_for_each_class() -> None:

@@ -62,6 +62,19 @@ def test_sound_data_passes_and_is_drawn(data: tuple[Path, Path], tmp_path: Path,
     assert not shows(sheet, POSITIVE)
 
 
+def test_formulas_as_names_and_very_long_images_are_drawn(data: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads(data[0].read_text())
+    content["categories"][0]["name"] = "$100_$50"
+    Image.new("RGB", (4000, 4)).save(data[1] / "1.png")
+    content["images"][0] |= {"width": 4000, "height": 4}
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1
+        annotation["bbox"] = [1, 1, 40, 2] if annotation["image_id"] == 1 else annotation["bbox"]
+    data[0].write_text(json.dumps(content))
+    assert check(data, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
 def test_folder_is_checked_part_by_part(data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "folder"
     for part in ("train", "val"):

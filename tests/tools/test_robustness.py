@@ -182,6 +182,16 @@ def test_images_are_corrupted_before_they_are_resized(model_files: Path, channel
     assert noisy(records[0])["image"].shape == (3, 128, 128)
 
 
+def test_grey_images_are_corrupted_as_colour_images_are(model_files: Path) -> None:
+    cfg = load_config(str(model_files / "config.yaml"), ["INPUT.FORMAT", "L"])
+    register_datasets(cfg)
+    record = next(iter(DatasetCatalog.get(SET)))
+    pixels, _ = CorruptedImages(cfg, CLEAN).read(record)
+    corrupted, _ = CorruptedImages(cfg, Cell("brightness", 3)).read(record)
+    assert corrupted.shape == pixels.shape == (64, 64, 1)
+    assert corrupted.mean() > pixels.mean() + 20
+
+
 def test_sizes_multiply_the_configured_one() -> None:
     cfg = load_config("dino_r50_4scale_12ep")
     small = resized(cfg, 0.25)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dino_d2.data.coco import has_byte_order_mark
 from dino_d2.data.datasets import CocoFiles
-from dino_d2.data.inspection import can_be_evaluated, is_box
 
 from . import coco, voc, yolo
 from .parts import Content, Part, hold_out
@@ -78,9 +77,6 @@ def find_dataset(folder: Path, output: Path, may_replace: bool = True, training:
         parts["val"] = Part(_with_crowds(parts["val"].content), parts["val"].images)
         in_training = "; train: they are used" if training else ""
         notes.append(f"val: objects marked difficult are treated as crowds, which AP ignores{in_training}")
-    if not all(can_be_evaluated(entry) for entry in parts["val"].content["annotations"]):
-        parts["val"] = Part(_with_area(parts["val"].content), parts["val"].images)
-        notes.append("val: annotations lack area or iscrowd: using the area of the box, and no crowds")
     if parts["val"].file is not None and has_byte_order_mark(parts["val"].file):
         parts["val"] = Part(parts["val"].content, parts["val"].images)  # to be written without it
         notes.append("val: evaluation cannot read the byte order mark: using a copy without it")
@@ -95,15 +91,6 @@ def _with_crowds(content: Content) -> Content:
     """Mark difficult objects as crowds, which evaluation ignores, as Pascal VOC's does."""
     annotations = [entry | {"iscrowd": 1} if "difficult" in entry else entry for entry in content["annotations"]]
     return content | {"annotations": annotations}
-
-
-def _with_area(content: Content) -> Content:
-    def completed(entry: dict) -> dict:
-        box = entry.get("bbox")
-        area = box[2] * box[3] if is_box(box) else 0  # others are reported by inspect_dataset
-        return {"area": area, "iscrowd": 0} | {key: value for key, value in entry.items() if value is not None}
-
-    return content | {"annotations": [completed(entry) for entry in content["annotations"]]}
 
 
 def _files(name: str, part: Part, output: Path, may_replace: bool) -> CocoFiles:
