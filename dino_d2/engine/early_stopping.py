@@ -49,9 +49,7 @@ class EarlyStopping(HookBase):
         raise StopTraining
 
     def _should_stop(self, done: int) -> bool:
-        """Whether to stop after `done` iterations, decided by the main process."""
-        stop = False
-        if self.best is not None:
-            best = 0 if self.best.best_iter is None else self.best.best_iter + 1
-            stop = (done - best) // self.period >= self.evaluations
+        """Whether to stop after `done` iterations, decided by the main process. Not before a value was measured."""
+        best = self.best.best_iter if self.best is not None else None
+        stop = best is not None and (done - best - 1) // self.period >= self.evaluations
         return any(comm.all_gather(stop))

@@ -82,22 +82,35 @@ class DINOTrainer(DefaultTrainer):
                 built.append(RecentCheckpoints(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep))
             elif isinstance(hook, hooks.EvalHook):
                 models = self.checkpointer.model, self.ema.model if self.ema else None
-                built.append(
-                    EvaluationOfThreshold(period, self.evaluate, self.cfg.DATASETS.TEST, *models, self.cfg.OUTPUT_DIR)
+                evaluation = EvaluationOfThreshold(
+                    period, self.evaluate, self.cfg.DATASETS.TEST, *models, self.cfg.OUTPUT_DIR
                 )
-                if solver.BEST_METRIC and comm.is_main_process():
-                    built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
+                built.append(evaluation)
             else:
                 built.append(hook)
+        best = None
+        if solver.BEST_METRIC:  # after the writers: an error in it loses no results
+            model = self._model_of_metric()
+            if comm.is_main_process():
+                best = BestWeights(period, evaluation, model, self.cfg.OUTPUT_DIR, solver.BEST_METRIC)
+                built.append(best)
         if solver.EARLY_STOPPING and period > 0:  # last: it may stop training
             if not solver.BEST_METRIC:
                 raise ValueError("SOLVER.EARLY_STOPPING needs SOLVER.BEST_METRIC, such as bbox/AP")
-            best = next((hook for hook in built if isinstance(hook, BestWeights)), None)
             built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer, self.ema))
         return built
 
     def _model_of_metric(self) -> nn.Module:
-        """The model that SOLVER.BEST_METRIC is measured with."""
+        """The model that SOLVER.BEST_METRIC is measured with.
+
+        Raises:
+            ValueError: it cannot be measured.
+        """
+        if not self.cfg.DATASETS.TEST:
+            raise ValueError(
+                f"SOLVER.BEST_METRIC is {self.cfg.SOLVER.BEST_METRIC}, but DATASETS.TEST is empty, so nothing is "
+                'measured: give data to evaluate on, or set SOLVER.BEST_METRIC "" and SOLVER.EARLY_STOPPING 0'
+            )
         if not self.cfg.SOLVER.BEST_METRIC.startswith("ema/"):
             return self.checkpointer.model
         if self.ema is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from dino_d2 import load_config
@@ -31,6 +33,7 @@ class Run:
     def __init__(self, data: tuple[Path, Path], output: Path, monkeypatch: pytest.MonkeyPatch):
         self.data, self.output, self.monkeypatch = data, output, monkeypatch
         self.evaluated: list[int] = []
+        self.results_of: Callable[[dict], dict] = lambda metrics: {"bbox": metrics}
 
     def train(self, scores: dict[int, float], *overrides: object) -> DINOTrainer:
         """`scores`: AP after so many steps."""
@@ -38,7 +41,7 @@ class Run:
         def evaluate(trainer: DINOTrainer) -> dict:
             done = min(trainer.iter + 1, trainer.max_iter)
             self.evaluated.append(done)
-            trainer._last_eval_results = {"bbox": {"AP": scores.get(done, 0.0)}}
+            trainer._last_eval_results = self.results_of({"AP": scores.get(done, 0.0)})
             return trainer._last_eval_results
 
         self.monkeypatch.setattr(DINOTrainer, "evaluate", evaluate)
@@ -71,7 +74,8 @@ def run(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({2: 10.0, 4: 30.0, 6: 20.0, 8: 30.0, 10: 29.0}, 10),  # as good is not better
         ({2: 10.0, 4: 9.0, 6: 8.0, 8: 11.0}, 14),
-        ({2: NAN, 4: NAN, 6: NAN}, 6),  # nothing was ever found
+        ({2: NAN, 4: NAN, 6: NAN}, 14),  # counted from the first value, 0 after 8
+        (dict.fromkeys(range(2, 22, 2), NAN), 20),  # nothing was ever measured
         ({2 * i: float(i) for i in range(11)}, 20),  # ever better: to the end
     ],
 )
@@ -140,6 +144,37 @@ def test_a_run_that_was_interrupted_ends_where_it_would_have_ended(run: Run) -> 
 def test_what_is_better_must_be_said(run: Run) -> None:
     with pytest.raises(ValueError, match=r"SOLVER\.EARLY_STOPPING needs SOLVER\.BEST_METRIC, such as bbox/AP"):
         run.train({}, "SOLVER.BEST_METRIC", "")
+
+
+def test_metric_without_data_to_measure_it_on_is_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"SOLVER\.BEST_METRIC is bbox/AP, but DATASETS\.TEST is empty"):
+        run.train({}, "DATASETS.TEST", "()")
+
+
+@pytest.mark.parametrize(
+    ("metric", "results_of"),
+    [
+        ("bbox/ap", lambda metrics: {"bbox": metrics}),
+        ("bbox/AP", lambda metrics: {"tiny": {"bbox": metrics}, "large": {"bbox": metrics}}),  # two test sets
+    ],
+)
+def test_metric_that_is_not_measured_is_an_error_at_the_first_evaluation_that_loses_no_step(
+    run: Run, metric: str, results_of: Callable[[dict], dict]
+) -> None:
+    run.results_of = results_of
+    names = ", ".join(flatten_results_dict(results_of({"AP": 0})))
+    with pytest.raises(ValueError, match=rf"SOLVER\.BEST_METRIC is {metric}, .* is not .*: {names}\."):
+        run.train({}, "SOLVER.BEST_METRIC", metric, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    assert run.evaluated == [2]
+    run.results_of = lambda metrics: {"bbox": metrics}
+    run.train({4: 20.0})
+    assert run.evaluated[-1] == 10
+
+
+def test_evaluation_without_results_is_not_counted(run: Run) -> None:
+    run.results_of = lambda metrics: {} if metrics["AP"] == 0 else {"bbox": metrics}
+    run.train({10: 10.0})
+    assert run.evaluated[-1] == 16
 
 
 def test_it_is_off_by_default() -> None:
