@@ -45,7 +45,7 @@ class BestWeights(hooks.BestCheckpointer):
         evaluation: the hook that evaluates; it runs before this one.
         model: the model that the metric is measured with.
         output_dir: folder of the file.
-        metric: its name in metrics.json, such as bbox/AP or ema/bbox/AP; higher is better.
+        metric: a result of the evaluation where higher is better, such as bbox/AP or ema/bbox/AP.
     """
 
     def __init__(

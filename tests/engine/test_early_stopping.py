@@ -155,6 +155,7 @@ def test_metric_without_data_to_measure_it_on_is_refused(run: Run) -> None:
     ("metric", "results_of"),
     [
         ("bbox/ap", lambda metrics: {"bbox": metrics}),
+        ("total_loss", lambda metrics: {"bbox": metrics}),  # in metrics.json, but the lower the better
         ("bbox/AP", lambda metrics: {"tiny": {"bbox": metrics}, "large": {"bbox": metrics}}),  # two test sets
     ],
 )
