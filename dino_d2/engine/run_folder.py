@@ -33,7 +33,7 @@ def check_run_folder(cfg: CfgNode, resume: bool) -> None:
 
     Raises:
         PermissionError: the folder is not writable.
-        FileExistsError: it holds a run, and `resume` is False.
+        FileExistsError: it holds a run or weights of one, and `resume` is False.
         ValueError: the run there has another model, data or batch size; each line names a key.
     """
     folder = cfg.OUTPUT_DIR
@@ -42,6 +42,12 @@ def check_run_folder(cfg: CfgNode, resume: bool) -> None:
         raise FileExistsError(
             f"{folder} already holds a run. Pass --resume to continue it, or choose another OUTPUT_DIR; nothing was "
             "changed"
+        )
+    weights = _weights_in(folder)
+    if weights and not resume:
+        raise FileExistsError(
+            f"{folder} holds {weights[0]} of another run, which has no last_checkpoint to continue from. Choose "
+            "another OUTPUT_DIR, or begin that run again with --resume, which overwrites it; nothing was changed"
         )
     trial = os.path.join(folder, f".{os.getpid()}.part")
     try:
@@ -60,6 +66,12 @@ def check_run_folder(cfg: CfgNode, resume: bool) -> None:
                 f"--resume: the run in {folder} has other settings:\n  " + "\n  ".join(lines) + "\n"
                 "Use those settings, or another OUTPUT_DIR with MODEL.WEIGHTS from that run"
             )
+
+
+def _weights_in(folder: str) -> list[str]:
+    """Names of the files that a run writes for its weights, such as model_best.pth."""
+    names = PathManager.ls(folder) if PathManager.isdir(folder) else []
+    return [name for name in sorted(names) if name.startswith("model_") and name.endswith(".pth")]
 
 
 def set_up_folder(cfg: CfgNode, args: Namespace) -> None:

@@ -22,6 +22,7 @@ from dino_d2.checkpoint import files
 from dino_d2.data import build_train_augmentation, register_datasets
 from dino_d2.data.loader import GroupedBatches, build_train_loader
 from dino_d2.engine import DINOTrainer
+from dino_d2.engine.run_folder import check_run_folder
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,18 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
     assert "AP,AP50,AP75" in (tmp_path / "inference" / "log.txt").read_text()
     assert {path: path.read_bytes() for path in held} == held
     assert "iteration" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["model_best.pth", "model_0000009.pth", "model_final_ema.pth"])
+def test_weights_of_a_run_that_was_ended_before_its_first_checkpoint_are_not_overwritten(
+    tmp_path: Path, name: str
+) -> None:
+    cfg = load_config(str(RECIPE), ["OUTPUT_DIR", str(tmp_path / "run")])
+    check_run_folder(cfg, resume=False)
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(FileExistsError, match=rf"run holds {name} of another run.* or begin .*--resume"):
+        check_run_folder(cfg, resume=False)
+    check_run_folder(cfg, resume=True)  # the same command again
 
 
 def test_going_on_from_weights_alone_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
