@@ -31,6 +31,7 @@ from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 from .checkpoints import BestWeights, RecentCheckpoints
 from .early_stopping import EarlyStopping, StopTraining
 from .ema import EMA
+from .evaluations import FinishedEvaluations
 from .optimizer import build_optimizer
 from .processes import check_same_start
 from .run_folder import EVALUATION, settings_of_training
@@ -94,6 +95,8 @@ class DINOTrainer(DefaultTrainer):
             if comm.is_main_process():
                 best = BestWeights(period, evaluation, model, self.cfg.OUTPUT_DIR, solver.BEST_METRIC)
                 built.append(best)
+        parts = [evaluation, best] if best else [evaluation]
+        built.append(FinishedEvaluations(period, parts, self.cfg.OUTPUT_DIR))
         if solver.EARLY_STOPPING and period > 0:  # last: it may stop training
             if not solver.BEST_METRIC:
                 raise ValueError("SOLVER.EARLY_STOPPING needs SOLVER.BEST_METRIC, such as bbox/AP")
