@@ -133,7 +133,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # split each process's batch into this many parts: less memory, same gradients
     cfg.SOLVER.ON_NON_FINITE = "stop"  # stop | skip: what to do after reporting an infinite or NaN loss or gradient
     cfg.SOLVER.CHECKPOINT_KEEP = 0  # keep this many of the newest periodic checkpoints; 0: all
-    cfg.SOLVER.BEST_METRIC = ""  # such as bbox/AP: save the weights with the best value as model_best.pth
+    cfg.SOLVER.BEST_METRIC = ""  # a result of evaluation, higher is better (bbox/AP): keep the best as model_best.pth
     cfg.SOLVER.EARLY_STOPPING = 0  # stop after this many evaluations without a better BEST_METRIC; 0: never
     cfg.SOLVER.EMA = CN()
     cfg.SOLVER.EMA.ENABLED = False  # maintain, evaluate and save a moving average of the weights

@@ -14,6 +14,7 @@ from .model_zoo.weights import downloaded
 
 CONFIG, SAVED = "config.yaml", "model.safetensors"  # in a folder written by `Detector.save_pretrained`
 CARD = "README.md"
+FINAL = "model_final.pth"  # the last checkpoint of a run that is over
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A publisher does not decide where a user's files are, which are read, and where metrics are sent.
 NOT_FROM_HUB = (
@@ -78,13 +79,14 @@ def find_pretrained(name: str, config_file: str | None = None) -> Pretrained:
 
 
 def _weights_in(folder: Path) -> str:
-    last = folder / "last_checkpoint"
-    names = [SAVED, "model_best.pth", "model_final_ema.pth", "model_final.pth"]
-    names += [last.read_text().strip()] if last.is_file() else []
+    record = folder / "last_checkpoint"
+    last = record.read_text().strip() if record.is_file() else FINAL
+    of_average = ["model_final_ema.pth"] if last == FINAL else []  # else from before the run was continued
+    names = [SAVED, "model_best.pth", *of_average, last]
     for name in names:
         if (folder / name).is_file():
             return str(folder / name)
-    raise FileNotFoundError(f"no weights found in {folder} (looked for {', '.join(dict.fromkeys(names))}); {HELP}")
+    raise FileNotFoundError(f"no weights found in {folder} (looked for {', '.join(names)}); {HELP}")
 
 
 def _from_hub(name: str) -> Path:

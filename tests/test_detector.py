@@ -26,6 +26,7 @@ from dino_d2 import Detections, Detector, load_config
 from dino_d2.checkpoint.assumptions import CAPACITY, EXTRA_STATE, Assumptions
 from dino_d2.data import read_image
 from dino_d2.detector import pictures_in
+from dino_d2.pretrained import find_pretrained
 from tests.web import Web, serve
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -307,6 +308,22 @@ def test_training_folder_gives_its_best_weights(folder: Path, tmp_path: Path, pi
     (run / "last_checkpoint").unlink()
     with pytest.raises(FileNotFoundError, match=r"no weights found in .*run"):
         Detector.from_pretrained(run)
+
+
+@pytest.mark.parametrize(
+    ("last", "chosen"),
+    [
+        ("model_final.pth", "model_final_ema.pth"),
+        ("model_0000005.pth", "model_0000005.pth"),  # continued after its end, and killed
+        (None, "model_final_ema.pth"),
+    ],
+)
+def test_final_weights_are_used_while_they_are_the_last(tmp_path: Path, last: str | None, chosen: str) -> None:
+    for name in ("config.yaml", "model_final.pth", "model_final_ema.pth", "model_0000005.pth"):
+        (tmp_path / name).touch()
+    if last:
+        (tmp_path / "last_checkpoint").write_text(last)
+    assert find_pretrained(str(tmp_path)).weights == str(tmp_path / chosen)
 
 
 def test_checkpoint_without_a_config_says_so(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin
+from detectron2.utils.file_io import PathManager
 
 from dino_d2.config import load_config
 
@@ -205,6 +207,33 @@ def class_names_of(annotations: Path) -> list[str]:
         FileNotFoundError, ValueError: see :func:`read_coco`.
     """
     return list(_file_outline(annotations)[1])
+
+
+def fingerprints(datasets: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """For each registered dataset with an annotation file in COCO format: its number of "images", and the file's
+    "sha256", which does not depend on where the file and the images are.
+
+    Raises:
+        ValueError: a file is not JSON.
+    """
+    files = {name: MetadataCatalog.get(name).get("json_file") for name in datasets if name in MetadataCatalog.list()}
+    return {
+        name: {"images": _number_of_images(path), "sha256": _sha256(path)}
+        for name, path in files.items()
+        if path and PathManager.isfile(path)
+    }
+
+
+def _number_of_images(path: str) -> int:
+    return next((sum(1 for _ in entries) for name, entries in stream_lists(path) if name == "images"), 0)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with PathManager.open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _file_outline(annotations: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from dino_d2.checkpoint.files import write_checkpoint
+
+from .score_threshold import EvaluationOfThreshold
 
 BEST = "model_best"
 NUMBERED = re.compile(r"model_(\d{7})\.pth")
@@ -39,13 +42,17 @@ class BestWeights(hooks.BestCheckpointer):
 
     Args:
         eval_period: iterations between evaluations.
+        evaluation: the hook that evaluates; it runs before this one.
         model: the model that the metric is measured with.
         output_dir: folder of the file.
-        metric: its name in metrics.json, such as bbox/AP or ema/bbox/AP; higher is better.
+        metric: a result of the evaluation where higher is better, such as bbox/AP or ema/bbox/AP.
     """
 
-    def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str):
+    def __init__(
+        self, eval_period: int, evaluation: EvaluationOfThreshold, model: nn.Module, output_dir: str, metric: str
+    ):
         super().__init__(eval_period, _WeightsFile(model, output_dir, metric), metric, file_prefix=BEST)
+        self._evaluation = evaluation
         self._path = os.path.join(output_dir, f"{BEST}.pth")
 
     def before_train(self) -> None:
@@ -54,6 +61,24 @@ class BestWeights(hooks.BestCheckpointer):
         best = torch.load(PathManager.get_local_path(self._path), map_location="cpu", weights_only=True, mmap=True)
         if self._val_metric in best and best["iteration"] <= self.trainer.start_iter:
             self._update_best(best[self._val_metric], best["iteration"])
+
+    def _best_checking(self) -> None:
+        """As in detectron2, but a metric that is not among the results is an error; no results at all are none.
+
+        Raises:
+            ValueError: it is not; the training so far was saved.
+        """
+        measured = flatten_results_dict(self._evaluation.results)
+        if self._val_metric in measured:
+            super()._best_checking()
+        elif measured:
+            done = self.trainer.iter
+            if done < self.trainer.max_iter:  # else model_final.pth was saved
+                self.trainer.checkpointer.save(f"model_{done:07d}", iteration=done)
+            raise ValueError(
+                f"SOLVER.BEST_METRIC is {self._val_metric}, which is not among the results of the evaluation: "
+                f"{', '.join(measured)}. Set it to one of these and continue with --resume; nothing is lost"
+            )
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:
         folder = Path(cfg.OUTPUT_DIR, DATA)
         goes_on = _goes_on(args, cfg)
         if not goes_on:
-            check_run_folder(cfg, resume=False)  # before anything is written there
+            check_run_folder(cfg, resume=_may_go_on(args))  # before anything is written there
     found = find_dataset(args.data, folder, may_replace=not goes_on, training=not args.eval_only)
     train, val = found.counts
     counts = f"{val} images to evaluate on" if args.eval_only else f"{train} images to train on, {val} to evaluate on"
@@ -157,7 +157,11 @@ def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:
 
 
 def _goes_on(args: Namespace, cfg: CfgNode) -> bool:
-    return bool(args.resume or args.resume_from) and holds_run(cfg.OUTPUT_DIR)
+    return _may_go_on(args) and holds_run(cfg.OUTPUT_DIR)
+
+
+def _may_go_on(args: Namespace) -> bool:
+    return bool(args.resume or args.resume_from)
 
 
 def _training(args: Namespace, run: Run) -> list[Choice]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from .checkpoints import BestWeights
 from .ema import EMA
+from .evaluations import after_last_step
+
+FINAL = "model_final"
 
 
 class StopTraining(BaseException):
@@ -35,23 +40,28 @@ class EarlyStopping(HookBase):
         self.checkpointer, self.ema = checkpointer, ema
 
     def before_train(self) -> None:
-        if self._should_stop(self.trainer.start_iter):
-            raise StopTraining
+        if not self._should_stop(self.trainer.start_iter):
+            return
+        if os.path.basename(self.checkpointer.get_checkpoint_file()) != f"{FINAL}.pth":  # killed before it was saved
+            with after_last_step(self.trainer):
+                self._save()
+        raise StopTraining
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self.period or done >= self.trainer.max_iter or not self._should_stop(done):
             return
-        if comm.is_main_process():
-            self.checkpointer.save("model_final", iteration=self.trainer.iter)
-            if self.ema is not None:
-                self.ema.save_final()
+        self._save()
         raise StopTraining
 
+    def _save(self) -> None:
+        if comm.is_main_process():
+            if self.ema is not None:
+                self.ema.save_final()
+            self.checkpointer.save(FINAL, iteration=self.trainer.iter)  # last: it tells that all is saved
+
     def _should_stop(self, done: int) -> bool:
-        """Whether to stop after `done` iterations, decided by the main process."""
-        stop = False
-        if self.best is not None:
-            best = 0 if self.best.best_iter is None else self.best.best_iter + 1
-            stop = (done - best) // self.period >= self.evaluations
+        """Whether to stop after `done` iterations, decided by the main process. Not before a value was measured."""
+        best = self.best.best_iter if self.best is not None else None
+        stop = best is not None and (done - best - 1) // self.period >= self.evaluations
         return any(comm.all_gather(stop))

@@ -35,6 +35,9 @@ class EvaluationOfThreshold(hooks.EvalHook):
         weights: the trained model, unwrapped.
         average: the model with the moving average, if there is one.
         output_dir: folder of the checkpoints.
+
+    Attributes:
+        results: of the last evaluation; empty before the first, and in all processes but the main one.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class EvaluationOfThreshold(hooks.EvalHook):
         super().__init__(period, self._evaluate)
         self.evaluate, self.datasets = evaluate, datasets
         self.weights, self.average, self.output_dir = weights, average, output_dir
+        self.results: Mapping[str, Any] = {}
 
     def before_step(self) -> None:
         self._keep({})
@@ -63,9 +67,9 @@ class EvaluationOfThreshold(hooks.EvalHook):
                 self._write_into(path)
 
     def _evaluate(self) -> Mapping[str, Any]:
-        results = self.evaluate()
-        self._keep(results)
-        return results
+        self.results = self.evaluate()
+        self._keep(self.results)
+        return self.results
 
     def _keep(self, results: Mapping[str, Any]) -> None:
         for model, own in ((self.weights, results), (self.average, results.get("ema", {}))):

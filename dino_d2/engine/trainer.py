@@ -32,6 +32,7 @@ from dino_d2.evaluation import APSettings, QueryEvaluator, build_evaluator
 from .checkpoints import BestWeights, RecentCheckpoints
 from .early_stopping import EarlyStopping, StopTraining
 from .ema import EMA
+from .evaluations import FinishedEvaluations
 from .optimizer import build_optimizer
 from .processes import check_same_start
 from .run_folder import EVALUATION, settings_of_training
@@ -88,22 +89,37 @@ class DINOTrainer(DefaultTrainer):
                 built.append(RecentCheckpoints(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep))
             elif isinstance(hook, hooks.EvalHook):
                 models = self.checkpointer.model, self.ema.model if self.ema else None
-                built.append(
-                    EvaluationOfThreshold(period, self.evaluate, self.cfg.DATASETS.TEST, *models, self.cfg.OUTPUT_DIR)
+                evaluation = EvaluationOfThreshold(
+                    period, self.evaluate, self.cfg.DATASETS.TEST, *models, self.cfg.OUTPUT_DIR
                 )
-                if solver.BEST_METRIC and comm.is_main_process():
-                    built.append(BestWeights(period, self._model_of_metric(), self.cfg.OUTPUT_DIR, solver.BEST_METRIC))
+                built.append(evaluation)
             else:
                 built.append(hook)
+        best = None
+        if solver.BEST_METRIC:  # after the writers: an error in it loses no results
+            model = self._model_of_metric()
+            if comm.is_main_process():
+                best = BestWeights(period, evaluation, model, self.cfg.OUTPUT_DIR, solver.BEST_METRIC)
+                built.append(best)
+        parts = [evaluation, best] if best else [evaluation]
+        built.append(FinishedEvaluations(period, parts, self.cfg.OUTPUT_DIR))
         if solver.EARLY_STOPPING and period > 0:  # last: it may stop training
             if not solver.BEST_METRIC:
                 raise ValueError("SOLVER.EARLY_STOPPING needs SOLVER.BEST_METRIC, such as bbox/AP")
-            best = next((hook for hook in built if isinstance(hook, BestWeights)), None)
             built.append(EarlyStopping(solver.EARLY_STOPPING, period, best, self.checkpointer, self.ema))
         return built
 
     def _model_of_metric(self) -> nn.Module:
-        """The model that SOLVER.BEST_METRIC is measured with."""
+        """The model that SOLVER.BEST_METRIC is measured with.
+
+        Raises:
+            ValueError: it cannot be measured.
+        """
+        if not self.cfg.DATASETS.TEST:
+            raise ValueError(
+                f"SOLVER.BEST_METRIC is {self.cfg.SOLVER.BEST_METRIC}, but DATASETS.TEST is empty, so nothing is "
+                'measured: give data to evaluate on, or set SOLVER.BEST_METRIC "" and SOLVER.EARLY_STOPPING 0'
+            )
         if not self.cfg.SOLVER.BEST_METRIC.startswith("ema/"):
             return self.checkpointer.model
         if self.ema is None:

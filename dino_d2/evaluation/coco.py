@@ -103,12 +103,15 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """See :meth:`detectron2.evaluation.COCOEvaluator._derive_coco_results`; of boxes with F1."""
+        """See :meth:`detectron2.evaluation.COCOEvaluator._derive_coco_results`; of boxes with F1. Without detections
+        the names are the same."""
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if iou_type != "bbox":
             return results
         if coco_eval is None:
-            return results | {"F1": float("nan"), "score_threshold": float("nan")}
+            names = class_names or ()
+            of_classes = [f"AP-{name}" for name in names] if len(names) > 1 else []  # as detectron2
+            return results | dict.fromkeys([*of_classes, "F1", "score_threshold"], float("nan"))
         matches = coco_eval.eval["matches"] if "matches" in coco_eval.eval else matches_of_pycocotools(coco_eval)
         f1, threshold = best_f1(matches)
         logger.info("F1 at IoU 0.5 is highest, %.1f, for detections that score more than %.3f", 100 * f1, threshold)

@@ -594,6 +594,12 @@ class Storage(PathHandler):
     def _isfile(self, path: str, **kwargs: object) -> bool:
         return self._local(path).is_file()
 
+    def _isdir(self, path: str, **kwargs: object) -> bool:
+        return self._local(path).is_dir()
+
+    def _ls(self, path: str, **kwargs: object) -> list[str]:
+        return sorted(each.name for each in self._local(path).iterdir())
+
     def _mkdirs(self, path: str, **kwargs: object) -> None:
         self._local(path).mkdir(parents=True, exist_ok=True)
 

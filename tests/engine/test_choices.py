@@ -100,6 +100,16 @@ def test_a_resumed_run_keeps_the_length_it_was_begun_with(
     assert chosen(*arguments).config().SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER == 120
 
 
+def test_run_that_has_weights_but_no_checkpoint_is_begun_again_only_when_asked(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "model_best.pth").touch()
+    arguments = ("--data", data, "--config-file", RECIPE, "--output", output)
+    with pytest.raises(FileExistsError, match=r"model_best\.pth of another run"):
+        chosen(*arguments)
+    assert chosen(*arguments, "--resume").train is not None
+
+
 def test_pace_is_that_of_a_step_with_its_data(tiny_cfg: CfgNode, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image is loaded; the first steps do not count."""
     loaded, clock = [], itertools.count()

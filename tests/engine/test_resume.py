@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 
 from dino_d2 import load_config
 from dino_d2.checkpoint import files
-from dino_d2.data import build_train_augmentation, register_datasets
+from dino_d2.data import CocoFiles, build_train_augmentation, load_config_for_files, register_datasets
 from dino_d2.data.loader import GroupedBatches, build_train_loader
 from dino_d2.engine import DINOTrainer
+from dino_d2.engine.run_folder import check_run_folder, record_data
 from tests.synthetic import config_values, write_rectangles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +262,11 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
     assert other.returncode != 0
     assert "MODEL.DINO.NUM_QUERIES was 20, is now 30" in other.stderr
 
+    fewer = write_rectangles(tmp_path / "fewer", count=4, size=64)
+    other = run(train_net(fewer, tmp_path, *short, options=("--resume",)))
+    assert other.returncode != 0
+    assert "resume_rectangles had 6 images, has 4 now" in other.stderr
+
     evaluated = run(train_net(data, tmp_path, "TEST.DETECTIONS_PER_IMAGE", "7", options=("--eval-only", "--resume")))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert "DETECTIONS_PER_IMAGE: 7" in (tmp_path / "inference" / "config.yaml").read_text()
@@ -266,6 +274,43 @@ def test_folder_of_a_run_is_not_overwritten_and_not_mixed(data: tuple[Path, Path
     assert "AP,AP50,AP75" in (tmp_path / "inference" / "log.txt").read_text()
     assert {path: path.read_bytes() for path in held} == held
     assert "iteration" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+
+
+def config_of_files(annotations: Path, images: Path, output: Path) -> CfgNode:
+    cfg = load_config_for_files(str(RECIPE), ["OUTPUT_DIR", str(output)], CocoFiles(annotations, images), None)
+    register_datasets(cfg)
+    return cfg
+
+
+def test_a_run_goes_on_with_its_data_wherever_they_are_now(data: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    cfg = config_of_files(*data, output)
+    check_run_folder(cfg, resume=True)
+    record_data(cfg)
+    (output / "last_checkpoint").write_text("model_0000009.pth")
+
+    moved = shutil.copytree(data[0].parent, tmp_path / "moved")
+    check_run_folder(config_of_files(moved / data[0].name, moved / data[1].name, output), resume=True)
+
+    changed = moved / data[0].name
+    changed.write_text(changed.read_text().replace('"bbox": [', '"bbox": [1', 1))
+    with pytest.raises(ValueError, match=r"own_train has 6 images as before, but other annotations.*\n.*OUTPUT_DIR"):
+        check_run_folder(config_of_files(changed, moved / data[1].name, output), resume=True)
+
+    (output / "training_data.json").unlink()  # of a run that was begun before there was one
+    check_run_folder(config_of_files(changed, moved / data[1].name, output), resume=True)
+
+
+@pytest.mark.parametrize("name", ["model_best.pth", "model_0000009.pth", "model_final_ema.pth"])
+def test_weights_of_a_run_that_was_ended_before_its_first_checkpoint_are_not_overwritten(
+    tmp_path: Path, name: str
+) -> None:
+    cfg = load_config(str(RECIPE), ["OUTPUT_DIR", str(tmp_path / "run")])
+    check_run_folder(cfg, resume=False)
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(FileExistsError, match=rf"run holds {name} of another run.* or begin .*--resume"):
+        check_run_folder(cfg, resume=False)
+    check_run_folder(cfg, resume=True)  # the same command again
 
 
 def test_going_on_from_weights_alone_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:

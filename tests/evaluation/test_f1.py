@@ -180,6 +180,11 @@ def test_evaluator_has_none_without_detections(tmp_path: Path) -> None:
     assert [metrics["F1"], metrics["score_threshold"]] == pytest.approx([math.nan] * 2, nan_ok=True)
 
 
+def test_metrics_have_the_same_names_without_detections(tmp_path: Path) -> None:
+    with_some, without = (evaluated(generate(3, 2, 3, count), APSettings(), tmp_path) for count in (5, 0))
+    assert list(with_some) == list(without)
+
+
 def evaluated(made: Generated, settings: APSettings, folder: Path) -> dict[str, Any]:
     name, json_file = f"f1_{folder.name}", folder / "annotations.json"
     json_file.write_text(json.dumps(made.dataset))
