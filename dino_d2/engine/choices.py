@@ -86,6 +86,8 @@ def choose(args: Namespace) -> Run:
         found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
         train, val = found.train, found.val
         choices += _classes(train or val)
+    if train and not val:
+        choices += _without_evaluation(load_config(config_file, _flat(choices)))
     if not args.eval_only and (args.data or args.epochs or args.minutes or args.batch_size):
         choices += _training(args, Run(config_file, (*_flat(choices), *args.opts), train, val))
     _show(choices, args.opts)
@@ -135,6 +137,13 @@ def _model(args: Namespace) -> tuple[str, list[Choice]]:
     choices = [Choice(key, value, f"needed by {args.weights}") for key, value in settings]
     choices += [Choice("MODEL.WEIGHTS", found.weights, "--weights")]
     return found.config_file, [*choices, Choice("MODEL.TIMM.PRETRAINED", False, "--weights includes the backbone")]
+
+
+def _without_evaluation(cfg: CfgNode) -> list[Choice]:
+    """For recipes, and configs of runs whose weights are trained on, that keep the best of several evaluations."""
+    reason = "no data to evaluate on"
+    off = {"BEST_METRIC": "", "EARLY_STOPPING": 0}
+    return [Choice(f"SOLVER.{key}", value, reason) for key, value in off.items() if cfg.SOLVER[key]]
 
 
 def _find(args: Namespace, cfg: CfgNode) -> FoundDataset:

@@ -59,6 +59,7 @@ class DINOTrainer(DefaultTrainer):
         for key, least in LEAST.items():
             if cfg.SOLVER[key] < least:
                 raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be at least {least}")
+        APSettings.of_config(cfg)  # else its errors come at the first evaluation
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)

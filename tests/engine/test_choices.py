@@ -454,6 +454,17 @@ def test_options_that_make_no_sense_are_one_line(
     assert message in line
 
 
+def test_without_data_to_evaluate_on_no_best_weights_are_sought(data: Path, tmp_path: Path) -> None:
+    """As when the weights of an earlier run are trained on: its config wants them."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_BASE_: {find_config_file(RECIPE)}\nSOLVER: {{BEST_METRIC: bbox/AP, EARLY_STOPPING: 5}}\n")
+    files = ("--config-file", config, "--train-json", data / "train.json", "--train-images", data / "train")
+    solver = chosen(*files).config().SOLVER
+    assert (solver.BEST_METRIC, solver.EARLY_STOPPING) == ("", 0)
+    solver = chosen(*files, "--val-json", data / "train.json", "--val-images", data / "train").config().SOLVER
+    assert (solver.BEST_METRIC, solver.EARLY_STOPPING) == ("bbox/AP", 5)
+
+
 def test_batch_without_images_is_refused(data: Path) -> None:
     files = ("--train-json", data / "train.json", "--train-images", data / "train", "--epochs", 3)
     for source in (files, ("--data", data)):

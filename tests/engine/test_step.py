@@ -185,6 +185,7 @@ def test_float16_step_that_overflows_is_left_out_of_the_gradients_norm(data: tup
         ("SOLVER.CHECKPOINT_PERIOD", "0", "must be at least 1"),
         ("SOLVER.CHECKPOINT_KEEP", "-1", "must be at least 0"),
         ("SOLVER.EARLY_STOPPING", "-1", "must be at least 0"),
+        ("TEST.MAX_DETS_PER_IMAGE", "5", "must be at least 10"),
     ],
 )
 def test_wrong_setting_is_named(data: tuple[Path, Path], tmp_path: Path, key: str, value: str, complaint: str) -> None:
