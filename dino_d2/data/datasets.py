@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from detectron2.data.datasets import builtin
 from detectron2.utils.file_io import PathManager
 
 from dino_d2.config import load_config
+from dino_d2.digest import sha256_of
 
 from .coco import CocoRecords, has_byte_order_mark, stream_lists
 
@@ -218,7 +218,7 @@ def fingerprints(datasets: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     files = {name: MetadataCatalog.get(name).get("json_file") for name in datasets if name in MetadataCatalog.list()}
     return {
-        name: {"images": _number_of_images(path), "sha256": _sha256(path)}
+        name: {"images": _number_of_images(path), "sha256": sha256_of(path)}
         for name, path in files.items()
         if path and PathManager.isfile(path)
     }
@@ -226,14 +226,6 @@ def fingerprints(datasets: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _number_of_images(path: str) -> int:
     return next((sum(1 for _ in entries) for name, entries in stream_lists(path) if name == "images"), 0)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with PathManager.open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _file_outline(annotations: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -11,8 +11,7 @@ from fvcore.common.checkpoint import Checkpointer
 from .checkpoints import BestWeights
 from .ema import EMA
 from .evaluations import after_last_step
-
-FINAL = "model_final"
+from .score_threshold import FINAL
 
 
 class StopTraining(BaseException):
@@ -42,7 +41,7 @@ class EarlyStopping(HookBase):
     def before_train(self) -> None:
         if not self._should_stop(self.trainer.start_iter):
             return
-        if os.path.basename(self.checkpointer.get_checkpoint_file()) != f"{FINAL}.pth":  # killed before it was saved
+        if os.path.basename(self.checkpointer.get_checkpoint_file()) != FINAL:  # killed before it was saved
             with after_last_step(self.trainer):
                 self._save()
         raise StopTraining
@@ -58,7 +57,8 @@ class EarlyStopping(HookBase):
         if comm.is_main_process():
             if self.ema is not None:
                 self.ema.save_final()
-            self.checkpointer.save(FINAL, iteration=self.trainer.iter)  # last: it tells that all is saved
+            # Last: it tells that all is saved.
+            self.checkpointer.save(FINAL.removesuffix(".pth"), iteration=self.trainer.iter)
 
     def _should_stop(self, done: int) -> bool:
         """Whether to stop after `done` iterations, decided by the main process. Not before a value was measured."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
+
+from dino_d2.digest import sha256_of
 
 from .coco import DETECTIONS
 
@@ -76,11 +77,7 @@ def _with_digest(weights: str) -> str:
     path = Path(weights)
     if not path.is_file():
         return weights or "none"
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return f"{weights}, SHA-256 {digest.hexdigest()[:12]}…"
+    return f"{weights}, SHA-256 {sha256_of(path)[:12]}…"
 
 
 def _plain(values: Any) -> Any:

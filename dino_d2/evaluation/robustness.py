@@ -29,6 +29,7 @@ from torch import nn
 from dino_d2.config import flat
 from dino_d2.data import ImageMapper, build_test_augmentation, build_test_loader, read_image, register_datasets
 from dino_d2.detector import Detector
+from dino_d2.digest import sha256_of
 
 from .build import build_evaluator
 from .corruption_sheet import draw_corruptions
@@ -99,7 +100,7 @@ class Evaluation:
         annotations = MetadataCatalog.get(self.dataset).get("json_file")
         return {
             "data set": self.dataset,
-            "annotations": hashlib.sha256(Path(annotations).read_bytes()).hexdigest() if annotations else "",
+            "annotations": sha256_of(annotations) if annotations else "",
             "weights": digest_of_weights(self.model),
         } | {key: value for key, value in values.items() if key.startswith(MATTERS) and key not in INDIFFERENT}
 

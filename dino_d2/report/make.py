@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_d2.data import stream_results
+from dino_d2.digest import sha256_of
 from dino_d2.evaluation.robustness_folder import RESULT, SETTINGS, SHEET
 from dino_d2.evaluation.settings import require_hotcoco
 
@@ -115,7 +115,7 @@ def read_robustness(path: Path, evaluated: Evaluated) -> dict[str, Any]:
     for file in (result, settings):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: --robustness is the folder of dino-d2 robustness")
-    digest = hashlib.sha256(evaluated.files.annotations.read_bytes()).hexdigest()
+    digest = sha256_of(evaluated.files.annotations)
     if json.loads(settings.read_text())["annotations"] != digest:
         raise ValueError(f"{path} was measured on other annotations than {evaluated.files.annotations}")
     return json.loads(result.read_text()) | {"sheet": str(path / SHEET)}
