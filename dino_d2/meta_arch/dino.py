@@ -30,6 +30,7 @@ from dino_d2.structures import DenoisingQueries, Memory, Predictions, Targets
 
 from .augmented_inference import TestTimeAugmentation, build_test_time_augmentation
 from .duplicates import vote
+from .training_picture import TrainingPicture
 
 CANDIDATES = 3  # times as many as detections, where NMS drops some: duplicates take no places of others
 
@@ -98,6 +99,7 @@ class DINO(nn.Module):
         pixel_mean, pixel_std: per channel, in the units and channel order of the input images.
         recompute_backbone: use activation checkpointing for the backbone.
         inference: settings for evaluation.
+        training_picture: drawn every so many iterations.
         assumptions: saved with the weights, and compared when weights are loaded.
     """
 
@@ -117,6 +119,7 @@ class DINO(nn.Module):
         pixel_std: Sequence[float],
         recompute_backbone: bool,
         inference: InferenceSettings,
+        training_picture: TrainingPicture,
         assumptions: Assumptions,
     ):
         super().__init__()
@@ -131,6 +134,7 @@ class DINO(nn.Module):
         self.criterion = criterion
         self.recompute_backbone = recompute_backbone
         self.inference = inference
+        self.training_picture = training_picture
         self.assumptions = assumptions
         if inference.int8:
             multiply_in_int8(self)
@@ -155,6 +159,7 @@ class DINO(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "recompute_backbone": cfg.MODEL.DINO.CHECKPOINT.BACKBONE,
             "inference": InferenceSettings.of_config(cfg),
+            "training_picture": TrainingPicture(cfg.VIS_PERIOD, cfg.INPUT.FORMAT),
             "assumptions": Assumptions.of_config(cfg),
         }
 
@@ -211,11 +216,23 @@ class DINO(nn.Module):
     def forward_once(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """`forward` without test-time augmentation."""
         if self.training:
-            return self.criterion(*self.training_outputs(batched_inputs))
+            layers, proposals, denoising, targets = self.training_outputs(batched_inputs)
+            if self.training_picture.is_due:
+                _, matched = layers[-1].split(len(denoising))
+                self._draw(batched_inputs[0], matched)
+            return self.criterion(layers, proposals, denoising, targets)
         images, padding_mask = self.preprocess_image(batched_inputs)
         with autocast(self.device.type, self.inference.autocast):
             predictions = self.predict(images.tensor, padding_mask)
         return self.postprocess(predictions, batched_inputs, images.image_sizes)
+
+    @torch.no_grad()
+    def _draw(self, x: dict[str, Any], predictions: Predictions) -> None:
+        """Draw the first image of a batch, with what was found in it."""
+        first = Predictions(predictions.logits[:1], predictions.boxes[:1])
+        size = tuple(x["image"].shape[-2:])
+        found = self.postprocess(first, [{}], [size])[0]["instances"]
+        self.training_picture.draw(x["image"], x["instances"], found)
 
     def training_outputs(
         self, batched_inputs: Sequence[dict[str, Any]]
