@@ -244,7 +244,8 @@ class _Objects:
     def add(self, entry: dict[str, Any]) -> None:
         has_polygon = not has_no_valid_polygon(entry.get("segmentation"))
         self.without_polygon += not has_polygon
-        self.content += marshal.dumps({key: entry[key] for key in FIELDS if key in entry} | {HAS_POLYGON: has_polygon})
+        fields = {key: entry[key] for key in FIELDS if entry.get(key) is not None}  # "iscrowd": null is no crowd
+        self.content += marshal.dumps(fields | {HAS_POLYGON: has_polygon})
         self.ends.append(len(self.content))
         self.images.append(self.number_of.setdefault(entry["image_id"], len(self.number_of)))
         number = entry["id"]

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from dino_d2.modeling.denoising import PlainDenoising
 
-from .annotations import can_be_evaluated, is_box
+from .annotations import can_be_evaluated, completed, is_box
 from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
 from .images import read_reduced
@@ -251,14 +251,14 @@ def _valid_objects(
             cases[NO_BOX].append(f"{name}: {box}")
         elif box[2] < 0 or box[3] < 0:
             cases[NEGATIVE_BOX].append(f"{name}: {box}")
-        elif entry.get("ignore", 0) != 0:
+        elif entry.get("ignore"):
             cases[IGNORED].append(name)
         elif has_no_valid_polygon(entry.get("segmentation")):
             cases[NO_POLYGON].append(name)
         else:
             if not can_be_evaluated(entry):
                 cases[INCOMPLETE].append(name)
-            if entry.get("iscrowd", 0) != 0:
+            if completed(entry)["iscrowd"]:
                 cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
             else:
                 valid.append(entry)

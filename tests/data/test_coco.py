@@ -100,6 +100,18 @@ def test_records_and_metadata_are_those_of_detectron2(
         assert MetadataCatalog.get(f"ours {tmp_path}").get(key) == MetadataCatalog.get(f"theirs {tmp_path}").get(key)
 
 
+@pytest.mark.parametrize("field", ["iscrowd", "ignore"])
+def test_null_is_as_if_it_were_missing(field: str, tmp_path: Path) -> None:
+    """detectron2 would not train on an object whose "iscrowd" is null, but pycocotools evaluates it."""
+    files = []
+    for name, given in (("missing", {}), ("null", {field: None})):
+        whole = content()
+        whole["annotations"] = [{k: v for k, v in x.items() if k != field} | given for x in whole["annotations"]]
+        files.append(write(tmp_path / f"{name}.json", whole))
+    missing, null = (list(CocoRecords(file, "", str(file))) for file in files)
+    assert null == missing
+
+
 def test_order_of_the_lists_does_not_matter(tmp_path: Path) -> None:
     first = write(tmp_path / "first.json", content())
     second = write(tmp_path / "second.json", dict(reversed(content().items())))

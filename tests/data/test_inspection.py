@@ -102,6 +102,7 @@ def more(box: list, **others: Any) -> Callable[[Content], None]:
         (more([1, 1, 5, 5], iscrowd=1), inspection.CROWD, "id 9"),
         (lambda c: c["annotations"][0].pop("area"), inspection.INCOMPLETE, "id 1"),
         (lambda c: c["annotations"][0].update(area=None), inspection.INCOMPLETE, "id 1"),
+        (lambda c: c["annotations"][0].update(iscrowd=None), inspection.INCOMPLETE, "id 1"),
         (more([1, 1, 5, 5], ignore=1), inspection.IGNORED, "id 9"),
         (more([1, 1, 5, 5], segmentation=[[1, 1, 2, 2]]), inspection.NO_POLYGON, "id 9"),
         (more([1, 1, 5, 5], image_id=77), inspection.UNKNOWN_IMAGE, "image 77"),
