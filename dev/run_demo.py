@@ -159,7 +159,7 @@ def main() -> None:
     results = {}
     for which, picture in (("test", "photograph.png"), ("second_site", "second_site.png")):
         photo = read_photo(DATA, which)
-        found = detector(photo.pixels, threshold=0, tile=TEST_TILE).to_instances()
+        found = detector(photo.pixels, threshold=0, tile=TEST_TILE, augment=True).to_instances()
         results[which] = evaluate(photo, found, f"demo_{which}", settings)
         draw(photo, found, detector.threshold, args.output / picture)
     metrics = {**results["test"], "second_site": results["second_site"], "seed": args.seed}
@@ -173,7 +173,8 @@ def main() -> None:
     print(f"[demo] what goes wrong: open {folder}/report/trees_test/index.html in a browser")
     print("[demo] to try it on your own photograph:")
     print(
-        f"    .venv/bin/dino-d2 predict --weights {folder} --tile {TEST_TILE} --input PHOTO --output {args.output}/own"
+        f"    .venv/bin/dino-d2 predict --weights {folder} --tile {TEST_TILE} --augment --input PHOTO "
+        f"--output {args.output}/own"
     )
 
 

@@ -49,6 +49,14 @@ PRESS_DOWNLOAD = "() => document.querySelector('#coco_file').click()"
 Values = dict[Any, Any]  # Gradio component -> value
 
 
+@dataclass(frozen=True)
+class Look:
+    """How the model looks at an image: `tile` and `augment` of a call of `Detector`."""
+
+    tile: int = 0
+    augment: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An image of the queue with all detections.
@@ -56,13 +64,13 @@ class Picture:
     name: file name without folders.
     shown: the image to draw on, RGB, resized to `SHOWN`.
     found: detections of any score, in pixels of the original.
-    tile: the tile size used; see `Detector`.
+    look: how they were found.
     """
 
     name: str
     shown: Image.Image
     found: Detections
-    tile: int
+    look: Look
 
     def draw(self, selected: Detections) -> Image.Image:
         height, width = self.found.image_size
@@ -99,7 +107,7 @@ class Session:
         return selected.of(*self.classes) if self.classes else selected
 
 
-def detect(detector: Detector, path: str, tile: int) -> Picture:
+def detect(detector: Detector, path: str, look: Look) -> Picture:
     """Run the model on a file.
 
     Raises:
@@ -108,13 +116,13 @@ def detect(detector: Detector, path: str, tile: int) -> Picture:
     name = Path(path).name
     try:
         pixels = read_image(path, "RGB")
-        found = replace(detector(pixels, threshold=0.0, tile=tile), image=None)
+        found = replace(detector(pixels, threshold=0.0, tile=look.tile, augment=look.augment), image=None)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name)) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{name} does not fit into device memory: use tiles") from error
     longest = max(SHOWN[0], min(max(found.image_size), SHOWN[1]))
-    return Picture(name, _resize(Image.fromarray(pixels), longest), found, tile)
+    return Picture(name, _resize(Image.fromarray(pixels), longest), found, look)
 
 
 def to_coco(session: Session, class_names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -146,7 +154,7 @@ def different_names(names: Sequence[str]) -> list[str]:
 def build_page(detector: Detector, title: str, tile: int = 0) -> gr.Blocks:
     """Build the page; start it with :func:`launch`.
 
-    The model runs once per image, on upload or when the tile size changes. All detections stay in the session;
+    The model runs once per image, on upload or when tiles or copies are wanted. All detections stay in the session;
     threshold and classes select from them.
 
     Args:
@@ -200,7 +208,10 @@ class _Page:
             minimum=0,
             elem_id="tile",
         )
-        self.again = gr.Button("Detect again with these tiles")
+        self.augment = gr.Checkbox(
+            label="Augment", info="Three sizes, flipped: better boxes, six times as slow", elem_id="augment"
+        )
+        self.again = gr.Button("Detect again")
         self.download = gr.Button("Download COCO JSON", variant="primary")
         self.file = gr.DownloadButton(visible="hidden", elem_id="coco_file")
 
@@ -238,7 +249,7 @@ class _Page:
         ran = gr.on(
             [self.files.change, self.again.click, self.tile.submit],
             self.run,
-            [self.session, self.files, self.tile],
+            [self.session, self.files, self.tile, self.augment],
             [self.note, self.queue, *self.view],
             trigger_mode="always_last",
             concurrency_id="model",
@@ -252,21 +263,21 @@ class _Page:
         written = self.download.click(self.write, choice, self.file, **in_turn)
         written.then(None, js=PRESS_DOWNLOAD)
 
-    def run(self, session: Session, paths: list[str] | None, tile: int | None) -> Iterator[Values]:
-        """Run the model on files not yet seen with this tile size, and forget removed files."""
-        tile = tile or 0  # None: the field is empty
-        if 0 < tile < SMALLEST_TILE:
+    def run(self, session: Session, paths: list[str] | None, tile: int | None, augment: bool) -> Iterator[Values]:
+        """Run the model on files at which it has not yet looked this way, and forget removed files."""
+        look = Look(tile or 0, augment)  # None: the field is empty
+        if 0 < look.tile < SMALLEST_TILE:
             yield {self.note: f"⚠ Tiles of {tile} pixels are too small: use 0 (no tiles) or at least {SMALLEST_TILE}"}
             return
         paths = list(dict.fromkeys(paths or []))
         session.pictures = {path: session.pictures[path] for path in paths if path in session.pictures}
         problems: list[str] = []
         for number, path in enumerate(paths, start=1):
-            if path in session.pictures and session.pictures[path].tile == tile:
+            if path in session.pictures and session.pictures[path].look == look:
                 continue
             yield {self.note: _lines(*problems, f"Processing {Path(path).name} ({number} of {len(paths)}) …")}
             try:
-                picture = detect(self.detector, path, tile)
+                picture = detect(self.detector, path, look)
             except ValueError as error:
                 problems.append(f"⚠ {error}")
                 continue

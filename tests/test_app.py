@@ -27,7 +27,7 @@ from tests.synthetic import COLOURS, config_values, write_rectangles
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'dino-d2[app]'")
 
-from dino_d2.app import Session, build_page, detect, launch, to_coco
+from dino_d2.app import Look, Session, build_page, detect, launch, to_coco
 
 RECIPE = str(Path(__file__).resolve().parents[1] / "configs" / "dino_r50_4scale_12ep.yaml")
 PICTURES = 4
@@ -323,6 +323,17 @@ def test_other_tiles_are_looked_at_anew(tab: sync_api.Page, detector: WatchedDet
     assert detector.calls == calls + 1
 
 
+def test_augmented_detection_is_asked_for(tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]) -> None:
+    upload(tab, photos[0])
+    set_threshold(tab, 0)
+    says(tab, "1.png", len(detector(photos[0], threshold=0)))
+    best = detector(photos[0], threshold=0, augment=True).scores[0]
+    assert best != pytest.approx(detector(photos[0], threshold=0).scores[0], abs=1e-4)
+    tab.locator("#augment input").check()
+    tab.get_by_role("button", name="Detect again").click()
+    expect(tab.locator("#table")).to_contain_text(str(round(float(best), 3)))
+
+
 def test_empty_field_of_tiles_means_no_tiles(tab: sync_api.Page, detector: WatchedDetector, photos: list[Path]) -> None:
     tab.locator("#tile input").fill("")
     upload(tab, photos[0])
@@ -335,13 +346,13 @@ def test_picture_too_large_for_the_memory_is_named(detector: WatchedDetector, ph
             raise torch.OutOfMemoryError("tried to allocate 200 GiB")
 
     with pytest.raises(ValueError, match=r"^1\.png does not fit into device memory: use tiles"):
-        detect(Full(detector.cfg, detector.model), str(photos[0]), tile=0)
+        detect(Full(detector.cfg, detector.model), str(photos[0]), Look())
 
 
 def test_classes_without_names_are_numbered(detector: WatchedDetector, photos: list[Path]) -> None:
     nameless = WatchedDetector(detector.cfg, detector.model)
     nameless.class_names = ()
-    picture = detect(nameless, str(photos[1]), tile=0)
+    picture = detect(nameless, str(photos[1]), Look())
     session = Session({"2.png": picture}, threshold=0.05, classes=["class 1"])
     coco = to_coco(session, nameless.labels)
     assert coco["categories"] == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
@@ -356,7 +367,7 @@ def test_pictures_of_one_name_are_different_files_in_coco(
     for folder, name in (("a", "1.png"), ("b", "1.png"), ("c", "1.png"), ("d", "1 (2).png")):
         path = tmp_path / folder / name
         path.parent.mkdir()
-        pictures[str(path)] = detect(detector, str(shutil.copy(photos[0], path)), tile=0)
+        pictures[str(path)] = detect(detector, str(shutil.copy(photos[0], path)), Look())
     images = to_coco(Session(pictures), detector.labels)["images"]
     assert [image["file_name"] for image in images] == ["1.png", "1 (3).png", "1 (4).png", "1 (2).png"]
 
@@ -364,7 +375,7 @@ def test_pictures_of_one_name_are_different_files_in_coco(
 def test_large_and_small_pictures_are_drawn_on_in_sizes_for_the_eye(detector: WatchedDetector, tmp_path: Path) -> None:
     for size, shown in (((40, 30), (1024, 768)), ((3000, 1500), (2048, 1024)), ((1200, 7), (1200, 7))):
         Image.new("RGB", size).save(tmp_path / "picture.png")
-        picture = detect(detector, str(tmp_path / "picture.png"), tile=0)
+        picture = detect(detector, str(tmp_path / "picture.png"), Look())
         session = Session({"": picture}, threshold=0)
         assert picture.found.image_size == size[::-1]
         assert picture.draw(session.select(picture)).size == shown

@@ -140,6 +140,19 @@ def test_tiles_look_at_all_of_the_picture(detector: Detector, picture: np.ndarra
     assert not same(tiled, detector(picture, threshold=0))
 
 
+def test_augmented_detections_are_those_of_test_time_augmentation(
+    detector: Detector, folder: Path, picture: np.ndarray
+) -> None:
+    keys = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (86, 96, 106), "TEST.AUG.MAX_SIZE", 1466]
+    of_keys = Detector.from_pretrained(folder, device="cpu", overrides=[*keys, "INPUT.MIN_SIZE_TEST", 0])
+    expected = of_keys(picture, threshold=0)
+    augmented = detector(picture, threshold=0, augment=True)
+    assert same(augmented, expected)
+    assert not same(augmented, detector(picture, threshold=0))
+    tiles = detector(picture, threshold=0, tile=60, augment=True)
+    assert same(tiles, of_keys(picture, threshold=0, tile=60))
+
+
 @pytest.mark.parametrize("voting", [False, True])
 def test_the_threshold_for_duplicates_holds_across_tiles(
     folder: Path, picture: np.ndarray, voting: bool, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help=f"if there is a run in OUTPUT_DIR, {resume}")
     checkpoint = "continue from this checkpoint instead of the last"
     parser.add_argument("--resume-from", metavar="CHECKPOINT", help=of_training(checkpoint))
+    copies = "look at six copies of each image: more accurate, and six times as slow"
+    parser.add_argument("--augment", action="store_true", help=copies if evaluation else argparse.SUPPRESS)
     for_training = "annotations for training, in COCO format"
     parser.add_argument("--train-json", type=Path, metavar="FILE", help=of_training(for_training))
     parser.add_argument("--train-images", type=Path, metavar="FOLDER", help=of_training("images of --train-json"))
@@ -98,6 +100,8 @@ def _refuse_contradictions(args: argparse.Namespace, parser: argparse.ArgumentPa
         parser.error("--data conflicts with annotation files: give only one of them")
     if args.eval_only and (args.epochs or args.minutes or args.batch_size or args.resume_from):
         parser.error("--epochs, --minutes, --batch-size and --resume-from are for training: remove them")
+    if args.augment and not args.eval_only:
+        parser.error("--augment is for evaluation: remove it")
     if args.epochs and args.minutes:
         parser.error("--epochs and --minutes both set the length: give only one of them")
     if isinstance(args.batch_size, int) and "SOLVER.IMS_PER_BATCH" in args.opts[::2]:

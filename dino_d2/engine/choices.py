@@ -26,6 +26,7 @@ from dino_d2.data.datasets import class_names_of
 from dino_d2.data.inspection import report
 from dino_d2.data.loader import share_of_batch
 from dino_d2.data.mosaic import PARTS
+from dino_d2.meta_arch.augmented_inference import augmentation_keys
 from dino_d2.modeling.build import build_denoising
 from dino_d2.modeling.denoising import NoDenoising
 from dino_d2.pretrained import find_pretrained
@@ -86,6 +87,9 @@ def choose(args: Namespace) -> Run:
         found = _find(args, load_config(config_file, [*_flat(choices), *args.opts]))
         train, val = found.train, found.val
         choices += _classes(train or val)
+    if args.augment:
+        keys = augmentation_keys(load_config(config_file, [*_flat(choices), *args.opts]))
+        choices += [Choice(key, value, "--augment") for key, value in keys.items()]
     if train and not val:
         choices += _without_evaluation(load_config(config_file, _flat(choices)))
     if not args.eval_only and (args.data or args.epochs or args.minutes or args.batch_size):

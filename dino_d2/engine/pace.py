@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,19 +25,43 @@ WARM_UP, TIMED = 3, 12  # steps
 ROWS, HIDDEN, WIDE = 512, 128, 1024  # of a product like those of a small model's feed-forward blocks
 WORTH_BFLOAT16 = 0.5  # of float32's time: conversions and what stays float32 take their part of a step
 REPEATS = 10  # the quickest counts, and the first of all does not
+# Times per second of processor time that Linux takes a core from a thread: 18 on an idle machine of two cores, 145 with
+# two threads beside another program, measured with predictions.
+INTERRUPTED = 60
+
+logger = logging.getLogger(__name__)
 
 
 def seconds_per_step(cfg: CfgNode, share: int, parts: int) -> float:
     """Mean time of a training step on images of `DATASETS.TRAIN`, loading included, by this process alone.
 
+    Warns if other programs use its cores.
+
     Args:
         share: images per step of a process.
         parts: in which they are processed (gradient accumulation).
     """
-    with own_random_numbers(max(cfg.SEED, 0)):
+    with own_random_numbers(max(cfg.SEED, 0)), _warning_of_other_programs():
         ends = make_steps(cfg, _batches(cfg, share, WARM_UP + TIMED), parts)
     release(torch.device(cfg.MODEL.DEVICE))
     return (ends[-1] - ends[WARM_UP - 1]) / TIMED
+
+
+@contextmanager
+def _warning_of_other_programs() -> Iterator[None]:
+    """PyTorch's threads spin while they wait for each other, so one that has no core of its own delays all."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    yield
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    threads = torch.get_num_threads()
+    if sys.platform == "linux" and threads > 1 and after.ru_nivcsw - before.ru_nivcsw > INTERRUPTED * seconds:
+        logger.warning(
+            "Other programs use the processor. PyTorch's %d threads need a core each, or wait for each other most of "
+            "the time: end the other programs, or set the environment variable OMP_NUM_THREADS to the number of free "
+            "cores",
+            threads,
+        )
 
 
 def bfloat16_share() -> float:

@@ -12,6 +12,10 @@ from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA
 from detectron2.structures import Boxes, Instances
 
+from .duplicates import vote
+
+SIZES_AROUND = (0.9, 1.0, 1.1)  # of the test size; what they bring: docs/evaluation.md
+
 Detect = Callable[[Sequence[dict[str, Any]]], list[dict[str, Instances]]]
 
 
@@ -20,21 +24,24 @@ class TestTimeAugmentation:
 
     Merging is per-class NMS with `nms_threshold`. This keeps the model's scores even for objects found at a single
     size, which averaging over copies (weighted box fusion) would lower. DINO finds an object once per copy, so NMS
-    mostly removes the other copies' boxes; the threshold is high to spare neighbouring objects.
+    mostly removes the other copies' boxes; the threshold is high to spare neighbouring objects. A model that drops
+    duplicates itself does so with its own threshold, if that is lower, and one that averages their boxes averages those
+    of all copies.
 
     Copies are processed one by one: this needs memory for the largest only, and no padding.
 
     Args:
         make_copies: detectron2's mapper for `TEST.AUG`.
         nms_threshold: IoU.
+        box_voting: average the boxes around the same object.
         max_detections: in the merged result.
     """
 
-    def __init__(self, make_copies: DatasetMapperTTA, nms_threshold: float, max_detections: int):
+    def __init__(self, make_copies: DatasetMapperTTA, nms_threshold: float, box_voting: bool, max_detections: int):
         if not make_copies.min_sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: add a size, or set TEST.AUG.ENABLED to False")
         self.make_copies = make_copies
-        self.nms_threshold, self.max_detections = nms_threshold, max_detections
+        self.nms_threshold, self.box_voting, self.max_detections = nms_threshold, box_voting, max_detections
 
     def __call__(self, detect: Detect, image: dict[str, Any]) -> dict[str, Instances]:
         """
@@ -67,6 +74,8 @@ class TestTimeAugmentation:
         boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
         # detectron2 makes the boxes float32, and torchvision wants one dtype
         best_first = batched_nms(boxes, scores.float(), classes, self.nms_threshold)
+        if self.box_voting:
+            together.pred_boxes = Boxes(vote(boxes[None], scores[None], classes[None], self.nms_threshold)[0])
         return together[best_first[: self.max_detections]]
 
 
@@ -88,7 +97,24 @@ def build_test_time_augmentation(cfg: CfgNode) -> TestTimeAugmentation | None:
             "only once, which is sharper",
             cfg.INPUT.MIN_SIZE_TEST,
         )
-    return TestTimeAugmentation(DatasetMapperTTA(cfg), cfg.TEST.AUG.NMS_THRESHOLD, cfg.TEST.DETECTIONS_PER_IMAGE)
+    of_model = cfg.MODEL.DINO.NMS_THRESHOLD
+    voting = cfg.MODEL.DINO.BOX_VOTING and of_model < 1  # as in a single pass
+    threshold = min(cfg.TEST.AUG.NMS_THRESHOLD, of_model)
+    return TestTimeAugmentation(DatasetMapperTTA(cfg), threshold, voting, cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def augmentation_keys(cfg: CfgNode) -> dict[str, Any]:
+    """Config values for test-time augmentation: sizes around `INPUT.MIN_SIZE_TEST`, also flipped if training flips
+    images."""
+    size = cfg.INPUT.MIN_SIZE_TEST
+    return {
+        "TEST.AUG.ENABLED": True,
+        "TEST.AUG.MIN_SIZES": tuple(round(factor * size) for factor in SIZES_AROUND) if size else (0,),
+        "TEST.AUG.MAX_SIZE": round(max(SIZES_AROUND) * cfg.INPUT.MAX_SIZE_TEST),
+        "TEST.AUG.FLIP": cfg.INPUT.RANDOM_FLIP == "horizontal",
+        "INPUT.MIN_SIZE_TEST": 0,
+        "TEST.QUERY_METRICS": False,  # of a single pass
+    }
 
 
 def _as_bytes_if_exact(image: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,21 @@ def test_pace_is_that_of_a_step_with_its_data(tiny_cfg: CfgNode, data: Path, mon
         DatasetCatalog.remove("own")
         MetadataCatalog.remove("own")
     assert len(loaded) == 2 * (pace.WARM_UP + pace.TIMED)
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "threads", "warned"), [(18, 2, False), (145, 2, True), (145, 1, False)]
+)  # per second of processor time
+def test_pace_beside_other_programs_is_warned_about(
+    interrupted: int, threads: int, warned: bool, tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    usage = iter([SimpleNamespace(ru_utime=t, ru_stime=t, ru_nivcsw=2 * t * interrupted) for t in (5, 9)])
+    monkeypatch.setattr(pace.resource, "getrusage", lambda who: next(usage))
+    monkeypatch.setattr(pace.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(pace, "make_steps", lambda *how: list(range(pace.WARM_UP + pace.TIMED)))
+    assert pace.seconds_per_step(tiny_cfg, share=2, parts=1) == 1
+    assert ("OMP_NUM_THREADS" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(("share", "enabled"), [(0.2, True), (0.8, False), (7.0, False)])
@@ -391,6 +407,17 @@ def test_evaluation_changes_no_training(data: Path, tmp_path: Path, capsys: pyte
     assert (cfg.DATASETS.TEST, cfg.SOLVER.BASE_LR, cfg.SOLVER.BEST_METRIC) == ((VAL_NAME,), 1e-4, "")
 
 
+def test_augmented_evaluation_looks_at_sizes_around_the_test_size(capsys: pytest.CaptureFixture) -> None:
+    options = ("--config-file", "small/dino_mobilenetv2_400", "--eval-only", "--augment")
+    cfg = chosen(*options, "TEST.QUERY_METRICS", "True", "TEST.AUG.FLIP", "False").config()
+    assert "TEST.AUG.MIN_SIZES '(360, 400, 440)'" in capsys.readouterr().out
+    aug = cfg.TEST.AUG
+    assert (aug.ENABLED, aug.MIN_SIZES, aug.MAX_SIZE, cfg.INPUT.MIN_SIZE_TEST) == (True, (360, 400, 440), 704, 0)
+    assert (aug.FLIP, cfg.TEST.QUERY_METRICS) == (False, True)  # the user's own come last
+    cfg = chosen(*options, "INPUT.MIN_SIZE_TEST", "200").config()
+    assert cfg.TEST.AUG.MIN_SIZES == (180, 200, 220)
+
+
 def test_without_these_options_nothing_is_chosen(capsys: pytest.CaptureFixture) -> None:
     assert chosen("--config-file", RECIPE, "SEED", "1") == Run(RECIPE, ("SEED", "1"), None, None)
     assert capsys.readouterr().out == ""
@@ -438,6 +465,7 @@ def test_a_run_is_not_begun_over_another(data: Path, tmp_path: Path) -> None:
         (["--config-file", RECIPE, "--data", ".", "--train-json", "a", "--train-images", "b"], "give only one of them"),
         (["--config-file", RECIPE, "--eval-only", "--epochs", "3"], "are for training"),
         (["--config-file", RECIPE, "--eval-only", "--minutes", "3"], "are for training"),
+        (["--config-file", RECIPE, "--augment"], "--augment is for evaluation"),
         (["--config-file", RECIPE, "--minutes", "-1"], "-1 is not a number of minutes above 0"),
         (["--config-file", RECIPE, "--minutes", "nan"], "nan is not a number of minutes above 0"),
         (["--config-file", RECIPE, "--minutes", "3", "--epochs", "3"], "both set the length"),

@@ -65,9 +65,9 @@ def instances(boxes: Sequence[Sequence[float]], scores: Sequence[float], classes
 
 
 def augmentation(
-    sizes: Sequence[int], flip: bool, most: int = 100, threshold: float = 0.7
+    sizes: Sequence[int], flip: bool, most: int = 100, threshold: float = 0.7, voting: bool = False
 ) -> augmented_inference.TestTimeAugmentation:
-    return augmented_inference.TestTimeAugmentation(DatasetMapperTTA(sizes, 1000, flip), threshold, most)
+    return augmented_inference.TestTimeAugmentation(DatasetMapperTTA(sizes, 1000, flip), threshold, voting, most)
 
 
 def find_bright(inputs: Sequence[dict]) -> list[dict]:
@@ -133,6 +133,45 @@ def test_merging_drops_what_overlaps_a_surer_one_of_its_class() -> None:
     assert merged.pred_classes.tolist() == [0, 0, 1, 0]
     assert merged.pred_boxes.tensor[0].tolist() == [0, 0, 50, 48]
     assert len(augmentation([1], False, threshold=0.5).merge([first, second])) == 3
+
+
+def test_boxes_of_an_object_in_several_copies_are_averaged_if_the_model_does() -> None:
+    copies = [instances([[10, 10, 30, 30]], [0.6], [0]), instances([[12, 10, 32, 30]], [0.3], [0])]
+    kept = augmentation([60], flip=True).merge(copies)
+    assert kept.pred_boxes.tensor.tolist() == [[10, 10, 30, 30]]
+    averaged = augmentation([60], flip=True, voting=True).merge(copies)
+    weights = 0.36 / (0.36 + 0.09), 0.09 / (0.36 + 0.09)  # squared scores
+    left = 10 * weights[0] + 12 * weights[1]
+    torch.testing.assert_close(averaged.pred_boxes.tensor, torch.tensor([[left, 10, left + 20, 30]]))
+    assert averaged.scores.tolist() == pytest.approx([0.6])
+
+
+@pytest.mark.parametrize(
+    ("of_model", "voting", "expected"),
+    [(0.6, True, (0.6, True)), (0.9, True, (0.7, True)), (1.0, True, (0.7, False)), (0.6, False, (0.6, False))],
+)
+def test_copies_are_merged_as_the_model_drops_duplicates(
+    of_model: float, voting: bool, expected: tuple[float, bool], augmented: Callable[..., DINO], tiny_cfg: CfgNode
+) -> None:
+    tiny_cfg.MODEL.DINO.NMS_THRESHOLD, tiny_cfg.MODEL.DINO.BOX_VOTING = of_model, voting
+    settings = augmented([60], flip=True).inference.test_time_augmentation
+    assert (settings.nms_threshold, settings.box_voting) == expected
+
+
+@pytest.mark.parametrize(("flips_in_training", "flip"), [("horizontal", True), ("none", False), ("vertical", False)])
+def test_copies_around_the_test_size_are_flipped_if_training_flips(
+    flips_in_training: str, flip: bool, tiny_cfg: CfgNode
+) -> None:
+    tiny_cfg.INPUT.RANDOM_FLIP = flips_in_training
+    tiny_cfg.INPUT.MIN_SIZE_TEST, tiny_cfg.INPUT.MAX_SIZE_TEST = 100, 150
+    keys = augmented_inference.augmentation_keys(tiny_cfg)
+    tiny_cfg.merge_from_list([part for item in keys.items() for part in item])
+    make_copies = augmented_inference.build_test_time_augmentation(tiny_cfg).make_copies
+    image = noise(50, 60) | {"height": 50, "width": 60}
+    shapes = [tuple(copy["image"].shape[1:]) for copy in make_copies(image)]
+    assert shapes == [shape for shape in ((90, 108), (100, 120), (110, 132)) for _ in range(1 + flip)]
+    wide = noise(50, 100) | {"height": 50, "width": 100}
+    assert max(copy["image"].shape[2] for copy in make_copies(wide)) == 165  # 1.1 times the longest
 
 
 def test_merged_result_has_no_more_than_the_most_and_these_are_the_best() -> None:

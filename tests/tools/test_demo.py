@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_d2 import load_config
+from dino_d2 import Detector, load_config
 from dino_d2.engine import DINOTrainer
 from dino_d2.tools import demo
 from tests.synthetic import config_values, write_rectangles
@@ -49,6 +49,21 @@ def test_photographs_are_predicted_drawn_and_listed(trained: tuple[Path, list[st
     objects = json.loads((tmp_path / "found" / "1.json").read_text())
     assert objects
     assert {thing["class"] for thing in objects} <= {"red", "blue"}
+
+
+def test_augmented_detections_are_those_of_the_detector(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, values = trained
+    photo = folder / "data" / "images" / "1.png"
+    result = run_demo(
+        "--weights", str(folder / "weights.pth"), "--input", str(photo), "--output", str(tmp_path),
+        "--score-threshold", "0", "--augment", *values,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = [thing["score"] for thing in json.loads((tmp_path / "1.json").read_text())]
+    detector = Detector.from_pretrained(folder / "weights.pth", str(RECIPE), device="cpu", overrides=values)
+    expected = detector(photo, threshold=0, augment=True).scores
+    assert scores == pytest.approx(expected.tolist(), abs=1e-3)
+    assert scores != pytest.approx(detector(photo, threshold=0).scores.tolist(), abs=1e-3)
 
 
 def test_photographs_of_one_name_have_results_of_their_own(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
