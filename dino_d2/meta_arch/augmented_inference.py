@@ -12,7 +12,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA
 from detectron2.structures import Boxes, Instances
 
-from .duplicates import vote
+from .duplicates import agreed_scores, vote
 
 SIZES_AROUND = (0.9, 1.0, 1.1)  # of the test size; what they bring: docs/evaluation.md
 
@@ -25,15 +25,15 @@ class TestTimeAugmentation:
     Merging is per-class NMS with `nms_threshold`. This keeps the model's scores even for objects found at a single
     size, which averaging over copies (weighted box fusion) would lower. DINO finds an object once per copy, so NMS
     mostly removes the other copies' boxes; the threshold is high to spare neighbouring objects. A model that drops
-    duplicates itself does so with its own threshold, if that is lower, and one that averages their boxes averages those
-    of all copies.
+    duplicates itself does so with its own threshold, if that is lower. One that averages their boxes averages those of
+    all copies before, and its scores tell how many copies agree.
 
     Copies are processed one by one: this needs memory for the largest only, and no padding.
 
     Args:
         make_copies: detectron2's mapper for `TEST.AUG`.
         nms_threshold: IoU.
-        box_voting: average the boxes around the same object.
+        box_voting: average the boxes around the same object, and its scores, as `agreed_scores`.
         max_detections: in the merged result.
     """
 
@@ -72,10 +72,13 @@ class TestTimeAugmentation:
             return found[0]
         together = Instances.cat(list(found))
         boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
-        # detectron2 makes the boxes float32, and torchvision wants one dtype
-        best_first = batched_nms(boxes, scores.float(), classes, self.nms_threshold)
         if self.box_voting:
-            together.pred_boxes = Boxes(vote(boxes[None], scores[None], classes[None], self.nms_threshold)[0])
+            copy = torch.cat([torch.full((len(x),), number, device=boxes.device) for number, x in enumerate(found)])
+            together.scores = agreed_scores(boxes, scores, classes, copy, len(found), self.nms_threshold)
+            boxes = vote(boxes[None], scores[None], classes[None], self.nms_threshold)[0]
+            together.pred_boxes = Boxes(boxes)
+        # detectron2 makes the boxes float32, and torchvision wants one dtype
+        best_first = batched_nms(boxes, together.scores.float(), classes, self.nms_threshold)
         return together[best_first[: self.max_detections]]
 
 

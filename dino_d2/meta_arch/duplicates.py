@@ -23,8 +23,39 @@ def vote(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -
     Returns:
         (B, n, 4).
     """
-    overlap = iou_and_generalized_iou(boxes[:, :, None], boxes[:, None])[0]
-    together = (overlap > iou_threshold) & (classes[:, :, None] == classes[:, None])
+    together = _of_one_object(boxes, classes, iou_threshold)
     weights = (together * scores.square()[:, None])[..., None]
     # Not a product of matrices, which autocast around the model would compute in 16 bits.
     return ((weights * boxes[:, None]).sum(2) + OWN_VOTE * boxes) / (weights.sum(2) + OWN_VOTE)
+
+
+def agreed_scores(
+    boxes: Tensor, scores: Tensor, classes: Tensor, copy: Tensor, copies: int, iou_threshold: float
+) -> Tensor:
+    """Scores that tell in how many copies of an image an object was found.
+
+    Each is the mean of two: the detection's own, and the mean over the copies of the highest of its class that overlaps
+    it by more than `iou_threshold`, 0 where none does. The highest of all copies alone would be too high for a
+    threshold that was found with one, and the mean alone ranks worse (docs/few_photos.md).
+
+    Args:
+        boxes: (n, 4) x1, y1, x2, y2, of all copies, in common coordinates.
+        scores, classes: (n,).
+        copy: (n,) int64, the copy that each was found in, from 0.
+        copies: their number.
+
+    Returns:
+        (n,).
+    """
+    together = _of_one_object(boxes[None], classes[None], iou_threshold)[0]
+    best = scores.new_zeros(len(scores), copies)
+    for number in copy.unique():
+        inside = copy == number
+        best[:, number] = (together[:, inside] * scores[inside]).amax(1)
+    return (scores + best.mean(1)) / 2
+
+
+def _of_one_object(boxes: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
+    """Which boxes (B, n, 4) of one class overlap, (B, n, n) bool."""
+    overlap = iou_and_generalized_iou(boxes[:, :, None], boxes[:, None])[0]
+    return (overlap > iou_threshold) & (classes[:, :, None] == classes[:, None])

@@ -136,14 +136,28 @@ def test_merging_drops_what_overlaps_a_surer_one_of_its_class() -> None:
 
 
 def test_boxes_of_an_object_in_several_copies_are_averaged_if_the_model_does() -> None:
-    copies = [instances([[10, 10, 30, 30]], [0.6], [0]), instances([[12, 10, 32, 30]], [0.3], [0])]
+    nothing = instances([], [], [])
+    copies = [instances([[10, 10, 30, 30]], [0.6], [0]), instances([[12, 10, 32, 30]], [0.3], [0]), nothing]
     kept = augmentation([60], flip=True).merge(copies)
     assert kept.pred_boxes.tensor.tolist() == [[10, 10, 30, 30]]
     averaged = augmentation([60], flip=True, voting=True).merge(copies)
     weights = 0.36 / (0.36 + 0.09), 0.09 / (0.36 + 0.09)  # squared scores
     left = 10 * weights[0] + 12 * weights[1]
     torch.testing.assert_close(averaged.pred_boxes.tensor, torch.tensor([[left, 10, left + 20, 30]]))
-    assert averaged.scores.tolist() == pytest.approx([0.6])
+    assert averaged.scores.tolist() == pytest.approx([(0.6 + (0.6 + 0.3 + 0) / 3) / 2])
+    assert len(augmentation([60], flip=True, voting=True).merge([nothing, nothing])) == 0
+
+
+def test_what_all_copies_show_comes_before_what_one_shows_if_the_model_averages() -> None:
+    seen_twice, seen_once = [10, 10, 30, 30], [60, 60, 90, 90]
+    other_class = [10, 10, 30, 30]
+    copies = [instances([seen_twice, seen_once], [0.6, 0.7], [0, 0]),
+              instances([seen_twice, other_class], [0.6, 0.5], [0, 1])]  # fmt: skip
+    plain = augmentation([60], flip=True).merge(copies)
+    assert plain.pred_boxes.tensor.tolist() == [seen_once, seen_twice, other_class]
+    averaged = augmentation([60], flip=True, voting=True).merge(copies)
+    assert averaged.pred_boxes.tensor.tolist() == [seen_twice, seen_once, other_class]
+    assert averaged.scores.tolist() == pytest.approx([0.6, (0.7 + 0.35) / 2, (0.5 + 0.25) / 2])
 
 
 @pytest.mark.parametrize(
