@@ -270,7 +270,10 @@ run.DINOTrainer, run.own_dataset = Trainer, lambda cfg: ""
 if __name__ == "__main__":
     run_in_every_process(run.train_or_evaluate, parse(sys.argv[1:]))
     threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-    print("process ended", sum("gloo" in name for name in threads), "threads of gloo", flush=True)
+    count = sum("gloo" in name for name in threads)
+    # In one piece, or those of two processes mix where Python's output is not buffered.
+    sys.stdout.write(f"process ended {count} threads of gloo\\n")
+    sys.stdout.flush()
 """
 
 
@@ -292,7 +295,8 @@ KILLED_IN_EVALUATION = IN_TWO_PROCESSES.replace(
         if comm.is_main_process() and self.iter == 3 and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        print("evaluates after", self.iter + 1, flush=True)
+        sys.stdout.write(f"evaluates after {self.iter + 1}\\n")  # in one piece, as below
+        sys.stdout.flush()
         return self.results()
 
     def results(self):""",
