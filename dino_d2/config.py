@@ -140,7 +140,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9997  # per step; 0.99 for runs of a thousand steps
 
     # TEST.AUG is detectron2's test-time augmentation (sizes, flip); see docs/evaluation.md
-    cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU threshold of per-class NMS over the augmented copies
+    cfg.TEST.AUG.NMS_THRESHOLD = 0.7  # IoU threshold of per-class NMS over the copies; a lower one of the model holds
     cfg.TEST.AMP = CN()  # evaluate and predict in mixed precision
     cfg.TEST.AMP.ENABLED = False
     cfg.TEST.AMP.DTYPE = "bfloat16"  # or float16

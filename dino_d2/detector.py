@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -30,7 +30,7 @@ from .config import default_device, load_config
 from .data import build_test_augmentation, read_image
 from .data.images import SUFFIXES, images_in
 from .detections import DEFAULT_THRESHOLD, Detections, as_picture, check_classes
-from .meta_arch.augmented_inference import augmentation_keys, build_test_time_augmentation
+from .meta_arch.augmented_inference import TestTimeAugmentation, augmentation_keys, build_test_time_augmentation
 from .pretrained import CARD, CONFIG, SAVED, find_pretrained
 from .tiles import predict_in_tiles
 
@@ -145,8 +145,8 @@ class Detector:
             classes: names of the classes to keep; empty: all.
             tile: split the image into tiles of at most this side in pixels, for small objects in large images; 0: no
                 tiles.
-            augment: look at every image, or tile, in three sizes, each also flipped, and merge the detections: more
-                accurate, and six times as slow.
+            augment: look at every image, or tile, in three sizes, each also flipped if training flips images, and merge
+                the detections: more accurate, and six times as slow.
             batch_size: number of images of the same size to run at once.
             channel_order: "rgb" or "bgr", for arrays.
 
@@ -234,13 +234,17 @@ class Detector:
 
     def _predict_augmented(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """The same, each image in several copies."""
+        inputs = [self._input(image, resize=False) for image in images]
+        with torch.no_grad():
+            results = [self._in_copies(self.model.forward_once, x) for x in inputs]
+        return [result["instances"].to("cpu") for result in results]
+
+    @cached_property
+    def _in_copies(self) -> TestTimeAugmentation:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.merge_from_list([part for item in augmentation_keys(cfg).items() for part in item])
-        detect = partial(build_test_time_augmentation(cfg), self.model.forward_once)
-        with torch.no_grad():
-            results = [detect(self._input(image, resize=False)) for image in images]
-        return [result["instances"].to("cpu") for result in results]
+        return build_test_time_augmentation(cfg)
 
     def _input(self, image: np.ndarray, resize: bool) -> dict[str, Any]:
         height, width = image.shape[:2]

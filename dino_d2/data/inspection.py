@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from dino_d2.modeling.denoising import PlainDenoising
 
-from .annotations import can_be_evaluated, completed, is_box
+from .annotations import can_be_evaluated, is_box
 from .coco import has_no_valid_polygon
 from .datasets import CocoFiles, read_coco
 from .images import read_reduced
@@ -258,7 +258,7 @@ def _valid_objects(
         else:
             if not can_be_evaluated(entry):
                 cases[INCOMPLETE].append(name)
-            if completed(entry)["iscrowd"]:
+            if entry.get("iscrowd"):
                 cases[CROWD].append(f"{name} in {images[entry['image_id']]['file_name']}")
             else:
                 valid.append(entry)

@@ -8,10 +8,11 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from dino_d2.pretrained import FINAL
+
 from .checkpoints import BestWeights
 from .ema import EMA
 from .evaluations import after_last_step
-from .score_threshold import FINAL
 
 
 class StopTraining(BaseException):

@@ -41,20 +41,20 @@ def seconds_per_step(cfg: CfgNode, share: int, parts: int) -> float:
         share: images per step of a process.
         parts: in which they are processed (gradient accumulation).
     """
-    with own_random_numbers(max(cfg.SEED, 0)), _warning_of_other_programs():
+    with own_random_numbers(max(cfg.SEED, 0)), _warning_of_other_programs(cfg.MODEL.DEVICE):
         ends = make_steps(cfg, _batches(cfg, share, WARM_UP + TIMED), parts)
     release(torch.device(cfg.MODEL.DEVICE))
     return (ends[-1] - ends[WARM_UP - 1]) / TIMED
 
 
 @contextmanager
-def _warning_of_other_programs() -> Iterator[None]:
-    """PyTorch's threads spin while they wait for each other, so one that has no core of its own delays all."""
+def _warning_of_other_programs(device: str) -> Iterator[None]:
+    """On a CPU PyTorch's threads spin while they wait for each other, so one that has no core of its own delays all."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     yield
     after = resource.getrusage(resource.RUSAGE_SELF)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     if sys.platform == "linux" and threads > 1 and after.ru_nivcsw - before.ru_nivcsw > INTERRUPTED * seconds:
         logger.warning(
             "Other programs use the processor. PyTorch's %d threads need a core each, or wait for each other most of "

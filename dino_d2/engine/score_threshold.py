@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from dino_d2.checkpoint.assumptions import EXTRA_STATE, Assumptions
 from dino_d2.checkpoint.files import write_checkpoint
+from dino_d2.pretrained import FINAL
 
 from . import ema
-
-FINAL = "model_final.pth"
 
 
 class EvaluationOfThreshold(hooks.EvalHook):

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 
 from .duplicates import agreed_scores, vote
 
-SIZES_AROUND = (0.9, 1.0, 1.1)  # of the test size; what they bring: docs/evaluation.md
+SIZES_AROUND = (0.9, 1.0, 1.1)  # of the test size; what they bring: docs/few_photos.md
 
 Detect = Callable[[Sequence[dict[str, Any]]], list[dict[str, Instances]]]
 
@@ -73,8 +73,7 @@ class TestTimeAugmentation:
         together = Instances.cat(list(found))
         boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
         if self.box_voting:
-            copy = torch.cat([torch.full((len(x),), number, device=boxes.device) for number, x in enumerate(found)])
-            together.scores = agreed_scores(boxes, scores, classes, copy, len(found), self.nms_threshold)
+            together.scores = agreed_scores(boxes, scores, classes, [len(x) for x in found], self.nms_threshold)
             boxes = vote(boxes[None], scores[None], classes[None], self.nms_threshold)[0]
             together.pred_boxes = Boxes(boxes)
         # detectron2 makes the boxes float32, and torchvision wants one dtype

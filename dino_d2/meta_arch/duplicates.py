@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dino_d2.geometry import iou_and_generalized_iou
@@ -30,7 +32,7 @@ def vote(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -
 
 
 def agreed_scores(
-    boxes: Tensor, scores: Tensor, classes: Tensor, copy: Tensor, copies: int, iou_threshold: float
+    boxes: Tensor, scores: Tensor, classes: Tensor, of_copies: Sequence[int], iou_threshold: float
 ) -> Tensor:
     """Scores that tell in how many copies of an image an object was found.
 
@@ -39,20 +41,17 @@ def agreed_scores(
     threshold that was found with one, and the mean alone ranks worse (docs/few_photos.md).
 
     Args:
-        boxes: (n, 4) x1, y1, x2, y2, of all copies, in common coordinates.
+        boxes: (n, 4) x1, y1, x2, y2, copy by copy, in common coordinates.
         scores, classes: (n,).
-        copy: (n,) int64, the copy that each was found in, from 0.
-        copies: their number.
+        of_copies: number of detections in each copy; n together.
 
     Returns:
         (n,).
     """
     together = _of_one_object(boxes[None], classes[None], iou_threshold)[0]
-    best = scores.new_zeros(len(scores), copies)
-    for number in copy.unique():
-        inside = copy == number
-        best[:, number] = (together[:, inside] * scores[inside]).amax(1)
-    return (scores + best.mean(1)) / 2
+    by_copy = zip(together.split(of_copies, dim=1), scores.split(of_copies), strict=True)
+    best = [(overlaps * found).amax(1) for overlaps, found in by_copy if len(found)]
+    return (scores + sum(best) / len(of_copies)) / 2
 
 
 def _of_one_object(boxes: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:

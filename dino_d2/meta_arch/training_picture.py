@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.visualizer import Visualizer
 from torch import Tensor
@@ -24,8 +25,10 @@ class TrainingPicture:
 
     @property
     def is_due(self) -> bool:
-        """Whether a picture belongs to the iteration of detectron2's `EventStorage`; never outside of training."""
-        return self.period > 0 and has_event_storage() and get_event_storage().iter % self.period == 0
+        """Whether a picture belongs to the iteration of detectron2's `EventStorage`; never outside of training, and
+        only in the main process, which writes it: the others would keep theirs."""
+        wanted = self.period > 0 and comm.is_main_process() and has_event_storage()
+        return wanted and get_event_storage().iter % self.period == 0
 
     def draw(self, image: Tensor, annotated: Instances, found: Instances) -> None:
         """Put an augmented image, (3, H, W) in [0, 255], into the `EventStorage`, with its objects and its best

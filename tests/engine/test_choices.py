@@ -129,16 +129,19 @@ def test_pace_is_that_of_a_step_with_its_data(tiny_cfg: CfgNode, data: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("interrupted", "threads", "warned"), [(18, 2, False), (145, 2, True), (145, 1, False)]
+    ("interrupted", "threads", "device", "warned"),
+    [(18, 2, "cpu", False), (145, 2, "cpu", True), (145, 1, "cpu", False), (145, 2, "cuda", False)],
 )  # per second of processor time
 def test_pace_beside_other_programs_is_warned_about(
-    interrupted: int, threads: int, warned: bool, tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch,
+    interrupted: int, threads: int, device: str, warned: bool, tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     usage = iter([SimpleNamespace(ru_utime=t, ru_stime=t, ru_nivcsw=2 * t * interrupted) for t in (5, 9)])
     monkeypatch.setattr(pace.resource, "getrusage", lambda who: next(usage))
     monkeypatch.setattr(pace.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(pace, "make_steps", lambda *how: list(range(pace.WARM_UP + pace.TIMED)))
+    monkeypatch.setattr(pace, "release", lambda device: None)
+    tiny_cfg.MODEL.DEVICE = device
     assert pace.seconds_per_step(tiny_cfg, share=2, parts=1) == 1
     assert ("OMP_NUM_THREADS" in caplog.text) == warned
 
